@@ -1,0 +1,38 @@
+"""Every error FADE raises on purpose. Each says what was wrong, what was found and what would work."""
+
+from __future__ import annotations
+
+
+class FadeError(Exception):
+    """Base of all errors that FADE raises on purpose."""
+
+
+class ConfigError(FadeError, ValueError):
+    """A configuration value, file or combination that cannot work."""
+
+
+class PluginError(FadeError):
+    """A plugin that cannot be loaded, or two plugins that contradict each other."""
+
+
+class UnknownComponentError(PluginError, KeyError):
+    """A component name that nothing installed provides."""
+
+    def __str__(self) -> str:  # KeyError would print the repr of the message
+        return str(self.args[0]) if self.args else ""
+
+
+class InputError(FadeError, ValueError):
+    """A tensor or argument that was refused before anything changed."""
+
+
+class NonFiniteError(InputError):
+    """NaN or infinity among the keys or values of a layer."""
+
+
+class UnsupportedModelError(FadeError, ValueError):
+    """A model whose attention FADE cannot compress; the message says why and what to do instead."""
+
+
+class CheckpointError(FadeError, ValueError):
+    """A saved cache, codebook or calibration that does not belong here."""

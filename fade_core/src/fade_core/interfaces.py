@@ -1,0 +1,400 @@
+"""What a plugin implements. Nothing here imports transformers.
+
+Shapes: ``B`` rows, ``H_q`` query heads, ``H_kv`` key/value heads, ``T`` tokens, ``D`` channels of a head.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from fade_core.errors import InputError
+from fade_core.packed import Packed, PackedFormat
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+Side = Literal["key", "value"]
+Capacity = int | float | Literal["rest"]
+
+
+# --- quantizers --------------------------------------------------------------------------------------------------
+
+
+class Quantizer(ABC):
+    """Turns full-precision tokens into packed ones and back.
+
+    A quantizer belongs to one layer and one side (keys or values). Attention never needs ``decode``: it asks for
+    ``scores`` and ``combine``, which a quantizer may answer without reconstructing a token. Where the packed part is
+    a ``PackedFormat``, ``format`` says which, and a kernel reads the words itself after ``transform_query`` and
+    before ``transform_output``.
+
+    Attributes:
+        kind: the name it is chosen by.
+        head_dim: channels ``D``.
+        tile: tokens encoded together; the cache only ever encodes whole tiles.
+        format: the packed format that kernels see, or ``None`` if only this class can read its fields.
+        moves_tokens: whether ``select`` works: single tokens can be regrouped without touching their codes.
+    """
+
+    kind: ClassVar[str] = ""
+    head_dim: int
+    tile: int = 64
+    format: PackedFormat | None = None
+    moves_tokens: bool = False
+
+    @property
+    @abstractmethod
+    def bits_per_element(self) -> float:
+        """Bits an element of a whole tile takes, all metadata counted."""
+
+    @abstractmethod
+    def field_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape (of one tile) and dtype of every stored field."""
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> Packed:
+        """Encode ``[B, H_kv, T, D]``; ``T`` need not fill the last tile. Raises ``InputError`` on a wrong shape."""
+
+    @abstractmethod
+    def decode(self, packed: Packed) -> Tensor:
+        """Reconstruct ``[B, H_kv, T, D]`` in ``packed.dtype``."""
+
+    def nbytes(self, packed: Packed) -> int:
+        """Bytes that ``packed`` holds."""
+        return packed.nbytes
+
+    # attention in packed space
+    def scores(self, query: Tensor, packed: Packed) -> Tensor:
+        """Inner products ``[B, H_kv, N, T]`` of float32 queries ``[B, H_kv, N, D]`` with the packed keys."""
+        return query @ self.decode(packed).to(query.dtype).transpose(-1, -2)
+
+    def combine(self, weights: Tensor, packed: Packed) -> Tensor:
+        """Weighted sums ``[B, H_kv, N, D]`` of the packed values under float32 ``[B, H_kv, N, T]``."""
+        return weights @ self.decode(packed).to(weights.dtype)
+
+    def select(self, packed: Packed, index: Tensor) -> Packed:
+        """The tokens ``index`` (int64 ``[B, H_kv, K]``, ``K`` a multiple of ``tile``), codes untouched, repacked."""
+        raise InputError(f"quantizer {self.kind!r} cannot move single tokens; it moves whole tiles")
+
+    # what a kernel does around the packed format
+    def transform_query(self, query: Tensor) -> Tensor:
+        """The query ``[B, H_kv, N, D]`` in the space of the codes (identity unless rotated)."""
+        return query
+
+    def query_bias(self, query: Tensor) -> Tensor | None:
+        """A constant ``[B, H_kv, N, 1]`` added to every score of this tier (keys stored about a mean), or ``None``."""
+        return None
+
+    def transform_output(self, output: Tensor, weight_sum: Tensor) -> Tensor:
+        """Take ``[B, H_kv, N, D]``, a sum of codes-space values, back; ``weight_sum`` ``[B, H_kv, N, 1]`` carries a mean."""
+        return output
+
+    # state: rotations, codebooks, calibration
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors that decoding needs beside the packed fields (rotation, codebook); saved in checkpoints."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what ``state_dict`` gave. Raises ``CheckpointError`` if it does not fit."""
+
+    def state_bytes(self) -> int:
+        """Bytes of ``state_dict``: counted by the memory report."""
+        return sum(t.numel() * t.element_size() for t in self.state_dict().values())
+
+
+@dataclass(frozen=True)
+class QuantizerContext:
+    """Where a quantizer will be used; passed to ``QuantizerConfig.build``."""
+
+    head_dim: int
+    side: Side = "key"
+    tile: int = 64
+    layer: int = 0
+    num_layers: int = 1
+    num_kv_heads: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+# --- policies ----------------------------------------------------------------------------------------------------
+
+
+class LayerView:
+    """What a policy sees of one layer: every live token, sinks and window included.
+
+    Attributes:
+        positions: int64 ``[B, H_kv, T]``, logical position of each token; -1 where a row or head has fewer than ``T``.
+        logical_length: tokens the model has seen.
+        layer: layer index.
+        num_layers: layers of the model.
+        lengths: int64 ``[B]``, tokens each row has really seen (padding not counted).
+    """
+
+    def __init__(
+        self,
+        positions: Tensor,
+        logical_length: int,
+        layer: int = 0,
+        num_layers: int = 1,
+        statistics: Mapping[str, Tensor] | None = None,
+        keys: Callable[[], Tensor] | None = None,
+        values: Callable[[], Tensor] | None = None,
+        lengths: Tensor | None = None,
+    ) -> None:
+        self.positions = positions
+        self.logical_length = logical_length
+        self.layer = layer
+        self.num_layers = num_layers
+        self.lengths = lengths if lengths is not None else torch.full((positions.shape[0],), logical_length)
+        self._statistics = dict(statistics or {})
+        self._keys, self._values = keys, values
+        self._decoded: dict[str, Tensor] = {}
+
+    @property
+    def valid(self) -> Tensor:
+        """bool ``[B, H_kv, T]``: whether there is a token."""
+        return self.positions >= 0
+
+    @property
+    def keys(self) -> Tensor:
+        """Keys ``[B, H_kv, T, D]`` in float32, decoded on first use."""
+        return self._decode("keys", self._keys)
+
+    @property
+    def values(self) -> Tensor:
+        """Values ``[B, H_kv, T, D]`` in float32, decoded on first use."""
+        return self._decode("values", self._values)
+
+    def statistic(self, name: str) -> Tensor:
+        """Tracked statistic ``[B, H_kv, T]``, float32. Raises ``InputError`` for one that is not tracked."""
+        if name not in self._statistics:
+            raise InputError(
+                f"statistic {name!r} is not tracked here (tracked: {sorted(self._statistics) or 'none'}); "
+                f"name it in the policy's `statistics`"
+            )
+        return self._statistics[name]
+
+    def _decode(self, name: str, source: Callable[[], Tensor] | None) -> Tensor:
+        if name not in self._decoded:
+            if source is None:
+                raise InputError(f"this view carries no {name}")
+            self._decoded[name] = source()
+        return self._decoded[name]
+
+
+class EvictionPolicy(ABC):
+    """Ranks tokens; the core owns sinks, window, budgets and top-k.
+
+    Attributes:
+        kind: the name it is chosen by.
+        statistics: names of the tracked statistics that ``score`` reads: "mass" (accumulated attention), "ema"
+            (decayed attention), "seen" (queries that could attend to the token), "last" (attention of the newest query).
+        positional: the score grows with the position alone; the cache then moves whole tiles by age and stores no
+            positions.
+    """
+
+    kind: ClassVar[str] = ""
+    statistics: ClassVar[tuple[str, ...]] = ()
+    positional: ClassVar[bool] = False
+
+    @abstractmethod
+    def score(self, view: LayerView) -> Tensor:
+        """Worth of each token, ``[B, H_kv, T]`` float; the lowest are demoted or evicted first."""
+
+
+# --- rope --------------------------------------------------------------------------------------------------------
+
+
+class RopeScheme(ABC):
+    """A rotary embedding as a function of position. All arithmetic in float32."""
+
+    kind: ClassVar[str] = ""
+
+    @abstractmethod
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Apply the embedding to ``[B, H, T, D]`` at int ``positions`` (broadcastable to ``[B, H, T]``)."""
+
+    @abstractmethod
+    def unrotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Undo ``rotate``."""
+
+    def shift(self, x: Tensor, offset: Tensor) -> Tensor:
+        """Move already rotated ``x`` by ``offset`` positions (``unrotate`` then ``rotate`` for plain rotations)."""
+        return self.rotate(x, offset)
+
+
+# --- kernels -----------------------------------------------------------------------------------------------------
+
+Op = Literal["append", "decode_attention", "dequantize", "attention_mass"]
+
+
+@dataclass(frozen=True)
+class Support:
+    """Answer of ``Kernel.supports``: truthy when it can run, else ``reason`` says why not."""
+
+    ok: bool
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+class Kernel(ABC):
+    """One implementation of a named op. Choosing another implementation never changes meaning.
+
+    Attributes:
+        name: implementation name, unique for its op ("torch", "triton").
+        op: which op it implements.
+        priority: among those that support a case, ``auto`` takes the highest.
+    """
+
+    name: ClassVar[str] = ""
+    op: ClassVar[Op] = "decode_attention"
+    priority: ClassVar[int] = 0
+
+    @abstractmethod
+    def supports(
+        self, format: PackedFormat | None, head_dim: int, device: torch.device, dtype: torch.dtype
+    ) -> Support:
+        """Whether this case can run here, with the reason if not."""
+
+    @abstractmethod
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the op (signature: the oracle's in ``fade_core.kernels``)."""
+
+
+# --- configuration bases: what a plugin's hook returns --------------------------------------------------------------
+
+
+class ComponentConfig(BaseModel):
+    """Base of every component's configuration: frozen, unknown fields refused, chosen by its ``kind`` literal."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class QuantizerConfig(ComponentConfig):
+    """Configuration of a quantizer. Subclasses set ``kind: Literal["name"] = "name"`` and ``build``."""
+
+    kind: str
+    bits: int = 4
+
+    def build(self, context: QuantizerContext) -> Quantizer:
+        """The quantizer for one layer and side. Raises ``ConfigError`` if it cannot work there."""
+        raise NotImplementedError(f"{type(self).__name__} must define build(context)")
+
+    def with_bits(self, bits: int) -> QuantizerConfig:
+        """The same quantizer at another width (what ladder tiers ask for)."""
+        return type(self).model_validate({**self.model_dump(exclude_unset=True), "kind": self.kind, "bits": bits})
+
+
+class PolicyConfig(ComponentConfig):
+    """Configuration of an eviction policy.
+
+    Attributes:
+        kind: literal name.
+        budget: tokens kept a row and head, sinks and window included: a count, a fraction of the context, or ``None``
+            to evict nothing.
+        every: decode steps between two rankings.
+    """
+
+    kind: str
+    budget: int | float | None = None
+    every: int = Field(default=64, ge=1)
+
+    def build(self) -> EvictionPolicy:
+        """The policy object."""
+        raise NotImplementedError(f"{type(self).__name__} must define build()")
+
+
+class RopeConfig(ComponentConfig):
+    """Configuration of a RoPE scheme."""
+
+    kind: str
+
+    def build(self, model_config: Any) -> RopeScheme:
+        """The scheme for a model's (text) config. Raises ``ConfigError`` if they do not match."""
+        raise NotImplementedError(f"{type(self).__name__} must define build(model_config)")
+
+
+class KernelConfig(ComponentConfig):
+    """Which implementation runs each op. ``kind = "auto"`` takes the fastest that supports the case."""
+
+    kind: str = "auto"
+
+
+class TierConfig(ComponentConfig):
+    """One rung of the ladder. Subclasses set ``tier: Literal["name"] = "name"``.
+
+    Attributes:
+        tier: literal name.
+        capacity: tokens (int), a fraction of the context (float), or "rest".
+    """
+
+    tier: str
+    capacity: Capacity = "rest"
+
+    def quantizers(
+        self, keys: QuantizerConfig, values: QuantizerConfig
+    ) -> tuple[QuantizerConfig, QuantizerConfig] | None:
+        """Quantizers of this tier given the configuration's ``keys`` and ``values``; ``None`` evicts."""
+        raise NotImplementedError(f"{type(self).__name__} must define quantizers(keys, values)")
+
+
+@dataclass(frozen=True)
+class Tier:
+    """A rung of one layer's ladder, ready to hold tokens: name, capacity and its two quantizers."""
+
+    name: str
+    capacity: Capacity
+    keys: Quantizer
+    values: Quantizer
+
+
+# --- telemetry ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to the cache.
+
+    Attributes:
+        kind: "encode", "demote", "evict", "reassign", "fallback" or "rollback".
+        layer: layer index.
+        tokens: tokens concerned, summed over rows and heads.
+        bytes_before: bytes the layer held before.
+        bytes_after: bytes the layer holds after.
+        seconds: time it took.
+        detail: anything else, JSON-serialisable.
+    """
+
+    kind: str
+    layer: int
+    tokens: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
+    seconds: float = 0.0
+    detail: Mapping[str, Any] = field(default_factory=dict)
+
+
+class TelemetrySink(ABC):
+    """Receives events. Never called once a token: only when tiles move."""
+
+    @abstractmethod
+    def emit(self, event: Event) -> None:
+        """Take one event."""
+
+    def close(self) -> None:
+        """Flush and release what is held."""
+
+
+def flatten_tiers(tiers: Sequence[Tier]) -> str:
+    """A short description such as ``int4(K 4.50 V 4.50) rest``."""
+    return " > ".join(
+        f"{t.name}(K {t.keys.bits_per_element:.2f} V {t.values.bits_per_element:.2f}) {t.capacity}" for t in tiers
+    )

@@ -1,0 +1,1 @@
+"""Eviction policies that the core brings, one a file."""

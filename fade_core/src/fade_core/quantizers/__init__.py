@@ -1,0 +1,1 @@
+"""Quantizers that the core brings: uniform codes and full precision."""
