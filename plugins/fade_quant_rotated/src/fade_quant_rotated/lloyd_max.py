@@ -1,0 +1,47 @@
+"""Lloyd-Max quantization of a unit Gaussian: the levels with the least mean squared error at a given width."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import torch
+from torch import Tensor
+
+
+@cache
+def gaussian_levels(bits: int) -> tuple[float, ...]:
+    """Reconstruction levels ``2**bits``, ascending and symmetric about 0 (Lloyd 1982, Max 1960)."""
+    count = 2**bits
+    normal = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64))
+    # Panter-Dite: the best density of points is the cube root of the source's, a Gaussian of variance 3
+    levels = normal.icdf((torch.arange(count, dtype=torch.float64) + 0.5) / count) * math.sqrt(3 * (1 - 1 / count))
+    infinity = torch.tensor([math.inf], dtype=torch.float64)
+    for _ in range(20_000):
+        edges = torch.cat([-infinity, (levels[1:] + levels[:-1]) / 2, infinity])
+        density = torch.exp(-edges.square() / 2) / math.sqrt(2 * math.pi)
+        mass = torch.special.ndtr(edges).diff()
+        centroids = -density.diff() / mass
+        moved = (centroids - levels).abs().max()
+        levels = centroids
+        if moved < 1e-12:
+            break
+    levels = (levels - levels.flip(0)) / 2
+    return tuple(levels.tolist())
+
+
+@cache
+def gaussian_distortion(bits: int) -> float:
+    """Mean squared error of ``gaussian_levels`` on a unit Gaussian: 1 at 0 bits, 0.3634 at 1, 0.1175 at 2."""
+    if bits == 0:
+        return 1.0
+    levels = torch.tensor(gaussian_levels(bits), dtype=torch.float64)
+    infinity = torch.tensor([math.inf], dtype=torch.float64)
+    edges = torch.cat([-infinity, (levels[1:] + levels[:-1]) / 2, infinity])
+    mass = torch.special.ndtr(edges).diff()
+    return float(1 - (mass * levels.square()).sum())  # levels are centroids: E[x xhat] = E[xhat^2]
+
+
+def boundaries(levels: Tensor) -> Tensor:
+    """Midpoints between ascending ``levels``: where ``torch.bucketize`` changes code."""
+    return (levels[1:] + levels[:-1]) / 2
