@@ -145,6 +145,12 @@ def test_config_builds_both_sides_and_refuses() -> None:
 
 def test_wrong_shapes_are_refused() -> None:
     quantizer = RotatedQuantizer(64)
-    for bad in (torch.randn(1, 1, 5, 32), torch.randn(1, 5, 64), torch.randn(1, 1, 0, 64), torch.ones(1, 1, 5, 64).int()):
+    bad_ones = (
+        torch.randn(1, 1, 5, 32),
+        torch.randn(1, 5, 64),
+        torch.randn(1, 1, 0, 64),
+        torch.ones(1, 1, 5, 64).int(),
+    )
+    for bad in bad_ones:
         with pytest.raises(InputError, match="rotated"):
             quantizer.encode(bad)

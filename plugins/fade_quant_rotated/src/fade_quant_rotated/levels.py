@@ -76,7 +76,7 @@ class TokenQuantizer(Quantizer):
 
     def __init__(self, format: PackedFormat, scale: ScaleRule = "norm", metadata: Metadata = "fp16") -> None:
         if format.axis != "token":
-            raise ConfigError(f"axis={format.axis!r} shares scales between tokens; a token quantizer needs axis='token'")
+            raise ConfigError(f"axis={format.axis!r} shares scales between tokens; a token quantizer needs 'token'")
         if metadata == "log8" and format.levels is None:
             raise ConfigError("metadata='log8' has no place for a minimum; use codes='lloyd-max' or metadata='fp16'")
         self.fmt, self.rule, self.metadata = format, scale, metadata

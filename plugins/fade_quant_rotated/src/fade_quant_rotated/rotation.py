@@ -38,7 +38,8 @@ class Rotation:
         else:
             gaussian = torch.randn(head_dim, head_dim, generator=generator, dtype=torch.float64)
             q, r = torch.linalg.qr(gaussian)
-            self.state = (q * r.diagonal().sign()).float().contiguous()  # signs fixed: uniform over the orthogonal group
+            # with the signs of R's diagonal, Q is uniform over the orthogonal group
+            self.state = (q * r.diagonal().sign()).float().contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
         """``R x`` for every vector of float ``[..., D]``; computed and returned in ``x``'s dtype."""
