@@ -1,0 +1,126 @@
+"""FADE: a compressed KV cache for transformers, made of parts that plugins replace.
+
+Names are imported on first use: ``import fade_core`` costs nothing, and a plugin that imports ``hookimpl`` from here
+while the registry loads it meets no cycle.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fade_core._version import __version__
+
+if TYPE_CHECKING:
+    from fade_core.cache import TieredKVCache, create_tiered_cache
+    from fade_core.components import get_policy, get_quantizer
+    from fade_core.config import FadeConfig
+    from fade_core.hookspecs import hookimpl
+    from fade_core.interfaces import (
+        EvictionPolicy,
+        Kernel,
+        KernelConfig,
+        LayerView,
+        PolicyConfig,
+        Quantizer,
+        QuantizerConfig,
+        QuantizerContext,
+        RopeConfig,
+        RopeScheme,
+        TelemetrySinkConfig,
+        Tier,
+        TierConfig,
+    )
+    from fade_core.loading import load_model
+    from fade_core.manual import (
+        apply_tier_assignment,
+        apply_tier_assignment_per_sequence,
+        forward_with_tracking,
+        reassign_tiers,
+    )
+    from fade_core.plugins import list_plugins
+    from fade_core.telemetry import JsonlExporter, attach_telemetry
+    from fade_core.tracker import AttentionTracker
+
+_HOME = {
+    **dict.fromkeys(("TieredKVCache", "create_tiered_cache"), "cache"),
+    **dict.fromkeys(("get_policy", "get_quantizer"), "components"),
+    "FadeConfig": "config",
+    "hookimpl": "hookspecs",
+    **dict.fromkeys(
+        (
+            "EvictionPolicy",
+            "Kernel",
+            "KernelConfig",
+            "LayerView",
+            "PolicyConfig",
+            "Quantizer",
+            "QuantizerConfig",
+            "QuantizerContext",
+            "RopeConfig",
+            "RopeScheme",
+            "TelemetrySinkConfig",
+            "Tier",
+            "TierConfig",
+        ),
+        "interfaces",
+    ),
+    "load_model": "loading",
+    **dict.fromkeys(
+        (
+            "apply_tier_assignment",
+            "apply_tier_assignment_per_sequence",
+            "forward_with_tracking",
+            "reassign_tiers",
+        ),
+        "manual",
+    ),
+    "list_plugins": "plugins",
+    **dict.fromkeys(("JsonlExporter", "attach_telemetry"), "telemetry"),
+    "AttentionTracker": "tracker",
+}
+"""Public name to the module that defines it."""
+
+__all__ = [
+    "AttentionTracker",
+    "EvictionPolicy",
+    "FadeConfig",
+    "JsonlExporter",
+    "Kernel",
+    "KernelConfig",
+    "LayerView",
+    "PolicyConfig",
+    "Quantizer",
+    "QuantizerConfig",
+    "QuantizerContext",
+    "RopeConfig",
+    "RopeScheme",
+    "TelemetrySinkConfig",
+    "Tier",
+    "TierConfig",
+    "TieredKVCache",
+    "__version__",
+    "apply_tier_assignment",
+    "apply_tier_assignment_per_sequence",
+    "attach_telemetry",
+    "create_tiered_cache",
+    "forward_with_tracking",
+    "get_policy",
+    "get_quantizer",
+    "hookimpl",
+    "list_plugins",
+    "load_model",
+    "reassign_tiers",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

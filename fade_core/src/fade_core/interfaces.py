@@ -11,17 +11,19 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from fade_core.errors import InputError
 from fade_core.packed import Packed, PackedFormat
+from fade_core.validation import Capacity, CheckedModel, Count, Share
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
+
+    from pydantic import GetJsonSchemaHandler
+    from pydantic_core import CoreSchema
 
 Side = Literal["key", "value"]
-Capacity = int | float | Literal["rest"]
 
 
 # --- quantizers --------------------------------------------------------------------------------------------------
@@ -272,17 +274,22 @@ class Kernel(ABC):
 # --- configuration bases: what a plugin's hook returns --------------------------------------------------------------
 
 
-class ComponentConfig(BaseModel):
+class ComponentConfig(CheckedModel):
     """Base of every component's configuration: frozen, unknown fields refused, chosen by its ``kind`` literal."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        described = handler(schema)
+        discriminator = "tier" if "tier" in cls.model_fields else "kind"
+        handler.resolve_ref_schema(described)["required"] = [discriminator]  # a default does not make it optional here
+        return described
 
 
 class QuantizerConfig(ComponentConfig):
     """Configuration of a quantizer. Subclasses set ``kind: Literal["name"] = "name"`` and ``build``."""
 
     kind: str
-    bits: int = 4
+    bits: Count = 4
 
     def build(self, context: QuantizerContext) -> Quantizer:
         """The quantizer for one layer and side. Raises ``ConfigError`` if it cannot work there."""
@@ -304,8 +311,8 @@ class PolicyConfig(ComponentConfig):
     """
 
     kind: str
-    budget: int | float | None = None
-    every: int = Field(default=64, ge=1)
+    budget: Share | None = None
+    every: Count = 64
 
     def build(self) -> EvictionPolicy:
         """The policy object."""
@@ -338,6 +345,10 @@ class TierConfig(ComponentConfig):
 
     tier: str
     capacity: Capacity = "rest"
+
+    def label(self, keys: QuantizerConfig, values: QuantizerConfig) -> str:
+        """What reports call this rung, given the quantizers that ``quantizers`` answered."""
+        return self.tier
 
     def quantizers(
         self, keys: QuantizerConfig, values: QuantizerConfig
@@ -393,8 +404,11 @@ class TelemetrySink(ABC):
         """Flush and release what is held."""
 
 
-def flatten_tiers(tiers: Sequence[Tier]) -> str:
-    """A short description such as ``int4(K 4.50 V 4.50) rest``."""
-    return " > ".join(
-        f"{t.name}(K {t.keys.bits_per_element:.2f} V {t.values.bits_per_element:.2f}) {t.capacity}" for t in tiers
-    )
+class TelemetrySinkConfig(ComponentConfig):
+    """Configuration of a telemetry sink. Subclasses set ``kind: Literal["name"] = "name"`` and ``build``."""
+
+    kind: str
+
+    def build(self) -> TelemetrySink:
+        """The sink. Raises ``ConfigError`` if it cannot open what it writes to."""
+        raise NotImplementedError(f"{type(self).__name__} must define build()")

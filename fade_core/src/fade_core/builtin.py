@@ -1,0 +1,41 @@
+"""What the core brings, through the same door as every plugin. Imports inside the hooks keep start-up light."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from fade_core.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from fade_core.interfaces import Kernel, PolicyConfig, QuantizerConfig, TierConfig
+
+
+@hookimpl
+def fade_tiers() -> Sequence[type[TierConfig]]:
+    from fade_core.tiers import EvictedTier, FullTier, Int2Tier, Int4Tier, PackedTier
+
+    return [FullTier, PackedTier, Int4Tier, Int2Tier, EvictedTier]
+
+
+@hookimpl
+def fade_quantizers() -> Sequence[type[QuantizerConfig]]:
+    from fade_core.quantizers.uniform import UniformConfig
+
+    return [UniformConfig]
+
+
+@hookimpl
+def fade_policies() -> Sequence[type[PolicyConfig]]:
+    from fade_core.policies.ema import EmaConfig
+    from fade_core.policies.h2o import H2OConfig
+    from fade_core.policies.position import PositionConfig
+
+    return [PositionConfig, H2OConfig, EmaConfig]
+
+
+@hookimpl
+def fade_kernels() -> Sequence[type[Kernel]]:
+    from fade_core.kernels.attention import TorchAttentionMass, TorchDecodeAttention
+
+    return [TorchDecodeAttention, TorchAttentionMass]

@@ -1,0 +1,32 @@
+"""The three presets, in one place: what each trades is measured in the README."""
+
+from __future__ import annotations
+
+from typing import Any
+
+SAFE: dict[str, Any] = {
+    "n_sink": 4,
+    "recent_window": 64,
+    "keys": {"kind": "uniform", "bits": 4, "axis": "channel"},
+    "values": {"kind": "uniform", "bits": 4, "axis": "token"},
+    "policy": {"kind": "position"},
+}
+"""K and V at 4 bits, nothing evicted."""
+
+BALANCED: dict[str, Any] = {
+    "n_sink": 4,
+    "recent_window": 64,
+    "keys": {"kind": "uniform", "bits": 4, "axis": "channel"},
+    "values": {"kind": "uniform", "bits": 2, "axis": "token", "group": 32},
+    "policy": {"kind": "position"},
+}
+"""K at 4 bits, V at 2, nothing evicted."""
+
+AGGRESSIVE: dict[str, Any] = {
+    "n_sink": 4,
+    "recent_window": 64,
+    "keys": {"kind": "uniform", "bits": 3, "axis": "channel"},
+    "values": {"kind": "uniform", "bits": 2, "axis": "token", "group": 32},
+    "policy": {"kind": "h2o", "budget": 0.75},
+}
+"""K at 3 bits, V at 2, a quarter of the context evicted."""

@@ -1,0 +1,154 @@
+"""Checked models: frozen, no unknown field, no bool for a number, and errors that a person can read."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from fade_core.errors import ConfigError
+
+Problem = tuple[tuple[str, ...], str]
+
+
+class InvalidConfigError(ConfigError):
+    """A ``ConfigError`` that still knows where each problem is, so that an enclosing model can prefix its own path."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        self.problems = problems
+        super().__init__("\n".join(f"{_path(where)}: {what}" if where else what for where, what in problems))
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the nearest of ``known``, or nothing."""
+    near = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def problems_of(error: ValidationError) -> list[Problem]:
+    """Path and plain message of every problem, those of nested components included."""
+    found: list[Problem] = []
+    for entry in error.errors(include_url=False):
+        where = tuple(str(part) for part in entry["loc"])
+        cause = entry.get("ctx", {}).get("error")
+        if isinstance(cause, InvalidConfigError):
+            found += [(where + inner, what) for inner, what in cause.problems]
+        elif isinstance(cause, Exception):
+            found.append((where, str(cause)))
+        else:
+            message = entry["msg"][:1].lower() + entry["msg"][1:]
+            found.append((where, f"{message}; found {_short(entry['input'])}"))
+    return found
+
+
+class CheckedModel(BaseModel):
+    """Base of every configuration: immutable, closed, and strict about what is a number.
+
+    Construction and ``model_validate`` raise ``ConfigError`` (never pydantic's own error) with one line a problem.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    other_names: ClassVar[tuple[str, ...]] = ()
+    """Names that are understood besides the fields: suggested for a typo."""
+
+    def __init__(self, /, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise InvalidConfigError(problems_of(error)) from error
+
+    # pydantic then validates nested models natively instead of calling ``__init__`` again
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Self:
+        """As pydantic's, raising ``ConfigError``."""
+        try:
+            return super().model_validate(obj, **options)
+        except ValidationError as error:
+            raise InvalidConfigError(problems_of(error)) from error
+
+    @model_validator(mode="before")
+    @classmethod
+    def _closed_and_strict(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        problems: list[Problem] = []
+        for name, value in data.items():
+            known = cls.model_fields.get(name)
+            if known is None:
+                problems.append(((), cls._unknown(name)))
+            elif isinstance(value, bool) and not admits(known.annotation, bool):
+                problems.append(((str(name),), f"true/false is not a value here; found {value!r}"))
+        if problems:
+            raise InvalidConfigError(problems)
+        return data
+
+    @classmethod
+    def _unknown(cls, name: object) -> str:
+        hint = did_you_mean(name, [*cls.model_fields, *cls.other_names])
+        return f"unknown field {name!r}{hint} (known: {', '.join(cls.model_fields)})"
+
+
+def admits(annotation: Any, wanted: type) -> bool:
+    """Whether ``annotation`` (unions, ``Annotated``, ``Literal`` and ``Any`` included) allows a ``wanted``."""
+    if annotation is Any or annotation is wanted:
+        return True
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return any(isinstance(option, wanted) for option in get_args(annotation))
+    if origin is Annotated:
+        return admits(get_args(annotation)[0], wanted)
+    if origin in (Union, types.UnionType):
+        return any(admits(option, wanted) for option in get_args(annotation))
+    return False
+
+
+def _explain_share(value: Any) -> Any:
+    """Let through a count of tokens or a fraction of the context; say what is wrong with any other number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"a number of tokens or a fraction of the context is needed; found {value!r}")
+    if isinstance(value, int) and value < 1:
+        raise ValueError(f"a number of tokens must be at least 1; found {value}")
+    if isinstance(value, float) and not 0 < value <= 1:
+        raise ValueError(f"a fraction lies above 0 and is at most 1 (tokens are whole numbers); found {value}")
+    return value
+
+
+def _explain_capacity(value: Any) -> Any:
+    if isinstance(value, str) and value != "rest":
+        raise ValueError(f'tokens, a fraction of the context or "rest" is needed; found {value!r}')
+    return value if value == "rest" else _explain_share(value)
+
+
+def _explain_window(value: Any) -> Any:
+    if value != "all" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f'a number of queries (at least 1) or "all" is needed; found {value!r}')
+    return value
+
+
+Count = Annotated[int, Field(strict=True, ge=1)]
+"""A positive whole number (no bool, no string, no float)."""
+WholeNumber = Annotated[int, Field(strict=True, ge=0)]
+"""A whole number, zero included."""
+Fraction = Annotated[float, Field(strict=True, gt=0, le=1)]
+"""A share above 0 and at most 1."""
+Share = Annotated[Count | Fraction, BeforeValidator(_explain_share)]
+"""Tokens (int) or a fraction of the context (float)."""
+Capacity = Annotated[Count | Fraction | Literal["rest"], BeforeValidator(_explain_capacity)]
+"""Tokens (int), a fraction of the context (float), or "rest" for no bound."""
+Window = Annotated[Count | Literal["all"], BeforeValidator(_explain_window)]
+"""Queries (int) or "all"."""
+
+
+def _path(where: tuple[str, ...]) -> str:
+    return ".".join(where)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
