@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from fade_core import flat, presets
 from fade_core.components import AnyPolicy, AnyQuantizer, AnyRope, AnySink, AnyTier
@@ -50,12 +50,6 @@ def _text_keys(layers: Any) -> Any:
     if not isinstance(layers, Mapping):
         return layers
     return {str(key) if type(key) is int else key: value for key, value in layers.items()}
-
-
-def _whole_tile(tile: int) -> int:
-    if tile % 16:
-        raise ValueError(f"tile={tile} must be a multiple of 16")
-    return tile
 
 
 class LayerOverride(CheckedModel):
@@ -113,7 +107,7 @@ class FadeConfig(CheckedModel):
 
     n_sink: WholeNumber = 4
     recent_window: WholeNumber = 64
-    tile: Annotated[int, Field(strict=True, ge=16, le=256, multiple_of=16), AfterValidator(_whole_tile)] = 64
+    tile: Annotated[int, Field(strict=True, ge=16, le=256, multiple_of=16)] = 64
     keys: AnyQuantizer = UniformConfig(bits=4, axis="channel")
     values: AnyQuantizer = UniformConfig(bits=4, axis="token")
     ladder: tuple[AnyTier, ...] = ()
@@ -123,8 +117,8 @@ class FadeConfig(CheckedModel):
     layers: Annotated[
         dict[Annotated[str, Field(pattern=LAYER_KEY), BeforeValidator(_layer_key)], LayerOverride],
         BeforeValidator(_text_keys),
-        Field(json_schema_extra={"additionalProperties": False}),
-    ] = {}
+        Field(default_factory=dict, json_schema_extra={"additionalProperties": False}),
+    ]
     observation_window: Window = 64
     attention: Literal["fade", "stock", "auto"] = "auto"
     on_nonfinite: Literal["raise", "zero"] = "raise"
@@ -188,7 +182,7 @@ class FadeConfig(CheckedModel):
         change what they mean in this configuration: ``middle_v_bits=2``.
         """
         current = {name: getattr(self, name) for name in type(self).model_fields}
-        wanted = flat.nest(fields, flat.Defaults(self.keys, self.values, self.policy, self.ladder))
+        wanted = flat.nest(fields, flat.Defaults(self.keys, self.values, self.policy, self.ladder, fresh=False))
         for name, value in wanted.items():
             held = current.get(name)
             if isinstance(value, Mapping) and isinstance(held, ComponentConfig) and "kind" not in value:
@@ -257,7 +251,13 @@ class FadeConfig(CheckedModel):
 
 
 def _check_ladder(config: FadeConfig, path: str) -> None:
-    """Refuse a ladder that cannot be filled in order. Raises ``ConfigError``."""
+    """Refuse a ladder that cannot be filled in order, or a budget that cannot be kept. Raises ``ConfigError``."""
+    budget, kept = config.policy.budget, config.n_sink + config.recent_window
+    if isinstance(budget, int) and budget < kept:
+        raise ConfigError(
+            f"policy.budget={budget} tokens is less than what always stays: n_sink={config.n_sink} and "
+            f"recent_window={config.recent_window} make {kept}"
+        )
     for place, tier in enumerate(config.ladder):
         if place < len(config.ladder) - 1 and tier.capacity == "rest":
             raise ConfigError(

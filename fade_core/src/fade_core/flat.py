@@ -52,12 +52,17 @@ NAMES: tuple[str, ...] = tuple(FlatSpelling.model_fields)
 
 @dataclass(frozen=True)
 class Defaults:
-    """What the flat names change: the components that hold where the nested spelling says nothing."""
+    """What the flat names change: the components that hold where the nested spelling says nothing.
+
+    Attributes:
+        fresh: whether these are the defaults of a new configuration; budgets then bring the policy "h2o" with them.
+    """
 
     keys: QuantizerConfig
     values: QuantizerConfig
     policy: PolicyConfig
     ladder: tuple[TierConfig, ...] = ()
+    fresh: bool = True
 
 
 Wanted = dict[str, tuple[str, Any]]
@@ -75,7 +80,7 @@ def nest(data: Mapping[str, Any], base: Defaults) -> dict[str, Any]:
     if not written:
         return nested
     flat = FlatSpelling(**written)
-    phase = _phase(flat, "phase" in written)
+    phase = _phase(flat)
     backend = _BACKENDS[flat.quant_backend] if flat.quant_backend else None
     for side, name, bits in (
         ("keys", "middle_k_bits", flat.middle_k_bits),
@@ -86,7 +91,7 @@ def nest(data: Mapping[str, Any], base: Defaults) -> dict[str, Any]:
         "kind": ("eviction_policy", flat.eviction_policy),
         "every": ("reassign_every", flat.reassign_every),
     }
-    if phase == "2" and flat.eviction_policy is None and "policy" not in nested:
+    if phase == "2" and flat.eviction_policy is None and "policy" not in nested and (base.fresh or flat.phase == "2"):
         policy["kind"] = ("phase", "h2o")
     _set(nested, "policy", base.policy, policy)
     _set_scalar(nested, "observation_window", "prefill_track_limit", flat.prefill_track_limit)
@@ -98,7 +103,7 @@ def nest(data: Mapping[str, Any], base: Defaults) -> dict[str, Any]:
     return nested
 
 
-def _phase(flat: FlatSpelling, written: bool) -> str | None:
+def _phase(flat: FlatSpelling) -> str | None:
     budgets = f"int4_budget={flat.int4_budget}, int2_budget={flat.int2_budget}"
     bounded = flat.int4_budget is not None or flat.int2_budget > 0
     if flat.phase == "1a" and bounded:
@@ -174,12 +179,11 @@ def _set_ladder(nested: dict[str, Any], flat: FlatSpelling, base: Defaults) -> N
             rung["keys"] = _grouped(nested.get("keys", base.keys), flat.int2_group_size)
         rungs.append(rung)
     ladder = _tiers(rungs)
-    if nested.get("ladder"):
-        if _tiers(nested["ladder"]) != ladder:
-            raise ConfigError(
-                f"int4_budget={flat.int4_budget} and int2_budget={flat.int2_budget} mean ladder={rungs}, "
-                f"but ladder={nested['ladder']!r} is written too; keep one of them"
-            )
+    if nested.get("ladder") and _tiers(nested["ladder"]) != ladder:
+        raise ConfigError(
+            f"int4_budget={flat.int4_budget} and int2_budget={flat.int2_budget} mean ladder={rungs}, "
+            f"but ladder={nested['ladder']!r} is written too; keep one of them"
+        )
     nested["ladder"] = ladder
 
 

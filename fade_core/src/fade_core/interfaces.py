@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fade_core.errors import InputError
 from fade_core.packed import Packed, PackedFormat
-from fade_core.validation import Capacity, CheckedModel, Count, Share
+from fade_core.validation import Capacity as Capacity
+from fade_core.validation import CheckedModel, Count, Share
 
 if TYPE_CHECKING:
     from collections.abc import Callable

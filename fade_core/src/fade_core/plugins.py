@@ -5,17 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
-import traceback
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from types import ModuleType
+from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
 import pluggy
-from packaging.requirements import Requirement
-from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.utils import canonicalize_name
 
 from fade_core import hookspecs
@@ -30,12 +26,11 @@ from fade_core.interfaces import (
     TelemetrySinkConfig,
     TierConfig,
 )
+from fade_core.plugin import CORE_DIST, Plugin, PluginInfo, refusal_by_declaration, refusal_by_requirements
 from fade_core.validation import did_you_mean
 
 Group = Literal["tiers", "quantizers", "policies", "rope_schemes", "kernels", "telemetry_sinks", "eval_tasks"]
-Status = Literal["loaded", "failed", "incompatible", "conflict"]
 
-CORE_DIST = "fade-core"
 CORE_MODULE = "fade_core.builtin"
 
 _SINGULAR: dict[Group, str] = {
@@ -62,63 +57,11 @@ _FIRST_PARTY: dict[Group, dict[str, str]] = {
     "tiers": {"pq": "fade-quant-rotated"},
     "policies": {"learned": "fade-policy-learned"},
     "rope_schemes": dict.fromkeys(
-        ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional", "none"), "fade-rope"
+        ("default", "linear", "dynamic", "ntk", "yarn", "longrope", "llama3", "proportional", "none"), "fade-rope"
     ),
     "kernels": {"triton": "fade-kernels-triton"},
 }
 """Names that FADE's own plugins provide, for the message that says what to install."""
-
-
-@dataclass(frozen=True)
-class PluginInfo:
-    """One row of ``fade plugins``.
-
-    Attributes:
-        name: entry-point name.
-        dist: distribution that brought it, or its module where there is no distribution.
-        version: the distribution's version, or "" where there is none.
-        module: module that implements the hooks.
-        hooks: hooks that it implements.
-        components: names that it provides, by group ("policies": ("h2o", ...)).
-        status: "loaded"; "failed" (import or hook raised); "incompatible" (made for another core, not loaded);
-            "conflict" (a name that another plugin provides too).
-        reason: why the status is not "loaded".
-    """
-
-    name: str
-    dist: str
-    version: str
-    module: str
-    hooks: tuple[str, ...]
-    components: dict[str, tuple[str, ...]]
-    status: Status
-    reason: str
-
-
-@dataclass
-class _Plugin:
-    """A plugin while it is loaded: what it is, what it gave, what went wrong."""
-
-    name: str
-    dist: str
-    version: str
-    module: str
-    implementation: Any = None
-    hooks: tuple[str, ...] = ()
-    incompatible: str = ""
-    failures: list[str] = field(default_factory=list)
-    errors: list[BaseException] = field(default_factory=list)
-
-    @property
-    def owner(self) -> str:
-        version = f" {self.version}" if self.version else ""
-        return f"{self.dist}{version} ({self.module})"
-
-    def fail(self, what: str, error: BaseException) -> None:
-        where = traceback.extract_tb(error.__traceback__)
-        at = f" at {where[-1].filename}:{where[-1].lineno}" if where else ""
-        self.failures.append(f"{what} raised {type(error).__name__}: {error}{at}")
-        self.errors.append(error)
 
 
 @dataclass(frozen=True)
@@ -127,7 +70,7 @@ class _Entry:
 
     name: str
     component: Any
-    plugin: _Plugin
+    plugin: Plugin
 
     @property
     def owner(self) -> str:
@@ -140,12 +83,21 @@ class Registry:
 
     Args:
         modules: modules (or any objects with ``@hookimpl`` functions) to register besides the installed ones.
-        entry_points: whether to read the entry points of group ``fade``.
+        entry_points: whether to read the entry points of group ``fade``; the core's own components are there anyway.
     """
 
     def __init__(self, modules: Iterable[Any] = (), *, entry_points: bool = True) -> None:
         self._extra = tuple(modules)
         self._use_entry_points = entry_points
+        self._lock = threading.RLock()
+        self.reload()
+
+    def reload(self) -> None:
+        """Forget everything; the next look-up reads the entry points again."""
+        self._manager = pluggy.PluginManager(hookspecs.GROUP)
+        self._manager.add_hookspecs(hookspecs)
+        self._loaded: list[Plugin] | None = None
+        self._loading = ""
         self._entries: dict[Group, dict[str, list[_Entry]]] = {}
 
     # --- look-up ---
@@ -171,14 +123,14 @@ class Registry:
         """Every component of a group by name, without those that two plugins claim."""
         return {name: entries[0].component for name, entries in self._group(group).items() if len(entries) == 1}
 
+    def has(self, group: Group, name: str) -> bool:
+        """Whether any plugin provides ``name``, even if two do."""
+        return name in self._group(group)
+
     def kernels(self, op: str) -> dict[str, Kernel]:
-        """Implementations of ``op`` by name. Raises ``PluginError`` if two plugins claim one."""
+        """Implementations of ``op`` by name, without those that two plugins claim."""
         prefix = f"{op}:"
-        return {
-            key.removeprefix(prefix): self.get("kernels", key)
-            for key in sorted(self._group("kernels"))
-            if key.startswith(prefix)
-        }
+        return {key.removeprefix(prefix): k for key, k in self.all("kernels").items() if key.startswith(prefix)}
 
     def add_commands(self, app: Any) -> None:
         """Let every plugin add its commands to a typer app; one that raises is recorded and skipped."""
@@ -201,53 +153,59 @@ class Registry:
                         conflicts[owner].append(_conflict(group, entries))
             for owner, names in by_plugin.items():
                 components[owner][group] = tuple(sorted(names))
-        return [_describe(plugin, components[id(plugin)], conflicts[id(plugin)]) for plugin in self._plugins]
+        return [p.describe(components[id(p)], conflicts[id(p)]) for p in self._plugins]
 
     # --- loading ---
-    @cached_property
-    def _manager(self) -> pluggy.PluginManager:
-        manager = pluggy.PluginManager(hookspecs.GROUP)
-        manager.add_hookspecs(hookspecs)
-        return manager
+    @property
+    def _plugins(self) -> list[Plugin]:
+        with self._lock:
+            if self._loading:
+                raise PluginError(
+                    f"plugins are still being loaded, and {self._loading} looks one up while it is imported; "
+                    f"do that inside a function"
+                )
+            if self._loaded is None:
+                try:
+                    self._loaded = self._load_all()
+                finally:
+                    self._loading = ""
+            return self._loaded
 
-    @cached_property
-    def _plugins(self) -> list[_Plugin]:
-        plugins: list[_Plugin] = []
+    def _load_all(self) -> list[Plugin]:
+        plugins: list[Plugin] = []
         points = importlib.metadata.entry_points(group=hookspecs.GROUP) if self._use_entry_points else ()
-        for point in sorted(points, key=lambda p: (p.value != CORE_MODULE, p.name)):
+        for point in sorted(points, key=lambda p: (p.value != CORE_MODULE, p.name, p.value)):
             if any(plugin.module == point.value for plugin in plugins):
                 continue  # two entry points that lead to one module are one plugin
-            plugins.append(self._load(_from_entry_point(point), point.load, _requirements(point)))
+            requirements = (point.dist.requires or ()) if point.dist is not None else ()
+            plugins.append(self._load(Plugin.from_entry_point(point), point.load, requirements))
         if not any(plugin.module == CORE_MODULE for plugin in plugins):  # a source tree without metadata
-            core = _Plugin("core", CORE_DIST, __version__, CORE_MODULE)
+            core = Plugin("core", CORE_DIST, __version__, CORE_MODULE)
             plugins.insert(0, self._load(core, lambda: importlib.import_module(CORE_MODULE)))
         for extra in self._extra:
             if not any(plugin.implementation is extra for plugin in plugins):
-                plugins.append(self._load(_from_object(extra), _constant(extra)))
+                plugins.append(self._load(Plugin.from_object(extra), _constant(extra)))
         return plugins
 
-    def _load(self, plugin: _Plugin, load: Callable[[], Any], requirements: Sequence[str] = ()) -> _Plugin:
+    def _load(self, plugin: Plugin, load: Callable[[], Any], requirements: Iterable[str] = ()) -> Plugin:
+        self._loading = plugin.owner
         try:
-            plugin.incompatible = _refuses_core(requirements, "requires")
-            if plugin.incompatible:
-                return plugin
-            implementation = load()
-            declared = getattr(implementation, "FADE_CORE", "")
-            plugin.incompatible = _refuses_core([f"{CORE_DIST}{declared}"] if declared else [], "declares")
-            if plugin.incompatible:
-                return plugin
-            plugin.implementation = implementation
+            plugin.incompatible = refusal_by_requirements(requirements)
+            if not plugin.incompatible:
+                implementation = load()
+                plugin.incompatible = refusal_by_declaration(getattr(implementation, "FADE_CORE", ""))
+            if not plugin.incompatible:
+                plugin.implementation = implementation
+                self._register(plugin)
         except (Exception, SystemExit) as error:
             plugin.fail("import", error)
-            return plugin
-        self._register(plugin)
         return plugin
 
-    def _register(self, plugin: _Plugin) -> None:
+    def _register(self, plugin: Plugin) -> None:
         known = {name for name in vars(hookspecs) if name.startswith("fade_")}
         hooks_known = f"hooks: {', '.join(sorted(known))}"
         try:
-            self._manager.register(plugin.implementation)
+            self._manager.register(plugin.implementation, name=f"{plugin.owner} as {plugin.name}")
             hooks = sorted(caller.name for caller in self._manager.get_hookcallers(plugin.implementation) or [])
             unknown = [name for name in hooks if name not in known]
             if unknown:
@@ -261,7 +219,7 @@ class Registry:
             return
         plugin.hooks = tuple(hooks)
 
-    def _call(self, plugin: _Plugin, hook: str, **arguments: Any) -> list[Any]:
+    def _call(self, plugin: Plugin, hook: str, **arguments: Any) -> list[Any]:
         others = [p.implementation for p in self._plugins if p is not plugin and p.implementation is not None]
         try:
             return list(self._manager.subset_hook_caller(hook, others)(**arguments))
@@ -281,7 +239,7 @@ class Registry:
             self._entries[group] = found
         return self._entries[group]
 
-    def _take(self, group: Group, plugin: _Plugin, answer: Any, found: dict[str, list[_Entry]]) -> None:
+    def _take(self, group: Group, plugin: Plugin, answer: Any, found: dict[str, list[_Entry]]) -> None:
         """Add what one plugin answered to ``found``; what does not fit is recorded as the plugin's failure."""
         hook = f"fade_{group}"
         try:
@@ -297,19 +255,21 @@ class Registry:
             plugin.fail(hook, error)
 
     def _unknown(self, group: Group, name: str) -> str:
-        singular = _SINGULAR[group]
         op, _, short = name.rpartition(":") if group == "kernels" else ("", "", name)
-        keys = self._group(group)
-        known = sorted(key.removeprefix(f"{op}:") for key in keys if not op or key.startswith(f"{op}:"))
-        message = f"unknown {singular} {short!r}{f' for op {op!r}' if op else ''}{did_you_mean(short, known)}"
+        known = sorted(self.kernels(op)) if op else self.names(group)
+        where = f" for op {op!r}" if op else ""
+        message = f"unknown {_SINGULAR[group]} {short!r}{where}{did_you_mean(short, known)}"
         message += f" (known: {', '.join(known) or 'none'})"
+        broken = [plugin for plugin in self._plugins if plugin.trouble]
         owner = _FIRST_PARTY.get(group, {}).get(short)
-        if owner:
+        culprits = [plugin for plugin in broken if owner is not None and canonicalize_name(plugin.dist) == owner]
+        for plugin in culprits:
+            message += f"; {plugin.owner} would provide it, but does not work here: {plugin.trouble}"
+        if owner is not None and not culprits:
             message += f"; {owner} provides it: pip install {owner}"
-        for plugin in self._plugins:
-            trouble = plugin.incompatible or "; ".join(plugin.failures)
-            if trouble and (owner is None or canonicalize_name(plugin.dist) == owner):
-                message += f"; {plugin.owner} is installed but not usable: {trouble}"
+        if owner is None and broken:
+            names = ", ".join(plugin.dist for plugin in broken)
+            message += f"; installed but not working, which `fade plugins` explains: {names}"
         return message
 
 
@@ -341,6 +301,10 @@ def list_plugins() -> list[PluginInfo]:
 # --- helpers ---
 
 
+def _constant(value: Any) -> Callable[[], Any]:
+    return lambda: value
+
+
 def _names_of(group: Group, component: Any) -> tuple[str, ...]:
     """Names that a component is registered under. Raises ``PluginError`` for what does not belong in the group."""
     if group == "kernels":
@@ -369,56 +333,3 @@ def _names_of(group: Group, component: Any) -> tuple[str, ...]:
 def _conflict(group: Group, entries: Sequence[_Entry]) -> str:
     owners = " and by ".join(entry.owner for entry in entries)
     return f"{_SINGULAR[group]} {entries[0].name!r} is provided by {owners}; uninstall or rename one"
-
-
-def _describe(plugin: _Plugin, components: dict[str, tuple[str, ...]], conflicts: Sequence[str]) -> PluginInfo:
-    status: Status = "loaded"
-    if plugin.incompatible:
-        status = "incompatible"
-    elif plugin.failures:
-        status = "failed"
-    elif conflicts:
-        status = "conflict"
-    reason = "; ".join([plugin.incompatible] * bool(plugin.incompatible) + plugin.failures + list(conflicts))
-    return PluginInfo(
-        plugin.name, plugin.dist, plugin.version, plugin.module, plugin.hooks, dict(components), status, reason
-    )
-
-
-def _from_entry_point(point: importlib.metadata.EntryPoint) -> _Plugin:
-    dist = point.dist
-    if dist is None:
-        return _Plugin(point.name, point.module, "", point.value)
-    return _Plugin(point.name, dist.metadata["Name"] or point.module, dist.version, point.value)
-
-
-def _from_object(extra: Any) -> _Plugin:
-    name = extra.__name__ if isinstance(extra, ModuleType) else getattr(extra, "__name__", type(extra).__name__)
-    return _Plugin(name, getattr(extra, "FADE_DIST", name), "", name)
-
-
-def _requirements(point: importlib.metadata.EntryPoint) -> list[str]:
-    return list(point.dist.requires or []) if point.dist is not None else []
-
-
-def _constant(value: Any) -> Callable[[], Any]:
-    return lambda: value
-
-
-def _refuses_core(requirements: Sequence[str], verb: str) -> str:
-    """Why a plugin with these requirements cannot work with this core, or "". Raises ``PluginError`` on nonsense."""
-    for text in requirements:
-        try:
-            requirement = Requirement(text)
-            specifiers = SpecifierSet(str(requirement.specifier))
-        except (ValueError, InvalidSpecifier) as error:
-            if verb == "declares":
-                raise PluginError(f'FADE_CORE must be a version range such as ">=0.1,<0.2": {error}') from error
-            continue  # another project's requirement that this packaging cannot read
-        if canonicalize_name(requirement.name) != CORE_DIST:
-            continue
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        if not specifiers.contains(__version__, prereleases=True):
-            return f"it {verb} {CORE_DIST} {specifiers}, this is {CORE_DIST} {__version__}; install a matching version"
-    return ""

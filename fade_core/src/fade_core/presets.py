@@ -27,6 +27,6 @@ AGGRESSIVE: dict[str, Any] = {
     "recent_window": 64,
     "keys": {"kind": "uniform", "bits": 3, "axis": "channel"},
     "values": {"kind": "uniform", "bits": 2, "axis": "token", "group": 32},
-    "policy": {"kind": "h2o", "budget": 0.75},
+    "policy": {"kind": "h2o", "budget": 0.6},
 }
-"""K at 3 bits, V at 2, a quarter of the context evicted."""
+"""K at 3 bits, V at 2, two fifths of the context evicted."""

@@ -7,7 +7,15 @@ import types
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
 
 from fade_core.errors import ConfigError
 
@@ -32,7 +40,7 @@ def problems_of(error: ValidationError) -> list[Problem]:
     """Path and plain message of every problem, those of nested components included."""
     found: list[Problem] = []
     for entry in error.errors(include_url=False):
-        where = tuple(str(part) for part in entry["loc"])
+        where = tuple(str(part) for part in entry["loc"] if part != "[key]")
         cause = entry.get("ctx", {}).get("error")
         if isinstance(cause, InvalidConfigError):
             found += [(where + inner, what) for inner, what in cause.problems]
@@ -53,7 +61,7 @@ class CheckedModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     other_names: ClassVar[tuple[str, ...]] = ()
-    """Names that are understood besides the fields: suggested for a typo."""
+    """Names besides the fields that a ``mode="before"`` validator of the class understands and replaces."""
 
     def __init__(self, /, **data: Any) -> None:
         try:
@@ -72,21 +80,29 @@ class CheckedModel(BaseModel):
         except ValidationError as error:
             raise InvalidConfigError(problems_of(error)) from error
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _closed_and_strict(cls, data: Any) -> Any:
+    def _closed_and_strict(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Refuse unknown fields and booleans for numbers, and report them together with whatever else is wrong."""
         if not isinstance(data, Mapping):
-            return data
+            return handler(data)
         problems: list[Problem] = []
+        usable: dict[str, Any] = {}
         for name, value in data.items():
-            known = cls.model_fields.get(name)
-            if known is None:
+            field = cls.model_fields.get(name)
+            if field is None and name not in cls.other_names:
                 problems.append(((), cls._unknown(name)))
-            elif isinstance(value, bool) and not admits(known.annotation, bool):
+            elif field is not None and isinstance(value, bool) and not admits(field.annotation, bool):
                 problems.append(((str(name),), f"true/false is not a value here; found {value!r}"))
+            else:
+                usable[name] = value
+        try:
+            model = handler(usable)
+        except ValidationError as error:
+            problems += problems_of(error)
         if problems:
             raise InvalidConfigError(problems)
-        return data
+        return model
 
     @classmethod
     def _unknown(cls, name: object) -> str:

@@ -67,7 +67,7 @@ class KernelSelection(KernelConfig):
         name: str | None = getattr(self, op)
         if name is not None:
             return name
-        return self.kind if self.kind in default_registry().kernels(op) else AUTO
+        return self.kind if default_registry().has("kernels", f"{op}:{self.kind}") else AUTO
 
 
 def choose_kernel(
@@ -82,11 +82,14 @@ def choose_kernel(
 
     Raises:
         ConfigError: if the implementation that the configuration names refuses, or if none supports the case.
+        PluginError: if two plugins provide the implementation that the configuration names.
     """
     selection = config if isinstance(config, KernelSelection) else KernelSelection(kind=config.kind)
-    kernels = default_registry().kernels(op)
-    wanted = selection.wanted(op)
-    candidates = [kernels[wanted]] if wanted != AUTO else sorted(kernels.values(), key=lambda k: (-k.priority, k.name))
+    registry, wanted = default_registry(), selection.wanted(op)
+    if wanted == AUTO:
+        candidates = sorted(registry.kernels(op).values(), key=lambda kernel: (-kernel.priority, kernel.name))
+    else:
+        candidates = [registry.get("kernels", f"{op}:{wanted}")]
     refusals: Refusals = []
     for kernel in candidates:
         support = kernel.supports(format, head_dim, device, dtype)
