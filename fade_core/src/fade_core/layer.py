@@ -1,0 +1,722 @@
+"""One layer of the cache: a full-precision window over a ladder of packed tiers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from fade_core.errors import InputError, NonFiniteError
+from fade_core.handle import Handle
+from fade_core.interfaces import EvictionPolicy, Event, Kernel, LayerView
+from fade_core.kernels.attention import FullSegment, PackedSegment, Segment, TorchAttentionMass, TorchDecodeAttention
+from fade_core.ladder import Ladder, lowest, whole
+from fade_core.tierstore import TierStore, Tokens
+from fade_core.tracker import AttentionTracker
+from fade_core.window import Window
+
+DIRECT_QUERIES = 32
+"""Steps of at most this many tokens go straight into the window; longer ones are chunks of a prompt."""
+
+
+@dataclass
+class LayerPlan:
+    """What a layer is made of; built once by the cache.
+
+    Attributes:
+        index: layer index.
+        num_layers: layers of the model.
+        ladder: tiers, capacities, budget, sinks and window.
+        policy: ranks tokens when something is bounded.
+        every: decode steps between two rankings.
+        tracker: attention statistics, shared by all layers.
+        attention: "fade" if FADE's attention function drives the layer, "stock" if any other does.
+        on_nonfinite: "raise" or "zero".
+        kernel: implementation of ``decode_attention``.
+        mass_kernel: implementation of ``attention_mass``, for kernels that give no probabilities.
+        emit: where events go.
+        on_failure: called with the layer when input is refused in the middle of a forward pass.
+    """
+
+    index: int
+    num_layers: int
+    ladder: Ladder
+    policy: EvictionPolicy
+    every: int = 64
+    tracker: AttentionTracker = field(default_factory=lambda: AttentionTracker(()))
+    attention: str = "fade"
+    on_nonfinite: str = "raise"
+    kernel: Kernel = field(default_factory=TorchDecodeAttention)
+    mass_kernel: Kernel = field(default_factory=TorchAttentionMass)
+    emit: Callable[[Event], None] = lambda event: None
+    on_failure: Callable[[TieredLayer], None] = lambda layer: None
+
+
+class TieredLayer(CacheLayerMixin):
+    """Keys and values of one attention layer, compressed as soon as attention has seen them exactly once.
+
+    Outside, the layer has the *logical* length of everything the model has seen; inside, every stored token knows its
+    position. Leading padding of a row is never stored.
+
+    Args:
+        plan: what the layer is made of.
+        max_length: most tokens the layer may see, or ``None``.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, plan: LayerPlan, max_length: int | None = None) -> None:
+        super().__init__()
+        self.plan, self.index, self.max_length = plan, plan.index, max_length
+        self.logical = 0
+        self.record_past = False
+        self._blank()
+
+    def _blank(self) -> None:
+        self.is_initialized = False
+        self.window: Window | None = None
+        self.stores: tuple[TierStore, ...] = ()
+        self.pending: tuple[Tensor, Tensor] | None = None
+        self.padding = torch.zeros(0, dtype=torch.long)
+        self.since_ranking = 0
+        self.logical = 0
+
+    # --- what transformers asks ---
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate for the batch size, heads, dtype and device of the first tokens ``[B, H_kv, T, D]``."""
+        batch, heads, _, key_dim = key_states.shape
+        ladder, tracker = self.plan.ladder, self.plan.tracker
+        expected = (ladder.tiers[0].keys.head_dim, ladder.tiers[0].values.head_dim) if ladder.tiers else None
+        if expected and expected != (key_dim, value_states.shape[-1]):
+            raise InputError(
+                f"layer {self.index}: keys and values have head_dim {key_dim} and {value_states.shape[-1]}; this cache was "
+                f"built for {expected[0]} and {expected[1]}. Create the cache with the model that fills it."
+            )
+        self.dtype, self.device = key_states.dtype, key_states.device
+        ranked = ladder.bounded and not self.plan.policy.positional
+        statistics = tracker.statistics if ladder.bounded else ()
+        slots = ladder.n_sink + ladder.recent_window + ladder.tile
+        self.window = Window(
+            batch, heads, key_dim, value_states.shape[-1], slots, self.dtype, self.device, statistics
+        )
+        self.stores = tuple(
+            TierStore(tier, batch, heads, self.device, self.dtype, ranked, statistics) for tier in ladder.tiers
+        )
+        self.padding = torch.zeros(batch, dtype=torch.long)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take the new tokens ``[B, H_kv, Q, D]`` and return what attention should read.
+
+        Raises:
+            InputError: wrong shape, dtype, device or batch size; nothing has changed then.
+            NonFiniteError: NaN or infinity; layers before this one have been rolled back.
+        """
+        self._check(key_states, value_states)
+        key_states, value_states = self._finite(key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.settle()
+        if self.record_past:
+            self.demote()  # whatever the last verification rejected has been cropped by now
+        window, queries = self._window(), key_states.shape[2]
+        first = self.logical == 0
+        position = self.logical
+        self.logical += queries
+        stock = self.plan.attention == "stock"
+        if queries > DIRECT_QUERIES or bool((window.lengths == 0).any()):
+            self.pending = (key_states.detach(), value_states.detach())
+            if stock and first:
+                self.settle()
+                return key_states, value_states
+        else:
+            window.append(key_states, value_states, position)
+            self.since_ranking += queries
+        return Handle(self, "key"), Handle(self, "value")
+
+    def get_seq_length(self) -> int:
+        """Logical length: tokens the model has seen, stored or not."""
+        return self.logical
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Masks span the logical length; attention gathers from them by position."""
+        return self.logical + int(query_length), 0
+
+    def get_max_length(self) -> int:
+        """``max_length`` or -1."""
+        return self.max_length if self.max_length is not None else -1
+
+    def activate_past_recording(self) -> None:
+        """Assisted decoding starts: newest tokens may be cropped, so demotion waits for ``crop``."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens (0: only do what waited for this call)."""
+        if tokens_to_remove > 0:
+            raise InputError(f"crop takes a count of tokens to remove, as a negative number; found {tokens_to_remove}")
+        if not self.is_initialized:
+            return
+        if tokens_to_remove:
+            if self.pending is not None:
+                self.settle()
+            self.logical = max(0, self.logical + tokens_to_remove)
+            self._window().crop(self.logical)
+            for store in self.stores:
+                store.crop(self.logical)
+            self.padding = self.padding.clamp_max(self.logical)
+            if not self.logical:
+                self._blank()
+                return
+        self.demote()
+
+    def reset(self) -> None:
+        """Forget everything and free it."""
+        self._blank()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row ``i`` becomes what row ``beam_idx[i]`` was (beam search)."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep, repeat or reorder rows."""
+        if not self.is_initialized:
+            return
+        self.settle()
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().flatten()
+        self._window().select_rows(indices)
+        for store in self.stores:
+            store.select_rows(indices)
+        self.padding = self.padding[indices.cpu()]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row ``repeats`` times; packed tiles are shared between the copies."""
+        if self.is_initialized:
+            self.batch_select_indices(torch.arange(self.padding.shape[0]).repeat_interleave(repeats))
+
+    @property
+    def batch_size(self) -> int:
+        """Rows, or -1 before the first token."""
+        return self.padding.shape[0] if self.is_initialized else -1
+
+    # --- what attention asks ---
+    @property
+    def lengths(self) -> Tensor:
+        """Real tokens each row has seen, int64 ``[B]`` on the CPU: the logical length less leading padding."""
+        return self.logical - self.padding
+
+    def segments(self, mask: Tensor | None, queries: int) -> list[Segment]:
+        """Everything stored, finest last, each with its share of ``mask`` (bool ``[B, 1, Q, logical]`` or ``None``)."""
+        window = self._window()
+        found: list[Segment] = []
+        for store in self.stores:
+            if store.tiles:
+                valid = store.valid()
+                found.append(PackedSegment(store, self._gathered(mask, store.positions, valid, queries)))
+        if window.longest:
+            keys, values = window.live()
+            found.append(FullSegment(keys, values, self._gathered(mask, window.positions, window.valid(), queries)))
+        return found
+
+    def _gathered(
+        self, mask: Tensor | None, positions: Callable[[], Tensor], valid: Tensor | None, queries: int
+    ) -> Tensor | None:
+        if mask is None and queries == 1:
+            return None if valid is None else valid[:, :, None]
+        where = positions()
+        if mask is None:
+            newest = torch.arange(self.logical - queries, self.logical, device=where.device)
+            seen = where[:, :, None] <= newest[:, None]
+        else:
+            index = where.clamp_min(0)[:, :, None].expand(-1, -1, mask.shape[2], -1)
+            seen = mask.expand(-1, where.shape[1], -1, -1).gather(3, index)
+        return seen & (where >= 0)[:, :, None]
+
+    def statistics(self) -> list[dict[str, Tensor]]:
+        """Statistics of each of ``segments``' tokens, in the same order: views, updated in place."""
+        window = self._window()
+        found = [{n: t.flatten(2) for n, t in s.statistics.items()} for s in self.stores if s.tiles]
+        if window.longest:
+            found.append({n: t[:, :, : window.longest] for n, t in window.statistics.items()})
+        return found
+
+    # --- compression ---
+    def settle(self, padding: Tensor | None = None, statistics: Mapping[str, Tensor] | None = None) -> None:
+        """Take in what ``update`` left pending and demote what is due. Called right after attention.
+
+        Args:
+            padding: leading columns of the pending chunk that are padding, int64 ``[B]`` (CPU), for rows still empty.
+            statistics: what attention observed of the pending tokens, float32 ``[B, H_kv, Q]`` a name.
+        """
+        if self.pending is not None:
+            self._absorb(padding, statistics or {})
+        elif self.is_initialized and not self.record_past:
+            self.demote()
+
+    def demote(self) -> None:
+        """Encode window tiles that are full and re-rank when it is time."""
+        window, ladder = self._window(), self.plan.ladder
+        if ladder.tiers:
+            due = self._due(window.lengths)
+            if bool(due.any()):
+                started, before = time.perf_counter(), self.nbytes()
+                keys, values = window.live()
+                self._send_down(keys, values, window.positions(), {n: t[:, :, : window.longest] for n, t in window.statistics.items()}, due, 0)
+                window.take_out(ladder.n_sink, due)
+                window.shrink(ladder.n_sink + ladder.recent_window + ladder.tile)
+                self._report("encode", int(due.sum()) * window.keys.shape[1], before, started)
+        if self.since_ranking >= self.plan.every:
+            self.rank()
+
+    def rank(self) -> None:
+        """Re-score every token and move what is over capacity down the ladder."""
+        self.since_ranking = 0
+        ladder = self.plan.ladder
+        if not ladder.bounded or not self.is_initialized:
+            return
+        started, before = time.perf_counter(), self.nbytes()
+        window = self._window()
+        scores: list[Tensor] | None = None
+        above = torch.zeros((self.batch_size, window.keys.shape[1]), dtype=torch.long)
+        moved = evicted = 0
+        for i, store in enumerate(self.stores):
+            over = ladder.overflow(store.lengths, i, above, self.lengths, window.lengths)
+            if bool(over.any()):
+                if scores is None:
+                    scores = self._scores()
+                last = i + 1 == len(self.stores)
+                tokens = store.split(self._choose(store, scores[i], over), decode=not last)
+                if tokens is not None:
+                    lower = self.stores[i + 1]
+                    lower.append(tokens)
+                    moved += int(over.sum())
+                    scores = self._scores() if not self.plan.policy.positional or i + 2 < len(self.stores) else scores
+                else:
+                    evicted += int(over.sum())
+            above = above + store.lengths
+        if moved:
+            self._report("demote", moved, before, started)
+        if evicted:
+            self._report("evict", evicted, before, started)
+        self._report("reassign", moved + evicted, before, started)
+
+    def assign(self, tiers: Tensor) -> None:
+        """Move tokens to the tiers that somebody else chose (the manual loop).
+
+        Args:
+            tiers: int64 ``[B, H_kv, logical]``: wanted tier of each position: 0 full precision, ``i`` the ladder's
+                ``i``-th packed tier, -1 evicted. Tokens only move down; sinks and window are free to leave.
+
+        Raises:
+            InputError: wrong shape, an unknown tier, or a token that would have to move up.
+        """
+        self.settle()
+        window = self._window()
+        shape = (self.batch_size, window.keys.shape[1], self.logical)
+        if tuple(tiers.shape) != shape:
+            raise InputError(f"layer {self.index}: tiers have shape {tuple(tiers.shape)}; [B, H_kv, T] = {shape} is needed")
+        if bool((tiers < -1).any()) or bool((tiers > len(self.stores)).any()):
+            raise InputError(
+                f"layer {self.index}: tiers must be -1 (evicted), 0 (full precision) or 1..{len(self.stores)} "
+                f"({', '.join(s.tier.name for s in self.stores)}); found {int(tiers.min())}..{int(tiers.max())}"
+            )
+        depth = len(self.stores) + 1
+        wanted = tiers.to(self.device).where(tiers.to(self.device) >= 0, torch.full_like(tiers, depth, device=self.device))
+        now = self.tier_map().where(self.tier_map() >= 0, torch.full_like(tiers, depth, device=self.device))
+        if bool((wanted < now).any()):
+            raise InputError(
+                f"layer {self.index}: {int((wanted < now).sum())} tokens were asked back up the ladder; "
+                "what was dropped cannot be restored, tokens only move down"
+            )
+        leaving = self._leaving_window(wanted)
+        if leaving is not None:
+            for level, store in enumerate(self.stores, start=1):
+                chosen = leaving.of(level)
+                if chosen is not None:
+                    store._spell_positions()
+                    store.append(chosen)
+        for level, store in enumerate(self.stores, start=1):
+            if not store.tiles:
+                continue
+            target = wanted.gather(2, store.positions().clamp_min(0))
+            for lower in range(level + 1, depth + 1):
+                moving = target == lower
+                tokens = store.split(moving, decode=lower < depth) if bool(moving.any()) else None
+                if tokens is not None:
+                    self.stores[lower - 1]._spell_positions()
+                    self.stores[lower - 1].append(tokens)
+                if store.tiles:
+                    target = wanted.gather(2, store.positions().clamp_min(0))
+
+    # --- introspection ---
+    def tier_map(self) -> Tensor:
+        """int64 ``[B, H_kv, logical]``: 0 full precision, ``i`` the ladder's ``i``-th tier, -1 nowhere."""
+        self.settle()
+        window = self._window()
+        shape = (self.batch_size, window.keys.shape[1], self.logical + 1)
+        where = torch.full(shape, -1, dtype=torch.long, device=self.device)
+        for level, found in enumerate([window.positions(), *(s.positions() for s in self.stores)]):
+            index = found.expand(-1, shape[1], -1)
+            index = index.where(index >= 0, torch.full_like(index, self.logical))
+            where.scatter_(2, index, level)
+        return where[..., : self.logical]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor the layer keeps, as "tier/kind"."""
+        if self.window is None:
+            return {}
+        held = {f"fp16/{n}": t for n, t in self.window.tensors().items()}
+        for store in self.stores:
+            held.update({f"{store.tier.name}/{n}": t for n, t in store.tensors().items()})
+            for side, quantizer in (("k", store.tier.keys), ("v", store.tier.values)):
+                held.update({f"{store.tier.name}/{side}.state.{n}": t for n, t in quantizer.state_dict().items()})
+        held["layer/padding"] = self.padding
+        if self.pending is not None:
+            held["layer/pending.keys"], held["layer/pending.values"] = self.pending
+        return held
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors held, each storage once."""
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors().values()}
+        return sum(storages.values())
+
+    def dense_shape(self, side: str) -> tuple[int, int, int, int]:
+        """Shape that a handle shows: the logical length, whatever is stored."""
+        window = self._window()
+        held = window.keys if side == "key" else window.values
+        return (held.shape[0], held.shape[1], self.logical, held.shape[3])
+
+    def dense(self, side: str) -> Tensor:
+        """Dequantised tokens at their logical positions; zeros where nothing is stored (padding).
+
+        Raises:
+            InputError: if tokens were evicted: zeros would then change the answer.
+        """
+        pending = self.pending
+        total = int((self.lengths * self._window().keys.shape[1]).sum())
+        stored = [self._window(), *self.stores]
+        have = int(self._window().lengths.sum()) * self._window().keys.shape[1] + sum(int(s.lengths.sum()) for s in self.stores)
+        have += pending[0].shape[0] * pending[0].shape[1] * pending[0].shape[2] if pending is not None else 0
+        if have < total:
+            raise InputError(
+                f"layer {self.index} has evicted {total - have} tokens, which stock attention cannot leave out; "
+                "use FADE's attention (config attention = 'fade') or a ladder without eviction"
+            )
+        out = torch.zeros(self.dense_shape(side), dtype=self.dtype, device=self.device)
+        flat_end = self.logical
+        padded = torch.cat([out, out[:, :, :1]], dim=2)
+        for part in stored:
+            if isinstance(part, TierStore):
+                if not part.tiles:
+                    continue
+                quantizer, packed = (
+                    (part.tier.keys, part.packed_keys()) if side == "key" else (part.tier.values, part.packed_values())
+                )
+                tokens = quantizer.decode(packed)
+            else:
+                tokens = part.live()[0 if side == "key" else 1]
+            where = part.positions().expand(-1, out.shape[1], -1)
+            where = where.where(where >= 0, torch.full_like(where, flat_end))
+            padded.scatter_(2, where[..., None].expand_as(tokens), tokens)
+        if pending is not None:
+            chunk = pending[0 if side == "key" else 1]
+            padded[:, :, flat_end - chunk.shape[2] : flat_end] = chunk
+        return padded[:, :, :flat_end]
+
+    # --- inside ---
+    def _window(self) -> Window:
+        if self.window is None:
+            raise InputError(f"layer {self.index} is empty: it has not seen a token yet")
+        return self.window
+
+    def _check(self, keys: Tensor, values: Tensor) -> None:
+        if keys.dim() != 4 or values.dim() != 4 or keys.shape[:3] != values.shape[:3]:
+            raise InputError(
+                f"layer {self.index}: keys {tuple(keys.shape)} and values {tuple(values.shape)} must both be [B, H_kv, T, D]"
+            )
+        if not keys.is_floating_point() or keys.dtype != values.dtype:
+            raise InputError(
+                f"layer {self.index}: keys are {keys.dtype} and values {values.dtype}; both must be one floating type"
+            )
+        if self.max_length is not None and self.logical + keys.shape[2] > self.max_length:
+            raise InputError(
+                f"layer {self.index}: {self.logical} tokens are cached and {keys.shape[2]} more would pass "
+                f"max_cache_len={self.max_length}; create the cache with a larger max_cache_len"
+            )
+        if self.window is None:
+            return
+        held = self.window.keys
+        if keys.shape[0] != held.shape[0]:
+            raise InputError(
+                f"layer {self.index}: the batch has {keys.shape[0]} rows, the cache holds {held.shape[0]}; use "
+                "batch_select_indices or batch_repeat_interleave to change rows, or a fresh cache"
+            )
+        if keys.shape[1] != held.shape[1] or keys.shape[3] != held.shape[3]:
+            raise InputError(
+                f"layer {self.index}: keys have {keys.shape[1]} heads of {keys.shape[3]}; the cache holds {held.shape[1]} heads "
+                f"of {held.shape[3]}"
+            )
+        if keys.dtype != held.dtype or keys.device != held.device:
+            raise InputError(
+                f"layer {self.index}: keys are {keys.dtype} on {keys.device}; the cache holds {held.dtype} on {held.device}"
+            )
+
+    def _finite(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if bool(torch.isfinite(keys.sum() + values.sum())):
+            return keys, values
+        bad_k, bad_v = ~torch.isfinite(keys), ~torch.isfinite(values)
+        bad = (bad_k.any(-1) | bad_v.any(-1)).any(1)  # [B, Q]
+        if not bool(bad.any()):  # finite, but the sum overflowed
+            return keys, values
+        if self.plan.on_nonfinite == "zero":
+            return keys.masked_fill(bad_k, 0), values.masked_fill(bad_v, 0)
+        row, column = (int(i) for i in bad.nonzero()[0])
+        side = "keys" if bool(bad_k[row, :, column].any()) else "values"
+        start = self.logical
+        self.plan.on_failure(self)
+        raise NonFiniteError(
+            f"layer {self.index}: NaN or infinity in the {side} at position {start + column} of row {row} "
+            f"({int(bad.sum())} tokens concerned). The cache is as it was before this step. Look for an overflow in the "
+            "model (float16 is the usual cause), or set on_nonfinite = 'zero' to store zeros instead."
+        )
+
+    def _due(self, lengths: Tensor) -> Tensor:
+        """Tokens that rows of ``lengths`` full-precision tokens send down, int64 ``[B]``, whole tiles."""
+        ladder = self.plan.ladder
+        return whole((lengths - ladder.n_sink - ladder.recent_window).clamp_min(0), ladder.tile)
+
+    def _absorb(self, padding: Tensor | None, statistics: Mapping[str, Tensor]) -> None:
+        """Merge the pending chunk with the window and send what does not fit down the ladder."""
+        if self.pending is None:
+            return
+        started, before = time.perf_counter(), self.nbytes()
+        keys, values = self.pending
+        self.pending = None
+        window, ladder = self._window(), self.plan.ladder
+        chunk, start = keys.shape[2], self.logical - keys.shape[2]
+        empty = window.lengths == 0
+        dropped = torch.zeros_like(window.lengths) if padding is None else padding.clamp_max(chunk) * empty
+        self.padding = self.padding + dropped
+        positions = torch.arange(start, self.logical, device=self.device).expand(keys.shape[0], -1)
+        observed = {n: statistics.get(n, keys.new_zeros(keys.shape[:3], dtype=torch.float32)) for n in window.statistics}
+        lengths = window.lengths + chunk - dropped
+        if window.longest or bool(dropped.any()):
+            keys, values, positions, observed = self._joined(keys, values, positions, observed, dropped)
+        due = self._due(lengths) if ladder.tiers else torch.zeros_like(lengths)
+        if bool(due.any()):
+            self._send_down(keys, values, positions[:, None], observed, due, chunk)
+        self._keep_in_window(keys, values, positions, observed, lengths, due)
+        if bool(due.any()):
+            self._report("encode", int(due.sum()) * keys.shape[1], before, started)
+        if self.since_ranking >= self.plan.every:
+            self.rank()
+
+    def _joined(
+        self, keys: Tensor, values: Tensor, positions: Tensor, observed: Mapping[str, Tensor], dropped: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """Window and chunk as one left-aligned run of tokens a row."""
+        window = self._window()
+        chunk, held = keys.shape[2], window.longest
+        slots = torch.arange(held + chunk)
+        own = window.lengths[:, None]
+        source = torch.where(slots < own, slots, held + slots - own + dropped[:, None]).clamp_max(held + chunk - 1)
+        at = source.to(self.device)
+
+        def join(old: Tensor, new: Tensor) -> Tensor:
+            both = torch.cat([old, new], dim=2) if held else new
+            index = at[:, None, :, None] if both.dim() == 4 else at[:, None]
+            return both.gather(2, index.expand(-1, both.shape[1], -1, *both.shape[3:]))
+
+        old_k, old_v = window.live()
+        stats = {n: join(window.statistics[n][:, :, :held], t) for n, t in observed.items()}
+        where = join(window.positions(), positions[:, None])[:, 0]
+        return join(old_k, keys), join(old_v, values), where, stats
+
+    def _send_down(
+        self, keys: Tensor, values: Tensor, positions: Tensor, observed: Mapping[str, Tensor], due: Tensor, chunk: int
+    ) -> None:
+        """Encode tokens ``[n_sink, n_sink + due[b])`` of left-aligned rows into the tiers."""
+        ladder = self.plan.ladder
+        width, first = int(due.max()), ladder.n_sink
+        part = slice(first, first + width)
+        heads = keys.shape[1]
+        moving = Tokens(
+            keys[:, :, part],
+            values[:, :, part],
+            positions[:, :, part],
+            due[:, None].expand(-1, heads).contiguous(),
+            {n: t[:, :, part] for n, t in observed.items()},
+        )
+        if chunk and ladder.bounded and not any(s.tiles for s in self.stores):
+            self._pour(moving, keys, values, positions, observed, due)
+            return
+        self.stores[0].append(moving)
+        if chunk:
+            self.since_ranking = self.plan.every  # a chunk can overflow a tier at once
+
+    def _pour(
+        self, moving: Tokens, keys: Tensor, values: Tensor, positions: Tensor, observed: Mapping[str, Tensor], due: Tensor
+    ) -> None:
+        """Place the prompt's tokens directly: the best into the first tier, the next into the second, and so on."""
+        ladder, policy = self.plan.ladder, self.plan.policy
+        lengths = self.lengths
+        window = lengths - due
+        takes = ladder.fill(due, lengths, window)
+        heads, width = keys.shape[1], moving.keys.shape[2]
+        slots = torch.arange(width, device=self.device)
+        live = (slots < due[:, None].to(self.device))[:, None].expand(-1, heads, -1)
+        if policy.positional:
+            scores = slots.float().expand_as(live)
+        else:
+            total = torch.arange(keys.shape[2], device=self.device)
+            real = (total < lengths[:, None].to(self.device))[:, None]
+            where = positions.expand(-1, heads, -1).masked_fill(~real, -1)
+            view = LayerView(
+                where, self.logical, self.index, self.plan.num_layers, dict(observed), keys.float, values.float, lengths
+            )
+            scores = self._checked(policy.score(view), where.shape)[:, :, ladder.n_sink : ladder.n_sink + width]
+        rank = torch.argsort(torch.argsort(scores.masked_fill(~live, -torch.inf), dim=-1, descending=True, stable=True), dim=-1)
+        upper = torch.zeros_like(due)
+        for store, take in zip(self.stores, takes, strict=True):
+            lower, upper = upper, upper + take
+            if not bool(take.any()):
+                continue
+            bounds = lower.to(self.device)[:, None, None], upper.to(self.device)[:, None, None]
+            chosen = (rank >= bounds[0]) & (rank < bounds[1]) & live
+            index = torch.argsort(~chosen, dim=-1, stable=True)[..., : int(take.max())]
+            store.append(_gather(moving, index, take[:, None].expand(-1, heads).contiguous()))
+        evicted = int((due - upper).sum()) * heads
+        if evicted:
+            self.plan.emit(Event("evict", self.index, evicted))
+
+    def _keep_in_window(
+        self, keys: Tensor, values: Tensor, positions: Tensor, observed: Mapping[str, Tensor], lengths: Tensor, due: Tensor
+    ) -> None:
+        window, ladder = self._window(), self.plan.ladder
+        kept = lengths - due
+        slots = torch.arange(int(kept.max()))
+        source = torch.where(slots < ladder.n_sink, slots, slots + due[:, None]).clamp_max(keys.shape[2] - 1).to(self.device)
+        wide = source[:, None, :, None]
+        new_k = keys.gather(2, wide.expand(-1, keys.shape[1], -1, keys.shape[3]))
+        new_v = values.gather(2, wide.expand(-1, values.shape[1], -1, values.shape[3]))
+        stats = {n: t.gather(2, source[:, None].expand(-1, t.shape[1], -1)) for n, t in observed.items()}
+        window.assign(new_k, new_v, positions.gather(1, source), kept, stats)
+        if ladder.tiers:
+            window.shrink(ladder.n_sink + ladder.recent_window + ladder.tile)
+
+    def _scores(self) -> list[Tensor]:
+        """The policy's scores of every tier's slots, ``[B, H_kv, tiles * tile]`` each."""
+        window = self._window()
+        heads = window.keys.shape[1]
+        parts = [window.positions().expand(-1, heads, -1), *(s.positions().expand(-1, heads, -1) for s in self.stores)]
+        sizes = [p.shape[2] for p in parts]
+        statistics = {
+            n: torch.cat([window.statistics[n][:, :, : window.longest], *(s.statistics[n].flatten(2) for s in self.stores)], 2)
+            for n in window.statistics
+        }
+
+        def decoded(side: int) -> Tensor:
+            return torch.cat([window.live()[side], *(s.decoded()[side] for s in self.stores if s.tiles)], 2).float()
+
+        view = LayerView(
+            torch.cat(parts, 2),
+            self.logical,
+            self.index,
+            self.plan.num_layers,
+            statistics,
+            lambda: decoded(0),
+            lambda: decoded(1),
+            self.lengths,
+        )
+        scores = self._checked(self.plan.policy.score(view), view.positions.shape)
+        return list(scores.split(sizes, dim=2)[1:])
+
+    def _checked(self, scores: Tensor, shape: torch.Size) -> Tensor:
+        if scores.shape != shape:
+            raise InputError(
+                f"policy {self.plan.policy.kind!r} scored layer {self.index} with shape {tuple(scores.shape)}; "
+                f"[B, H_kv, T] = {tuple(shape)} is needed"
+            )
+        return scores.float().nan_to_num(nan=-torch.inf)
+
+    def _choose(self, store: TierStore, scores: Tensor, over: Tensor) -> Tensor:
+        """Which slots of ``store`` go: the lowest tokens, or whole tiles by their mean where tokens cannot be parted."""
+        positions = store.positions()
+        live = positions >= 0
+        if store.explicit and store.tier.keys.moves_tokens and store.tier.values.moves_tokens:
+            return lowest(scores, live, over)
+        tiled = scores.masked_fill(~live, 0).unflatten(-1, (-1, store.tile)).sum(-1)
+        count = live.unflatten(-1, (-1, store.tile)).sum(-1)
+        tiles = lowest(tiled / count.clamp_min(1), count > 0, -(-over // store.tile))
+        return tiles.repeat_interleave(store.tile, dim=-1) & live
+
+    def _leaving_window(self, wanted: Tensor) -> _Leaving | None:
+        """Tokens that a manual assignment takes out of the window; all heads of a row must agree on them."""
+        window = self._window()
+        where = window.positions()
+        target = wanted.gather(2, where.clamp_min(0).expand(-1, wanted.shape[1], -1))
+        leaving = (target > 0) & (where >= 0)
+        if not bool(leaving.any()):
+            return None
+        if not bool((leaving == leaving[:, :1]).all()):
+            raise InputError(f"layer {self.index}: the heads of a row disagree on which tokens leave full precision")
+        keys, values = (t.clone() for t in window.live())
+        stats = {n: t[:, :, : window.longest].clone() for n, t in window.statistics.items()}
+        found = _Leaving(keys, values, where.clone(), stats, target.masked_fill(~leaving, 0))
+        stays = ((where[:, 0] >= 0) & ~leaving[:, 0]).cpu()
+        index = torch.argsort(~stays, dim=-1, stable=True).to(self.device)
+        wide = index[:, None, :, None]
+        window.assign(
+            keys.gather(2, wide.expand_as(keys)),
+            values.gather(2, wide.expand_as(values)),
+            where[:, 0].gather(1, index),
+            stays.sum(-1),
+            {n: t.gather(2, index[:, None].expand_as(t)) for n, t in stats.items()},
+        )
+        return found
+
+    def _report(self, kind: str, tokens: int, before: int, started: float) -> None:
+        self.plan.emit(
+            Event(kind, self.index, tokens, before, self.nbytes(), time.perf_counter() - started, {"length": self.logical})
+        )
+
+
+@dataclass
+class _Leaving:
+    """Tokens on their way out of the window, with the tier each is bound for (0: it stays)."""
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    statistics: dict[str, Tensor]
+    target: Tensor
+
+    def of(self, level: int) -> Tokens | None:
+        """The tokens bound for tier ``level``."""
+        chosen = self.target == level
+        counts = chosen.sum(-1).cpu()
+        if not bool(counts.any()):
+            return None
+        index = torch.argsort(~chosen, dim=-1, stable=True)[..., : int(counts.max())]
+        every = Tokens(self.keys, self.values, self.positions, counts, self.statistics)
+        return _gather(every, index, counts)
+
+
+def _gather(tokens: Tokens, index: Tensor, counts: Tensor) -> Tokens:
+    """The tokens ``index`` (int64 ``[B, H_kv, K]``) of each row and head."""
+    wide = index[..., None]
+    return Tokens(
+        tokens.keys.gather(2, wide.expand(-1, -1, -1, tokens.keys.shape[-1])),
+        tokens.values.gather(2, wide.expand(-1, -1, -1, tokens.values.shape[-1])),
+        tokens.positions.expand(-1, index.shape[1], -1).gather(2, index),
+        counts,
+        {n: t.gather(2, index) for n, t in tokens.statistics.items()},
+    )

@@ -1,0 +1,397 @@
+"""The tokens of one tier of one layer: packed tiles and the book that says whose they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fade_core.interfaces import Tier
+from fade_core.packed import Packed
+from fade_core.pool import TilePool
+
+
+@dataclass
+class Tokens:
+    """Full-precision tokens on their way between tiers; row ``b`` and head ``h`` hold the first ``counts[b, h]``.
+
+    Attributes:
+        keys: ``[B, H_kv, T, D]``.
+        values: ``[B, H_kv, T, D]``.
+        positions: int64 ``[B, H_kv or 1, T]``, logical positions, ascending.
+        counts: int64 ``[B, H_kv]`` on the CPU.
+        statistics: name to float32 ``[B, H_kv, T]``.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    counts: Tensor
+    statistics: dict[str, Tensor]
+
+
+def left_pack(chosen: Tensor) -> Tensor:
+    """Indices that bring the true entries of bool ``[..., N]`` to the front, their order kept."""
+    return torch.argsort(~chosen, dim=-1, stable=True)
+
+
+class TierStore:
+    """Packed tokens of one tier: ragged over rows and heads, in whole tiles except where a crop cut one short.
+
+    Each row and head has a list of tiles: pool ids ``table[B, H, n]`` (-1: none) and live tokens ``counts[B, H, n]``, the
+    first ``count`` of the tile. Within a tile positions ascend. Where tokens only ever move by age (``explicit=False``) a
+    tile holds consecutive positions and only its first one is kept.
+
+    Args:
+        tier: name, capacity and quantizers.
+        batch: rows ``B``.
+        heads: KV heads ``H_kv``.
+        device: where tokens live.
+        dtype: dtype that decoding gives back.
+        explicit: keep a position for every token.
+        statistics: tracked statistics to keep a token.
+    """
+
+    def __init__(
+        self,
+        tier: Tier,
+        batch: int,
+        heads: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        explicit: bool,
+        statistics: tuple[str, ...] = (),
+    ) -> None:
+        self.tier, self.device, self.dtype, self.explicit = tier, device, dtype, explicit
+        self.tile, self.heads = tier.keys.tile, heads
+        self.names = statistics
+        self.pool = TilePool(self._shapes(), device)
+        self._forget(batch)
+
+    def _shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        shapes = {}
+        for side, quantizer in (("k", self.tier.keys), ("v", self.tier.values)):
+            for name, (shape, dtype) in quantizer.field_shapes().items():
+                shapes[f"{side}.{name}"] = (shape, self.dtype if name == "raw" else dtype)
+        return shapes
+
+    def _forget(self, batch: int) -> None:
+        empty = (batch, self.heads, 0)
+        self.table = torch.empty(empty, dtype=torch.long)
+        self.counts = torch.empty(empty, dtype=torch.long)
+        self.starts = torch.empty(empty, dtype=torch.long)
+        self.offsets = torch.empty((*empty, self.tile), dtype=torch.int32, device=self.device)
+        self.statistics = {
+            name: torch.zeros((*empty, self.tile), dtype=torch.float32, device=self.device) for name in self.names
+        }
+        self._book_changed()
+
+    # --- what is here ---
+    @property
+    def tiles(self) -> int:
+        """Tiles of the longest row and head."""
+        return self.table.shape[2]
+
+    @property
+    def lengths(self) -> Tensor:
+        """Live tokens, int64 ``[B, H_kv]`` on the CPU."""
+        return self.counts.sum(-1)
+
+    def valid(self) -> Tensor | None:
+        """bool ``[B, H_kv, tiles * tile]`` of live tokens, or ``None`` if every slot is live."""
+        if self._valid is None:
+            if bool((self.counts == self.tile).all()):
+                return None
+            slots = torch.arange(self.tile)
+            self._valid = (slots < self.counts[..., None]).flatten(2).to(self.device)
+        return self._valid
+
+    def positions(self) -> Tensor:
+        """int64 ``[B, H_kv, tiles * tile]``, -1 where there is no token."""
+        if self.explicit:
+            found = self.offsets.flatten(2).long()
+        else:
+            found = (self.starts.to(self.device)[..., None] + torch.arange(self.tile, device=self.device)).flatten(2)
+        valid = self.valid()
+        return found if valid is None else found.masked_fill(~valid, -1)
+
+    def packed(self) -> tuple[Packed, Packed]:
+        """All tokens as ``Packed`` keys and values, fields ``[B, H_kv, tiles, ...]``."""
+        return self.packed_keys(), self.packed_values()
+
+    def packed_keys(self) -> Packed:
+        """All keys, fields ``[B, H_kv, tiles, ...]``."""
+        return self._side("k", self.ids())
+
+    def packed_values(self) -> Packed:
+        """All values, fields ``[B, H_kv, tiles, ...]``."""
+        return self._side("v", self.ids())
+
+    def ids(self) -> Tensor:
+        """The table on the tokens' device, 0 in place of -1."""
+        if self._ids is None:
+            self._ids = self.table.clamp_min(0).to(self.device)
+        return self._ids
+
+    def decoded(self) -> tuple[Tensor, Tensor]:
+        """All tokens in full precision: keys and values ``[B, H_kv, tiles * tile, D]``."""
+        keys, values = self.packed()
+        return self.tier.keys.decode(keys), self.tier.values.decode(values)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor held, by what it is for."""
+        held = self.pool.tensors()
+        held["table"], held["counts"] = self.table, self.counts
+        if self.explicit:
+            held["positions"] = self.offsets
+        else:
+            held["starts"] = self.starts
+        if self._ids is not None:
+            held["ids"] = self._ids
+        if self._valid is not None:
+            held["valid"] = self._valid
+        held.update({f"statistic.{name}": t for name, t in self.statistics.items()})
+        return held
+
+    # --- moving tokens ---
+    def append(self, tokens: Tokens) -> None:
+        """Encode ``tokens`` behind what is here. Slots past a row's count are ignored."""
+        if not bool(tokens.counts.any()):
+            return
+        rows = tokens.counts.amax(1).nonzero().flatten()
+        if len(rows) < tokens.counts.shape[0]:
+            tokens = _rows(tokens, rows)
+        width = int(tokens.counts.max())
+        new = -(-width // self.tile)
+        filled = (tokens.counts[..., None] - torch.arange(new) * self.tile).clamp(0, self.tile)  # [b, H, new]
+        self.pool.reserve(int((filled > 0).sum()), self.table)
+        block = max(4, -(-new // 8))  # in pieces, so that the encoders' temporaries stay small
+        for first in range(0, new, block):
+            part = slice(first * self.tile, min((first + block) * self.tile, width))
+            packed_k = self.tier.keys.encode(tokens.keys[:, :, part])
+            packed_v = self.tier.values.encode(tokens.values[:, :, part])
+            fields = {f"k.{n}": f for n, f in packed_k.fields.items()} | {f"v.{n}": f for n, f in packed_v.fields.items()}
+            statistics = {n: t[:, :, part] for n, t in tokens.statistics.items()}
+            self._enter(rows, filled[..., first : first + block], fields, tokens.positions[:, :, part], statistics)
+
+    def split(self, moving: Tensor, decode: bool = True) -> Tokens | None:
+        """Take the tokens ``moving`` (bool ``[B, H_kv, tiles * tile]``) out and close the gaps.
+
+        Codes of the tokens that stay are not touched. A format that shares metadata between tokens can only give up
+        whole tiles; pass masks that are constant over each tile then.
+
+        Returns:
+            the tokens taken, in order of position, or ``None`` if ``decode`` is false (they are evicted).
+        """
+        live = self.valid()
+        moving = moving if live is None else moving & live
+        staying = ~moving if live is None else live & ~moving
+        gone = moving.sum(-1).cpu()
+        if not bool(gone.any()):
+            return self._no_tokens() if decode else None
+        touched, kept = (mask.unflatten(-1, (-1, self.tile)).any(-1) for mask in (moving, staying))
+        taken = self._take(moving, gone) if decode else None
+        if not bool((touched & kept).any()):
+            self._keep_tiles(kept.cpu())
+        else:
+            self._keep_tokens(staying)
+        self._release()
+        return taken
+
+    def crop(self, end: int) -> None:
+        """Forget every token at position ``end`` or later (``end`` int, logical)."""
+        if not self.tiles:
+            return
+        positions = self.positions().cpu().unflatten(-1, (-1, self.tile))
+        counts = ((positions >= 0) & (positions < end)).sum(-1)
+        if torch.equal(counts, self.counts):
+            return
+        self.counts = counts
+        self._keep_tiles(counts > 0)
+        self._release()
+
+    def select_rows(self, index: Tensor) -> None:
+        """Keep, repeat or reorder rows: row ``i`` becomes what row ``index[i]`` was. Tiles are shared, not copied."""
+        device_index, index = index.to(self.device), index.cpu()
+        self.table, self.counts = self.table[index], self.counts[index]
+        self.starts, self.offsets = self.starts[index], self.offsets[device_index]
+        self.statistics = {name: t[device_index] for name, t in self.statistics.items()}
+        self._trim()
+        self._book_changed()
+        self._release()
+
+    # --- state for checkpoints ---
+    def state(self) -> dict[str, Tensor]:
+        """Tensors from which ``load`` rebuilds the store, tile ids as they are."""
+        state = {f"pool.{n}": t for n, t in self.pool.fields.items()}
+        state |= {"table": self.table, "counts": self.counts, "starts": self.starts, "offsets": self.offsets}
+        return state | {f"statistic.{n}": t for n, t in self.statistics.items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what ``state`` gave."""
+        self.pool.fields = {n: state[f"pool.{n}"].to(self.device).clone() for n in self.pool.fields}
+        self.pool.capacity = next(iter(self.pool.fields.values())).shape[0]
+        self.table, self.counts = state["table"].cpu().clone(), state["counts"].cpu().clone()
+        self.starts, self.offsets = state["starts"].cpu().clone(), state["offsets"].to(self.device).clone()
+        self.statistics = {n: state[f"statistic.{n}"].to(self.device).clone() for n in self.names}
+        self._book_changed()
+
+    # --- inside ---
+    def _read(self, ids: Tensor) -> tuple[Packed, Packed]:
+        return self._side("k", ids), self._side("v", ids)
+
+    def _side(self, side: str, ids: Tensor) -> Packed:
+        fields = self.pool.read(ids, f"{side}.")
+        return Packed({name[2:]: field for name, field in fields.items()}, ids.shape[2] * self.tile, self.dtype)
+
+    def _enter(
+        self,
+        rows: Tensor,
+        filled: Tensor,
+        fields: Mapping[str, Tensor],
+        positions: Tensor,
+        statistics: Mapping[str, Tensor],
+    ) -> None:
+        """Write the tiles of ``rows`` whose ``filled[b, H, new]`` is positive and enter them in the book."""
+        short = -positions.shape[-1] % self.tile
+        tiled = torch.nn.functional.pad(positions, (0, short), value=-1).unflatten(-1, (-1, self.tile))
+        tiled = tiled.expand(-1, self.heads, -1, -1)[:, :, : filled.shape[2]]
+        if not self.explicit:
+            steps = tiled - tiled[..., :1] - torch.arange(self.tile, device=self.device)
+            slots = torch.arange(self.tile) < filled[..., None]
+            if bool((steps.cpu() * slots).any()):
+                self._spell_positions()
+        b, h, t = (filled > 0).nonzero(as_tuple=True)
+        db, dh, dt = b.to(self.device), h.to(self.device), t.to(self.device)
+        ids = self.pool.write({name: field[db, dh, dt] for name, field in fields.items()}, self.table)
+        slots = (self.table >= 0).sum(-1)[rows][b, h] + t
+        self._widen(int(slots.max()) + 1)
+        row = rows[b]
+        self.table[row, h, slots] = ids
+        self.counts[row, h, slots] = filled[b, h, t]
+        at = (row.to(self.device), dh, slots.to(self.device))
+        if self.explicit:
+            self.offsets[at] = tiled[db, dh, dt].to(torch.int32)
+        else:
+            self.starts[row, h, slots] = tiled[..., 0].cpu()[b, h, t]
+        for name, held in self.statistics.items():
+            values = torch.nn.functional.pad(statistics[name], (0, short)).unflatten(-1, (-1, self.tile))
+            held[at] = values[db, dh, dt]
+        self._book_changed()
+
+    def _take(self, moving: Tensor, gone: Tensor) -> Tokens:
+        width = -(-int(gone.max()) // self.tile) * self.tile
+        tiled = moving.unflatten(-1, (-1, self.tile))
+        if self.tier.keys.moves_tokens and self.tier.values.moves_tokens:
+            index = left_pack(moving)[..., :width]
+            keys, values = self.packed()
+            keys, values = self.tier.keys.select(keys, index), self.tier.values.select(values, index)
+        else:
+            order = left_pack(tiled.any(-1))[..., : max(1, int(tiled.any(-1).sum(-1).max()))]
+            keys, values = self._read(self.ids().gather(2, order))
+            index = (order[..., None] * self.tile + torch.arange(self.tile, device=self.device)).flatten(2)
+            inner = left_pack(moving.gather(2, index))[..., : max(1, int(gone.max()))]
+            index = index.gather(2, inner)
+        taken_k, taken_v = self.tier.keys.decode(keys), self.tier.values.decode(values)
+        if not (self.tier.keys.moves_tokens and self.tier.values.moves_tokens):
+            spread = inner[..., None].expand(-1, -1, -1, taken_k.shape[-1])
+            taken_k = taken_k.gather(2, spread)
+            taken_v = taken_v.gather(2, inner[..., None].expand(-1, -1, -1, taken_v.shape[-1]))
+        positions = self.positions().gather(2, index)
+        statistics = {n: t.flatten(2).gather(2, index) for n, t in self.statistics.items()}
+        return Tokens(taken_k, taken_v, positions, gone, statistics)
+
+    def _keep_tiles(self, keep: Tensor) -> None:
+        order = left_pack(keep)
+        slots = order.to(self.device)
+        dropped = ~keep.gather(2, order)
+        self.table = self.table.gather(2, order).masked_fill(dropped, -1)
+        self.counts = self.counts.gather(2, order).masked_fill(dropped, 0)
+        self.starts = self.starts.gather(2, order)
+        self.offsets = self.offsets.gather(2, slots[..., None].expand_as(self.offsets)) if self.explicit else self.offsets
+        self.statistics = {n: t.gather(2, slots[..., None].expand_as(t)) for n, t in self.statistics.items()}
+        self._trim()
+        self._book_changed()
+
+    def _keep_tokens(self, staying: Tensor) -> None:
+        """Regroup the tokens that stay into fresh tiles; rows that lose nothing keep theirs."""
+        self._spell_positions()
+        live = self.valid()
+        lost = ~staying if live is None else live & ~staying
+        rows = lost.any(-1).any(-1).cpu().nonzero().flatten()
+        at = rows.to(self.device)
+        counts = staying[at].sum(-1).cpu()
+        width = max(-(-int(counts.max()) // self.tile), 1) * self.tile
+        index = left_pack(staying[at])
+        if index.shape[-1] < width:
+            index = torch.nn.functional.pad(index, (0, width - index.shape[-1]))
+        index = index[..., :width]
+        keys, values = self._read(self.ids()[at])
+        keys, values = self.tier.keys.select(keys, index), self.tier.values.select(values, index)
+        positions = self.positions()[at].gather(2, index)
+        statistics = {n: t[at].flatten(2).gather(2, index) for n, t in self.statistics.items()}
+        self.table[rows], self.counts[rows] = -1, 0
+        fields = {f"k.{n}": f for n, f in keys.fields.items()} | {f"v.{n}": f for n, f in values.fields.items()}
+        filled = (counts[..., None] - torch.arange(width // self.tile) * self.tile).clamp(0, self.tile)
+        if bool((filled > 0).any()):
+            self._enter(rows, filled, fields, positions, statistics)
+        self._trim()
+        self._book_changed()
+
+    def _spell_positions(self) -> None:
+        """Keep a position for every token from here on: a tile no longer holds consecutive ones."""
+        if not self.explicit:
+            self.offsets = self.positions().to(torch.int32).unflatten(-1, (-1, self.tile))
+            self.explicit = True
+
+    def _no_tokens(self) -> Tokens:
+        batch = self.table.shape[0]
+        empty = torch.empty((batch, self.heads, 0, self.tier.keys.head_dim), dtype=self.dtype, device=self.device)
+        values = torch.empty((batch, self.heads, 0, self.tier.values.head_dim), dtype=self.dtype, device=self.device)
+        none = torch.empty((batch, self.heads, 0), dtype=torch.long, device=self.device)
+        statistics = {n: none.float() for n in self.names}
+        return Tokens(empty, values, none, torch.zeros((batch, self.heads), dtype=torch.long), statistics)
+
+    def _widen(self, tiles: int) -> None:
+        extra = tiles - self.tiles
+        if extra <= 0:
+            return
+        pad = torch.nn.functional.pad
+        self.table = pad(self.table, (0, extra), value=-1)
+        self.counts = pad(self.counts, (0, extra))
+        self.starts = pad(self.starts, (0, extra))
+        if self.explicit:
+            self.offsets = pad(self.offsets, (0, 0, 0, extra), value=-1)
+        self.statistics = {n: pad(t, (0, 0, 0, extra)) for n, t in self.statistics.items()}
+
+    def _trim(self) -> None:
+        used = int((self.table >= 0).sum(-1).max()) if self.table.numel() else 0
+        if used < self.tiles:
+            self.table, self.counts = self.table[..., :used].clone(), self.counts[..., :used].clone()
+            self.starts = self.starts[..., :used].clone()
+            if self.explicit:
+                self.offsets = self.offsets[:, :, :used].clone()
+            self.statistics = {n: t[:, :, :used].clone() for n, t in self.statistics.items()}
+
+    def _release(self) -> None:
+        mapping = self.pool.compact(self.table)
+        if mapping is not None:
+            self.table = torch.where(self.table >= 0, mapping[self.table.clamp_min(0)] if len(mapping) else -1, -1)
+            self._book_changed()
+
+    def _book_changed(self) -> None:
+        self._ids: Tensor | None = None
+        self._valid: Tensor | None = None
+
+
+def _rows(tokens: Tokens, rows: Tensor) -> Tokens:
+    at = rows.to(tokens.keys.device)
+    return Tokens(
+        tokens.keys[at],
+        tokens.values[at],
+        tokens.positions[at],
+        tokens.counts[rows],
+        {name: t[at] for name, t in tokens.statistics.items()},
+    )

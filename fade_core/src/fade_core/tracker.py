@@ -1,0 +1,71 @@
+"""What attention tells about tokens: the statistics that eviction policies read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from fade_core.errors import ConfigError
+
+STATISTICS = ("mass", "seen", "ema", "last")
+"""``mass``: attention received so far. ``seen``: queries that could attend. ``ema``: decayed mass. ``last``: newest query's."""
+
+
+class AttentionTracker:
+    """Turns attention probabilities into per-token statistics, in place.
+
+    One tracker serves a whole cache; the statistics themselves live beside the tokens and move with them. Probabilities
+    are averaged over the query heads of a KV head, so that one query gives a head's tokens a mass of one in all.
+
+    Args:
+        statistics: which of ``STATISTICS`` to keep.
+        decay: factor of ``ema`` a query.
+        observation_window: queries at the end of a prefill (or chunk of one) that are observed; "all" for every one.
+    """
+
+    def __init__(
+        self, statistics: Iterable[str] = ("mass",), decay: float = 0.99, observation_window: int | str = 64
+    ) -> None:
+        self.statistics = tuple(statistics)
+        unknown = [name for name in self.statistics if name not in STATISTICS]
+        if unknown:
+            raise ConfigError(f"unknown statistics {unknown}; the tracker keeps {', '.join(STATISTICS)}")
+        if not 0 < decay <= 1:
+            raise ConfigError(f"decay={decay} must lie in (0, 1]")
+        self.decay, self.observation_window = decay, observation_window
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is tracked."""
+        return bool(self.statistics)
+
+    def observed(self, queries: int) -> int:
+        """How many of the last ``queries`` queries are observed."""
+        if self.observation_window == "all":
+            return queries
+        return min(queries, int(self.observation_window))
+
+    def observe(self, held: dict[str, Tensor], probabilities: Tensor, visible: Tensor | None = None) -> None:
+        """Add what ``Q`` queries, oldest first, gave to ``T`` tokens.
+
+        Args:
+            held: statistic name to float32 ``[B, H_kv, T]``, updated in place.
+            probabilities: float ``[B, H_kv, Q, T]``, averaged over the query heads of each KV head.
+            visible: bool broadcastable to ``[B, H_kv, Q, T]``: which tokens each query could see; ``None`` for all.
+        """
+        if "ema" in held:
+            queries = probabilities.shape[2]
+            ages = torch.arange(queries - 1, -1, -1, device=probabilities.device)
+            weights = (self.decay ** ages.to(probabilities.dtype))[:, None]
+            held["ema"].mul_(self.decay**queries).add_((probabilities * weights).sum(2))
+        if "mass" in held:
+            held["mass"].add_(probabilities.sum(2))
+        if "last" in held:
+            held["last"].copy_(probabilities[:, :, -1])
+        if "seen" in held:
+            if visible is None:
+                held["seen"].add_(probabilities.shape[2])
+            else:
+                held["seen"].add_(visible.expand_as(probabilities).sum(2))
