@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from fade_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    from fade_core.eval.tasks import EvalTask
     from fade_core.interfaces import Kernel, PolicyConfig, QuantizerConfig, TierConfig
 
 
@@ -39,3 +40,10 @@ def fade_kernels() -> Sequence[type[Kernel]]:
     from fade_core.kernels.attention import TorchAttentionMass, TorchDecodeAttention
 
     return [TorchDecodeAttention, TorchAttentionMass]
+
+
+@hookimpl
+def fade_eval_tasks() -> Sequence[type[EvalTask]]:
+    from fade_core.eval.tasks import DivergenceTask, NeedleTask, PerplexityTask
+
+    return [DivergenceTask, PerplexityTask, NeedleTask]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import types
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 if TYPE_CHECKING:
@@ -84,8 +85,8 @@ def _children(obj: object) -> Iterator[object]:
     if isinstance(obj, Mapping):
         yield from obj.keys()
         yield from obj.values()
-    elif isinstance(obj, (list, tuple, set, frozenset)) or type(obj).__name__ == "deque":
-        yield from obj  # type: ignore[attr-defined]
+    elif isinstance(obj, (list, tuple, set, frozenset, deque)):
+        yield from obj
     elif isinstance(obj, types.FunctionType):
         for cell in obj.__closure__ or ():
             try:
@@ -146,7 +147,7 @@ class PeakTracker:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._start = torch.cuda.memory_allocated(self.device)
         else:
-            self._mode.__enter__()
+            self._mode.__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(
@@ -156,14 +157,14 @@ class PeakTracker:
             torch.cuda.synchronize(self.device)
             self._cuda_peak = torch.cuda.max_memory_allocated(self.device) - self._start
         else:
-            self._mode.__exit__(kind, error, trace)
+            self._mode.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
 
 
-class _AllocationMode(TorchDispatchMode):
+class _AllocationMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the storages that operations return, until a finalizer sees each one die."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self.peak = 0
         self._sizes: dict[int, tuple[weakref.ref[Any], int]] = {}
@@ -208,13 +209,7 @@ class _AllocationMode(TorchDispatchMode):
 def _is_wrapper(leaf: object) -> bool:
     if not isinstance(leaf, Tensor) or type(leaf) in (Tensor, torch.nn.Parameter):
         return False
-    return is_traceable_wrapper_subclass(leaf) or _overrides_dispatch(type(leaf))
-
-
-def _overrides_dispatch(cls: type) -> bool:
-    return getattr(cls.__torch_dispatch__, "__func__", cls.__torch_dispatch__) is not getattr(
-        Tensor.__torch_dispatch__, "__func__", Tensor.__torch_dispatch__
-    )
+    return "__torch_dispatch__" in {name for cls in type(leaf).__mro__[: -len(Tensor.__mro__)] for name in vars(cls)}
 
 
 def _address(tensor: Tensor) -> int:

