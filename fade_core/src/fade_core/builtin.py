@@ -9,7 +9,7 @@ from fade_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from fade_core.eval.tasks import EvalTask
-    from fade_core.interfaces import Kernel, PolicyConfig, QuantizerConfig, TierConfig
+    from fade_core.interfaces import Kernel, PolicyConfig, QuantizerConfig, TelemetrySinkConfig, TierConfig
 
 
 @hookimpl
@@ -40,6 +40,13 @@ def fade_kernels() -> Sequence[type[Kernel]]:
     from fade_core.kernels.attention import TorchAttentionMass, TorchDecodeAttention
 
     return [TorchDecodeAttention, TorchAttentionMass]
+
+
+@hookimpl
+def fade_telemetry_sinks() -> Sequence[type[TelemetrySinkConfig]]:
+    from fade_core.telemetry import JsonlConfig
+
+    return [JsonlConfig]
 
 
 @hookimpl

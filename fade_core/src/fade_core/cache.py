@@ -1,0 +1,359 @@
+"""The cache that a model generates with: tiered layers where attention is full, transformers' own elsewhere."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
+from transformers.configuration_utils import PreTrainedConfig
+
+from fade_core import attention, checkpoint
+from fade_core.config import FadeConfig
+from fade_core.errors import ConfigError, InputError, UnsupportedModelError
+from fade_core.interfaces import Event, Kernel, Op, Quantizer, QuantizerContext, TelemetrySink, Tier
+from fade_core.kernels.selection import choose_kernel
+from fade_core.ladder import Ladder, describe
+from fade_core.layer import LayerPlan, TieredLayer
+from fade_core.report import MemoryReport, measure
+from fade_core.tracker import AttentionTracker
+
+
+def create_tiered_cache(
+    model: PreTrainedModel,
+    config: FadeConfig | None = None,
+    max_cache_len: int | None = None,
+    **overrides: Any,
+) -> TieredKVCache:
+    """A compressed KV cache for ``model``: pass it to ``model.generate(..., past_key_values=cache)``.
+
+    Args:
+        model: a decoder-only transformers model.
+        config: what to compress and how; ``FadeConfig.safe()`` by default.
+        max_cache_len: most tokens the cache may see; longer input is refused before anything changes.
+        **overrides: fields of the configuration to change, flat spelling included.
+
+    Raises:
+        ConfigError: a configuration that cannot work on this model.
+        UnsupportedModelError: a model without attention that FADE can compress; says what to do.
+    """
+    config = FadeConfig.safe() if config is None else config
+    if not isinstance(config, FadeConfig):
+        raise ConfigError(f"config must be a FadeConfig, found {type(config).__name__}; see FadeConfig.from_file or .safe()")
+    return TieredKVCache(model, config.with_overrides(**overrides) if overrides else config, max_cache_len)
+
+
+class TieredKVCache(Cache):
+    """Tokens in tiers by age and attention, really freed as they go down; works in every mode of ``generate``.
+
+    While the cache lives, its model runs FADE's attention; ``detach`` (or leaving it as a context manager, or dropping the
+    cache) restores what the model had. Other caches keep working on the model all the time.
+
+    Args:
+        model: a decoder-only transformers model.
+        config: what to compress and how.
+        max_cache_len: most tokens the cache may see.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: FadeConfig, max_cache_len: int | None = None) -> None:
+        if max_cache_len is not None and (isinstance(max_cache_len, bool) or max_cache_len < 1):
+            raise ConfigError(f"max_cache_len={max_cache_len!r} must be a positive number of tokens or None")
+        text = model.config.get_text_config(decoder=True)
+        types, arguments = _layer_plan(model, text)
+        self.config, self.model_config, self.max_cache_len = config, text, max_cache_len
+        self.sinks: list[TelemetrySink] = [sink.build() for sink in config.telemetry]
+        self.refusals: dict[str, list[tuple[str, str]]] = {}
+        mode = _attention_mode(model, config)
+        policy = config.policy.build()
+        self.tracker = AttentionTracker(
+            policy.statistics if config.evicts or config.ladder or config.layers else (),
+            getattr(policy, "decay", 0.99),
+            config.observation_window,
+        )
+        layers: list[Any] = []
+        for index, (kind, kwargs) in enumerate(zip(types, arguments, strict=True)):
+            if kind != "full_attention":
+                layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs))
+                continue
+            own = config.for_layer(index, len(types))
+            ladder = self._ladder(own, text, index, len(types), model)
+            if mode == "stock" and ladder.bounded:
+                raise ConfigError(
+                    f"{type(model).__name__} keeps its own attention here, which cannot leave evicted tokens out; use a "
+                    "configuration without budget and bounded tiers, or a model that takes attn_implementation='fade'"
+                )
+            kernels = {op: self._kernel(op, own, ladder, text, model) for op in ("decode_attention", "attention_mass")}
+            plan = LayerPlan(
+                index,
+                len(types),
+                ladder,
+                policy,
+                config.policy.every,
+                self.tracker,
+                mode,
+                config.on_nonfinite,
+                kernels["decode_attention"],
+                kernels["attention_mass"],
+                self._emit,
+                self._roll_back,
+            )
+            layers.append(TieredLayer(plan, max_cache_len))
+        super().__init__(layers=layers)
+        self.attention = mode
+        self._detach = _attach(model, self) if mode == "fade" else lambda: None
+
+    # --- life with the model ---
+    def detach(self) -> None:
+        """Give the model back the attention it had before. The cache keeps its contents; calling twice is harmless."""
+        self._detach()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.detach()
+        for sink in self.sinks:
+            sink.close()
+
+    @property
+    def tiered(self) -> list[TieredLayer]:
+        """The layers that FADE compresses."""
+        return [layer for layer in self.layers if isinstance(layer, TieredLayer)]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Hand new tokens ``[B, H_kv, Q, D]`` to a layer. Raises ``InputError`` for a layer that does not exist."""
+        if not 0 <= layer_idx < len(self.layers):
+            raise InputError(f"layer {layer_idx} does not exist: the cache was built for {len(self.layers)} layers")
+        found: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return found
+
+    def settle(self) -> None:
+        """Finish what an interrupted forward pass or stock attention left pending."""
+        for layer in self.tiered:
+            layer.settle()
+
+    def rank(self) -> None:
+        """Re-score every token of every layer and re-fill the ladder now."""
+        self.settle()
+        for layer in self.tiered:
+            layer.rank()
+
+    def enable_compile(self) -> None:
+        """Refused with the reason: compiled decoding needs buffers of fixed size, which this version does not have yet.
+
+        Raises:
+            ConfigError: always; decoding works uncompiled.
+        """
+        raise ConfigError(
+            "this version cannot compile decoding: its buffers grow with the context. Decode uncompiled; "
+            "a cache of fixed size is on the way (CHANGELOG.md)"
+        )
+
+    def set_codebooks(self, codebooks: Mapping[str, Tensor]) -> None:
+        """Give the quantizers of every layer tensors they need to decode (codebooks), as ``"layer.side.name"``.
+
+        Raises:
+            InputError: if the cache already holds tokens, or a name belongs to no quantizer.
+        """
+        if any(layer.is_initialized for layer in self.tiered):
+            raise InputError("the cache holds tokens coded with other codebooks; set codebooks on a fresh cache")
+        known: dict[str, tuple[Quantizer, dict[str, Tensor]]] = {}
+        for layer in self.tiered:
+            for tier in layer.plan.ladder.tiers:
+                for side, quantizer in (("keys", tier.keys), ("values", tier.values)):
+                    for name in quantizer.state_dict():
+                        known[f"{layer.index}.{side}.{name}"] = (quantizer, {})
+        unknown = [name for name in codebooks if name not in known]
+        if unknown:
+            raise InputError(f"no quantizer takes {unknown[:3]}; this configuration knows {sorted(known)[:6] or 'none'}")
+        for name, tensor in codebooks.items():
+            quantizer, state = known[name]
+            quantizer.load_state_dict({**quantizer.state_dict(), name.rsplit(".", 1)[1]: tensor})
+
+    # --- what is held ---
+    def memory_report(self) -> MemoryReport:
+        """Bytes by layer, tier and kind; ``.total`` is the sum over live tensors."""
+        self.settle()
+        return measure(self)
+
+    def compressed_storage_bytes(self) -> int:
+        """Bytes of everything the cache holds."""
+        return self.memory_report().total
+
+    def baseline_bytes(self) -> int:
+        """Bytes that an uncompressed cache of the same tokens holds in the model's dtype."""
+        return self.memory_report().baseline
+
+    def compression_ratio(self) -> float:
+        """``baseline_bytes / compressed_storage_bytes``; 1.0 while empty."""
+        report = self.memory_report()
+        return report.baseline / report.total if report.total else 1.0
+
+    def tier_names(self) -> list[str]:
+        """Names of the tiers that ``tier_map`` numbers: full precision first."""
+        tiers = self.tiered[0].plan.ladder.tiers if self.tiered else ()
+        return ["fp16", *(tier.name for tier in tiers)]
+
+    # --- saving ---
+    def cache_state_dict(self) -> dict[str, Any]:
+        """Everything that decoding goes on from: tensors and plain numbers."""
+        self.settle()
+        return checkpoint.state_of(self)
+
+    def load_cache_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a saved state; refused with ``CheckpointError``, and nothing changed, if it belongs elsewhere."""
+        checkpoint.restore(self, state)
+
+    def save(self, path: str | Path) -> None:
+        """Write the cache to a safetensors file."""
+        checkpoint.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path, model: PreTrainedModel) -> TieredKVCache:
+        """A cache as it was saved, on ``model``. Raises ``CheckpointError`` if the file is not for it."""
+        return checkpoint.load(path, model, cls)
+
+    def dump_debug(self, path: str | Path) -> None:
+        """Write what lives where (lengths, tiers, bytes, configuration) as JSON."""
+        checkpoint.dump_debug(self, path)
+
+    # --- inside ---
+    def _ladder(
+        self, config: FadeConfig, text: PreTrainedConfig, index: int, layers: int, model: PreTrainedModel
+    ) -> Ladder:
+        head_dim = _head_dim(text, index)
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        tiers = []
+        for rung in config.resolved_ladder():
+            quantizers = [
+                quantizer.build(QuantizerContext(head_dim, side, config.tile, index, layers, heads, model.device))
+                for side, quantizer in (("key", rung.keys), ("value", rung.values))
+            ]
+            tiers.append(Tier(rung.name, rung.capacity, *quantizers))
+        return Ladder(tuple(tiers), config.n_sink, config.recent_window, config.policy.budget, config.tile)
+
+    def _kernel(
+        self, op: Op, config: FadeConfig, ladder: Ladder, text: PreTrainedConfig, model: PreTrainedModel
+    ) -> Kernel:
+        packed = ladder.tiers[0].keys if ladder.tiers else None
+        head_dim = packed.head_dim if packed else _head_dim(text, 0)
+        kernel, refusals = choose_kernel(
+            op, config.kernel, packed.format if packed else None, head_dim, model.device, model.dtype
+        )
+        self.refusals[op] = refusals
+        return kernel
+
+    def _emit(self, event: Event) -> None:
+        for sink in self.sinks:
+            sink.emit(event)
+
+    def _roll_back(self, failed: TieredLayer) -> None:
+        """Undo the unfinished forward pass in the layers before ``failed``."""
+        for layer in self.layers:
+            if layer is failed or not hasattr(layer, "crop"):
+                continue
+            ahead = layer.get_seq_length() - failed.logical if hasattr(layer, "get_seq_length") else 0
+            if ahead <= 0:
+                continue
+            if not failed.logical:
+                layer.reset()
+                continue
+            try:
+                layer.crop(-ahead)
+            except RuntimeError as error:
+                self.reset()
+                raise InputError(
+                    "a layer of a fixed window could not be rolled back after bad input, so the whole cache was reset"
+                ) from error
+        self._emit(Event("rollback", failed.index, detail={"length": failed.logical}))
+
+    def __repr__(self) -> str:
+        tiered = self.tiered
+        ladder = describe(tiered[0].plan.ladder.tiers) if tiered else "nothing"
+        return f"TieredKVCache({len(tiered)} of {len(self.layers)} layers tiered, fp16 > {ladder}, {self.get_seq_length()} tokens)"
+
+
+def _head_dim(text: PreTrainedConfig, index: int) -> int:
+    layers = getattr(text, "per_layer_config", None)
+    own = layers[index] if layers is not None and index < len(layers) else text
+    found = getattr(own, "head_dim", None) or getattr(text, "head_dim", None)
+    return int(found or text.hidden_size // text.num_attention_heads)
+
+
+def _layer_plan(model: PreTrainedModel, text: PreTrainedConfig) -> tuple[list[str], list[dict[str, Any]]]:
+    """Layer types and arguments of the model's decoder. Raises ``UnsupportedModelError`` where nothing can be done."""
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{name} is an encoder-decoder model; FADE compresses decoder-only models. Use transformers' EncoderDecoderCache."
+        )
+    if getattr(text, "kv_lora_rank", None):
+        raise UnsupportedModelError(
+            f"{name} uses multi-head latent attention (kv_lora_rank={text.kv_lora_rank}): its cache already holds a compressed "
+            "latent, and the value slot holds rotary keys, which must not be quantized. Use transformers' DynamicCache."
+        )
+    if not getattr(text, "num_attention_heads", None):
+        raise UnsupportedModelError(f"{name} has no attention layers, so it has no KV cache to compress; generate without FADE")
+    types, arguments = get_layer_types_and_kwargs(text)
+    if "full_attention" not in types:
+        raise UnsupportedModelError(
+            f"{name} has no full-attention layer (found: {', '.join(sorted(set(types)))}); the caches of the others are already "
+            "bounded. Use transformers' DynamicCache."
+        )
+    return types, arguments
+
+
+def _attention_mode(model: PreTrainedModel, config: FadeConfig) -> str:
+    """ "fade" or "stock", as the configuration asks and the model allows."""
+    if config.attention == "stock":
+        return "stock"
+    before = model.config._attn_implementation
+    try:
+        model.set_attn_implementation(attention.NAME)
+    except (ValueError, ImportError) as error:
+        if config.attention == "fade":
+            raise UnsupportedModelError(
+                f"{type(model).__name__} does not take attn_implementation='fade' ({error}); use attention = 'auto' or 'stock'"
+            ) from error
+        return "stock"
+    took = model.config.get_text_config(decoder=True)._attn_implementation == attention.NAME
+    model.set_attn_implementation(before)
+    if not took and config.attention == "fade":
+        raise UnsupportedModelError(f"{type(model).__name__} ignores attn_implementation='fade'; use attention = 'auto' or 'stock'")
+    return "fade" if took else "stock"
+
+
+_attached: weakref.WeakKeyDictionary[PreTrainedModel, tuple[str, set[int]]] = weakref.WeakKeyDictionary()
+
+
+def _attach(model: PreTrainedModel, cache: TieredKVCache) -> Callable[[], Any]:
+    """Run the model with FADE's attention until the last cache on it lets go."""
+    before, users = _attached.get(model, (str(model.config._attn_implementation), set()))
+    if not users:
+        model.set_attn_implementation(attention.NAME)
+    token = id(cache)
+    users.add(token)
+    _attached[model] = (before, users)
+    owner = weakref.ref(model)
+
+    def let_go() -> None:
+        held = owner()
+        if held is None or held not in _attached:
+            return
+        original, left = _attached[held]
+        left.discard(token)
+        if not left:
+            del _attached[held]
+            held.set_attn_implementation(original)
+
+    return weakref.finalize(cache, let_go)
+
+
+
