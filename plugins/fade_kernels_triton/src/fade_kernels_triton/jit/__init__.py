@@ -1,0 +1,1 @@
+"""Device code. Importing any module in here needs Triton."""

@@ -1,0 +1,293 @@
+"""The decode kernel: every tier and the full-precision window in one launch, and the merge of its parts.
+
+Grid ``[splits, B * H_kv]``. The split index says which segment a program reads: first the splits of tier A, then those
+of tier B, then those of the window. Each writes a normalised output and its base-2 log-sum-exp; parts are merged either
+by a second small launch or, with FUSED, by whichever program of a row and head finishes last.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fade_kernels_triton.jit.packed import attend_packed
+from fade_kernels_triton.jit.window import attend_window
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def load_query(QUERY, row, kv_head, stride_b, stride_h, stride_q, HEADS: tl.constexpr, Q_LEN: tl.constexpr,
+               D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr):  # fmt: skip
+    """Query columns ``[DP, N]`` of one KV head: column ``c`` is query token ``c // HEADS``, head ``c % HEADS``."""
+    column = tl.arange(0, N)
+    channel = tl.arange(0, DP)
+    head = kv_head * HEADS + column % HEADS
+    start = row * stride_b + head * stride_h + (column // HEADS) * stride_q
+    mask = (column < Q_LEN * HEADS)[None, :] & (channel < D)[:, None]
+    return tl.load(QUERY + start[None, :] + channel[:, None], mask=mask, other=0.0)
+
+
+@triton.jit
+def normalise(query):
+    """fp16 query columns divided by a power of two each, so that all are at most 1, and that power ``[N]``."""
+    wide = query.to(tl.float32)
+    largest = tl.max(tl.abs(wide), 0)
+    norm = tl.exp2(tl.ceil(tl.log2(tl.maximum(largest, 1.0e-30))))
+    return (wide / norm[None, :]).to(tl.float16), norm
+
+
+@triton.jit
+def merge_parts(PART, PART_LSE, SINK, OUT, LSE, bh, kv_head, column, splits, out_start, lse_start,
+                HEADS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+                CHUNK: tl.constexpr):  # fmt: skip
+    """Weigh the parts of one query column by their log-sum-exp; write the output and the natural log-sum-exp."""
+    channel = tl.arange(0, DP)
+    index = tl.arange(0, CHUNK)
+    lse_base = PART_LSE + bh * splits * COLUMNS + column
+    top = tl.full([CHUNK], float("-inf"), tl.float32)
+    for first in tl.range(0, splits, CHUNK):
+        part = first + index
+        top = tl.maximum(
+            top, tl.load(lse_base + part * COLUMNS, mask=part < splits, other=float("-inf"), cache_modifier=".cg")
+        )
+    best = tl.max(top, 0)
+    if SINK is not None:
+        sink = tl.load(SINK + kv_head * HEADS + column % HEADS).to(tl.float32) * LOG2E
+        best = tl.maximum(best, sink)
+    best = tl.where(best == float("-inf"), 0.0, best)
+    total = tl.zeros([CHUNK], tl.float32)
+    out = tl.zeros([DP], tl.float32)
+    for first in tl.range(0, splits, CHUNK):
+        part = first + index
+        lse = tl.load(lse_base + part * COLUMNS, mask=part < splits, other=float("-inf"), cache_modifier=".cg")
+        weight = tl.exp2(lse - best)
+        total += weight
+        value = tl.load(
+            PART + ((bh * splits + part) * COLUMNS + column)[:, None] * D + channel[None, :],
+            mask=(part < splits)[:, None] & (channel < D)[None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        out += tl.sum(value * weight[:, None], 0)
+    mass = tl.sum(total, 0)
+    if SINK is not None:
+        mass += tl.exp2(sink - best)
+    inverse = 1.0 / tl.where(mass > 0, mass, float("inf"))
+    tl.store(OUT + out_start + channel, (out * inverse).to(OUT.dtype.element_ty), mask=channel < D)
+    lse = tl.where(mass > 0, (best + tl.log2(tl.where(mass > 0, mass, 1.0))) * LN2, float("-inf"))
+    tl.store(LSE + lse_start, lse)
+
+
+@triton.jit(do_not_specialize=["splits_a", "splits_b", "splits_w", "max_tiles_a", "max_tiles_b", "window"])
+def decode_kernel(
+    QUERY,
+    QUERY_POSITION,
+    A_KEY_CODES,
+    A_KEY_META,
+    A_VALUE_CODES,
+    A_VALUE_META,
+    A_TABLE,
+    A_COUNT,
+    A_VALID,
+    A_POSITIONS,
+    B_KEY_CODES,
+    B_KEY_META,
+    B_VALUE_CODES,
+    B_VALUE_META,
+    B_TABLE,
+    B_COUNT,
+    B_VALID,
+    B_POSITIONS,
+    W_KEYS,
+    W_VALUES,
+    W_LENGTH,
+    W_POSITIONS,
+    SINK,
+    PART,
+    PART_LSE,
+    OUT,
+    LSE,
+    ARRIVED,
+    scaling,
+    softcap,
+    window,
+    kv_heads,
+    max_tiles_a,
+    max_tiles_b,
+    splits_a,
+    splits_b,
+    splits_w,
+    query_stride_b,
+    query_stride_h,
+    query_stride_q,
+    out_stride_b,
+    out_stride_h,
+    out_stride_q,
+    w_key_stride_b,
+    w_key_stride_h,
+    w_key_stride_t,
+    w_value_stride_b,
+    w_value_stride_h,
+    w_value_stride_t,
+    w_length_stride_b,
+    w_length_stride_h,
+    w_position_stride_b,
+    w_position_stride_h,
+    HEADS: tl.constexpr,
+    Q_LEN: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    N: tl.constexpr,
+    A_BITS: tl.constexpr,
+    A_KEY_CHANNEL: tl.constexpr,
+    A_TILE: tl.constexpr,
+    A_TILES: tl.constexpr,
+    B_BITS: tl.constexpr,
+    B_KEY_CHANNEL: tl.constexpr,
+    B_TILE: tl.constexpr,
+    B_TILES: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SLIDING: tl.constexpr,
+    FUSED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SUBNORMAL: tl.constexpr,
+    PDL: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    split = tl.program_id(0)
+    bh = tl.program_id(1).to(tl.int64)
+    row = bh // kv_heads
+    kv_head = bh % kv_heads
+    splits = splits_a + splits_b + splits_w
+    COLUMNS: tl.constexpr = Q_LEN * HEADS
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+    column = tl.arange(0, N)
+    channel = tl.arange(0, DP)
+    query = load_query(
+        QUERY, row, kv_head, query_stride_b, query_stride_h, query_stride_q, HEADS, Q_LEN, D, DP, N
+    )
+    query_token = column // HEADS
+    if QUERY_POSITION is not None:
+        query_position = tl.load(QUERY_POSITION + row * Q_LEN + query_token, mask=column < COLUMNS, other=0)
+    else:
+        query_position = query_token
+    unit_query, norm = normalise(query)
+    scale = norm * (scaling * LOG2E)
+    cap_scale = norm * (scaling / softcap)
+
+    top = tl.full([N], -1.0e30, tl.float32)
+    total = tl.zeros([N], tl.float32)
+    out = tl.zeros([DP, N], tl.float32)
+    if split < splits_a:
+        if A_BITS > 0:
+            count = tl.load(A_COUNT + bh)
+            start = (count * split // splits_a) // A_TILES * A_TILES
+            stop = (count * (split + 1) // splits_a) // A_TILES * A_TILES
+            stop = tl.where(split + 1 == splits_a, count, stop)
+            top, total, out = attend_packed(
+                unit_query, scale, cap_scale, softcap * LOG2E,
+                A_KEY_CODES, A_KEY_META, A_VALUE_CODES, A_VALUE_META,
+                A_TABLE if A_TABLE is None else A_TABLE + bh * max_tiles_a,
+                A_VALID if A_VALID is None else A_VALID + bh * max_tiles_a,
+                A_POSITIONS, bh * max_tiles_a, start, stop, query_position, window,
+                A_BITS, A_BITS, A_KEY_CHANNEL, A_TILE, A_TILES, D, DP, N, STAGES, SOFTCAP, SLIDING, SUBNORMAL,
+                INTERPRET,
+            )  # fmt: skip
+    elif split < splits_a + splits_b:
+        if B_BITS > 0:
+            part = split - splits_a
+            count = tl.load(B_COUNT + bh)
+            start = (count * part // splits_b) // B_TILES * B_TILES
+            stop = (count * (part + 1) // splits_b) // B_TILES * B_TILES
+            stop = tl.where(part + 1 == splits_b, count, stop)
+            top, total, out = attend_packed(
+                unit_query, scale, cap_scale, softcap * LOG2E,
+                B_KEY_CODES, B_KEY_META, B_VALUE_CODES, B_VALUE_META,
+                B_TABLE if B_TABLE is None else B_TABLE + bh * max_tiles_b,
+                B_VALID if B_VALID is None else B_VALID + bh * max_tiles_b,
+                B_POSITIONS, bh * max_tiles_b, start, stop, query_position, window,
+                B_BITS, B_BITS, B_KEY_CHANNEL, B_TILE, B_TILES, D, DP, N, STAGES, SOFTCAP, SLIDING, SUBNORMAL,
+                INTERPRET,
+            )  # fmt: skip
+    else:
+        if HAS_WINDOW:
+            part = split - splits_a - splits_b
+            length = tl.load(W_LENGTH + row * w_length_stride_b + kv_head * w_length_stride_h)
+            share = tl.cdiv(tl.cdiv(length, BLOCK), splits_w) * BLOCK
+            start = part * share
+            stop = tl.minimum(start + share, length)
+            top, total, out = attend_window(
+                query, scaling * LOG2E, softcap * LOG2E, scaling / softcap,
+                W_KEYS + row * w_key_stride_b + kv_head * w_key_stride_h,
+                W_VALUES + row * w_value_stride_b + kv_head * w_value_stride_h,
+                W_POSITIONS if W_POSITIONS is None
+                else W_POSITIONS + row * w_position_stride_b + kv_head * w_position_stride_h,
+                w_key_stride_t, w_value_stride_t, start, stop, length, query_token, query_position, window,
+                Q_LEN, D, DP, N, BLOCK, SOFTCAP, SLIDING, INTERPRET,
+            )  # fmt: skip
+
+    live = total > 0
+    out = out * tl.where(live, 1.0 / tl.where(live, total, 1.0), 0.0)[None, :]
+    lse = tl.where(live, top + tl.log2(tl.where(live, total, 1.0)), float("-inf"))
+    part_column = (bh * splits + split) * COLUMNS + column
+    tl.store(
+        PART + part_column[None, :] * D + channel[:, None],
+        out,
+        mask=(column < COLUMNS)[None, :] & (channel < D)[:, None],
+    )
+    tl.store(PART_LSE + part_column, lse, mask=column < COLUMNS)
+    if FUSED:
+        tl.debug_barrier()
+        arrived = tl.atomic_add(ARRIVED + bh, 1, sem="acq_rel", scope="gpu")
+        if arrived == splits - 1:
+            tl.store(ARRIVED + bh, 0)
+            for c in tl.range(0, COLUMNS):
+                head = kv_head * HEADS + c % HEADS
+                merge_parts(
+                    PART, PART_LSE, SINK, OUT, LSE, bh, kv_head, c, splits,
+                    row * out_stride_b + head * out_stride_h + (c // HEADS) * out_stride_q,
+                    (row * kv_heads * HEADS + head) * Q_LEN + c // HEADS,
+                    HEADS, COLUMNS, D, DP, CHUNK,
+                )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["splits"])
+def merge_kernel(
+    PART,
+    PART_LSE,
+    SINK,
+    OUT,
+    LSE,
+    splits,
+    kv_heads,
+    out_stride_b,
+    out_stride_h,
+    out_stride_q,
+    HEADS: tl.constexpr,
+    Q_LEN: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid ``[Q_LEN * HEADS, B * H_kv]``: merge the parts that ``decode_kernel`` left."""
+    column = tl.program_id(0)
+    bh = tl.program_id(1).to(tl.int64)
+    row = bh // kv_heads
+    kv_head = bh % kv_heads
+    head = kv_head * HEADS + column % HEADS
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    merge_parts(
+        PART, PART_LSE, SINK, OUT, LSE, bh, kv_head, column, splits,
+        row * out_stride_b + head * out_stride_h + (column // HEADS) * out_stride_q,
+        (row * kv_heads * HEADS + head) * Q_LEN + column // HEADS,
+        HEADS, Q_LEN * HEADS, D, DP, CHUNK,
+    )  # fmt: skip

@@ -1,0 +1,140 @@
+"""What a decode step attends to: packed tiers and a full-precision window, as the kernels want them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fade_core.errors import InputError
+from fade_core.packed import PackedFormat
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+PACKED_BITS = (2, 4)
+MAX_COLUMNS = 128
+"""Query heads of a KV head times query tokens."""
+
+
+def unsupported_format(fmt: PackedFormat | None, side: str) -> str:
+    """Why the decode kernel cannot read this format; empty if it can."""
+    if fmt is None:
+        return f"the {side} quantizer has no packed format"
+    if fmt.bits not in PACKED_BITS:
+        return f"{fmt.bits}-bit {side}s (it reads {', '.join(map(str, PACKED_BITS))} bits)"
+    if fmt.levels is not None:
+        return f"{side}s with a level table (it reads uniform codes)"
+    if fmt.groups != 1:
+        return f"{fmt.groups} groups along the {side}s' axis (it reads one group)"
+    if fmt.tile not in (64, 128):
+        return f"tiles of {fmt.tile} tokens (it reads 64 or 128)"
+    if side == "key" and fmt.layout != "token":
+        return "keys stored channel-major (it reads token-major keys)"
+    if side == "value" and fmt.layout != "channel":
+        return "values stored token-major (it reads channel-major values)"
+    if side == "value" and fmt.axis != "token":
+        return "values with per-channel scales (it reads per-token value scales)"
+    if fmt.head_dim not in HEAD_DIMS:
+        return f"head_dim {fmt.head_dim} (it reads {', '.join(map(str, HEAD_DIMS))})"
+    return ""
+
+
+@dataclass(frozen=True)
+class PackedTier:
+    """Packed tokens of one tier.
+
+    Attributes:
+        key_format, value_format: layouts of the fields; one bit-width and tile for both sides.
+        keys, values: fields ``codes<bits>`` (int16) and ``meta`` (int32). With a table, pools
+            ``[pool_tiles, *tile_shape]``; without, ``[B, H_kv, max_tiles, *tile_shape]``. Contiguous.
+        count: int32 ``[B, H_kv]``, tiles in use; lives on the device and is read there.
+        table: int32 ``[B, H_kv, max_tiles]``, pool index of each tile in use.
+        valid: int32 ``[B, H_kv, max_tiles]``, leading tokens of each tile that are meant; ``None`` if all are.
+        positions: int32, the pool's shape up to the tile, times ``tile``: position of each token, negative for none.
+    """
+
+    key_format: PackedFormat
+    value_format: PackedFormat
+    keys: Mapping[str, Tensor]
+    values: Mapping[str, Tensor]
+    count: Tensor
+    table: Tensor | None = None
+    valid: Tensor | None = None
+    positions: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for side, fmt in (("key", self.key_format), ("value", self.value_format)):
+            if reason := unsupported_format(fmt, side):
+                raise InputError(f"the Triton decode kernel cannot read {reason}")
+        if (self.key_format.bits, self.key_format.tile) != (self.value_format.bits, self.value_format.tile):
+            raise InputError(
+                f"keys of {self.key_format.bits} bits in tiles of {self.key_format.tile} beside values of "
+                f"{self.value_format.bits} bits in tiles of {self.value_format.tile}; one tier has one width and tile"
+            )
+        lead = 1 if self.table is not None else 3
+        for side, fmt, fields in (
+            ("key", self.key_format, self.keys),
+            ("value", self.value_format, self.values),
+        ):
+            for name, (shape, dtype) in fmt.field_shapes().items():
+                if name not in fields:
+                    raise InputError(f"{side} field {name!r} is missing; found {sorted(fields)}")
+                field = fields[name]
+                if field.dim() != lead + len(shape) or tuple(field.shape[lead:]) != shape or field.dtype != dtype:
+                    raise InputError(
+                        f"{side} field {name!r} is {field.dtype} {tuple(field.shape)}; {dtype} "
+                        f"{'[pool_tiles' if lead == 1 else '[B, H_kv, max_tiles'}, {', '.join(map(str, shape))}] is read"
+                    )
+                if not field.is_contiguous():
+                    raise InputError(f"{side} field {name!r} of shape {tuple(field.shape)} is not contiguous")
+        for name in ("count", "table", "valid", "positions"):
+            tensor = getattr(self, name)
+            if tensor is not None and (tensor.dtype != torch.int32 or not tensor.is_contiguous()):
+                raise InputError(f"{name} must be a contiguous int32 tensor; found {tensor.dtype}")
+
+    @property
+    def max_tiles(self) -> int:
+        """Most tiles a row and head can hold."""
+        source = self.table if self.table is not None else self.codes(self.keys, self.key_format)
+        return int(source.shape[2])
+
+    @property
+    def tiles_per_step(self) -> int:
+        """Tiles that make a full 16-row matrix operand."""
+        rows = self.key_format.tile * self.key_format.bits // 16
+        return max(1, 16 // rows)
+
+    @staticmethod
+    def codes(fields: Mapping[str, Tensor], fmt: PackedFormat) -> Tensor:
+        """The code words of one side."""
+        return fields[f"codes{fmt.bits}"]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Full-precision tokens: sinks, then the recent window, the queries' own tokens last.
+
+    Attributes:
+        keys, values: ``[B, H_kv, capacity, D]`` in the query's dtype, channels contiguous.
+        length: int32 ``[B]`` or ``[B, H_kv]``, tokens held; lives on the device.
+        positions: int32 ``[B, capacity]`` or ``[B, H_kv, capacity]``; negative for none. ``None``: in order.
+    """
+
+    keys: Tensor
+    values: Tensor
+    length: Tensor
+    positions: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.keys.dim() != 4 or self.keys.shape != self.values.shape:
+            raise InputError(
+                f"window keys {tuple(self.keys.shape)} and values {tuple(self.values.shape)} must both be "
+                f"[B, H_kv, capacity, D]"
+            )
+        if self.keys.stride(3) != 1 or self.values.stride(3) != 1:
+            raise InputError("window keys and values must be contiguous along their channels")
+        if self.length.dtype != torch.int32:
+            raise InputError(f"window lengths must be int32; found {self.length.dtype}")
+        if self.positions is not None and (self.positions.dtype != torch.int32 or self.positions.stride(-1) != 1):
+            raise InputError("window positions must be int32 and contiguous along the tokens")
