@@ -1,0 +1,19 @@
+"""``kind = "ntk"``: NTK-aware scaling with a fixed factor (HunYuan's ``alpha``)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from fade_rope.rotary import Rotary, geometric
+
+
+class NtkRope(Rotary):
+    """The base grows to ``theta * factor ** (R / (R - 2))``: the slowest pair slows by ``factor``, the fastest not."""
+
+    kind: ClassVar[str] = "ntk"
+
+    def frequencies(self) -> Tensor:
+        width = self.spec.rotary_dim
+        return geometric(self.spec.theta * self.spec.number("factor") ** (width / (width - 2)), width)
