@@ -87,6 +87,8 @@ def decode_attention(
 ) -> AttentionOutput:
     """Attention of a few queries over tiers, each tier on its own, merged by log-sum-exp.
 
+    Computed in float32; in float64 where the query is float64, then what is float32 below is float64.
+
     Args:
         query: ``[B, H_q, Q, D]``; ``H_q`` is a multiple of the segments' ``H_kv``.
         segments: at least one.
@@ -97,7 +99,7 @@ def decode_attention(
     """
     batch, heads, queries, _ = query.shape
     kv_heads = _kv_heads(segments[0])
-    grouped = (query.float() * scaling).reshape(batch, kv_heads, -1, query.shape[-1])
+    grouped = (_wide(query) * scaling).reshape(batch, kv_heads, -1, query.shape[-1])
     parts = []
     for segment in segments:
         logits = _masked(_capped(segment.scores(grouped), softcap), segment.mask, queries)
@@ -108,7 +110,7 @@ def decode_attention(
     for _, top, _, _ in parts[1:]:
         peak = torch.maximum(peak, top)
     if sinks is not None:
-        extra = sinks.float().view(1, kv_heads, -1, 1).repeat_interleave(queries, 2)
+        extra = sinks.to(grouped.dtype).view(1, kv_heads, -1, 1).repeat_interleave(queries, 2)
         peak = torch.maximum(peak, extra)
     shares = [torch.exp(top - peak) for _, top, _, _ in parts]
     total = sum((mass * share for (_, _, mass, _), share in zip(parts, shares, strict=True)), torch.zeros_like(peak))
@@ -133,10 +135,15 @@ def attention_mass(
     """Probabilities ``[B, H_kv, Q, T]`` of one segment's tokens, given the ``lse`` ``[B, H_q, Q]`` over all of them."""
     batch, heads, queries, _ = query.shape
     kv_heads = _kv_heads(segment)
-    grouped = (query.float() * scaling).reshape(batch, kv_heads, -1, query.shape[-1])
+    grouped = (_wide(query) * scaling).reshape(batch, kv_heads, -1, query.shape[-1])
     logits = _masked(_capped(segment.scores(grouped), softcap), segment.mask, queries)
     shifted = logits - lse.reshape(batch, kv_heads, -1, 1).clamp_min(torch.finfo(torch.float32).min)
     return shifted.exp().view(batch, kv_heads, -1, queries, logits.shape[-1]).mean(2)
+
+
+def _wide(query: Tensor) -> Tensor:
+    """The query in float32, or in float64 if it already is."""
+    return query.to(torch.promote_types(query.dtype, torch.float32))
 
 
 def _kv_heads(segment: Segment) -> int:
