@@ -15,7 +15,7 @@ from fade_core.errors import InputError
 from fade_kernels_triton.config import DecodeConfig, lookup
 from fade_kernels_triton.operands import HEAD_DIMS, MAX_COLUMNS, PackedTier, Window
 
-WINDOW_BLOCK = 32
+WINDOW_BLOCK = 16
 """Window tokens a step."""
 
 WINDOW_SHARE = 64
