@@ -7,7 +7,7 @@ import functools
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, SerializationInfo, TypeAdapter
 from pydantic_core import CoreSchema, core_schema
@@ -21,6 +21,7 @@ from fade_core.interfaces import (
     QuantizerConfig,
     QuantizerContext,
     RopeConfig,
+    Side,
     TelemetrySinkConfig,
     TierConfig,
 )
@@ -41,7 +42,8 @@ class Installed:
         def validate(value: Any) -> ComponentConfig:
             if isinstance(value, source):
                 return value
-            return resolve(self.group, value, self.discriminator)
+            component: ComponentConfig = resolve(self.group, value, self.discriminator)
+            return component
 
         return core_schema.no_info_plain_validator_function(
             validate, serialization=core_schema.plain_serializer_function_ser_schema(_dump, info_arg=True)
@@ -64,8 +66,8 @@ AnyTier = Annotated[TierConfig, Installed("tiers", "tier")]
 AnySink = Annotated[TelemetrySinkConfig, Installed("telemetry_sinks")]
 
 
-def resolve(group: Group, value: Any, discriminator: str = "kind") -> ComponentConfig:
-    """The component that a mapping such as ``{"kind": "h2o", "budget": 0.5}`` describes.
+def resolve(group: Group, value: Any, discriminator: str = "kind") -> Any:
+    """The component's configuration that a mapping such as ``{"kind": "h2o", "budget": 0.5}`` describes.
 
     Raises:
         ConfigError: for something that is not a mapping, has no discriminator, or does not fit the component.
@@ -78,8 +80,7 @@ def resolve(group: Group, value: Any, discriminator: str = "kind") -> ComponentC
     name = value.get(discriminator)
     if not isinstance(name, str):
         raise ConfigError(f"needs {discriminator!r}, one of {known}; found {dict(value)!r}")
-    component: ComponentConfig = default_registry().get(group, name).model_validate(dict(value))
-    return component
+    return default_registry().get(group, name).model_validate(dict(value))
 
 
 def get_quantizer(kind: str, *, head_dim: int, **options: Any) -> Quantizer:
@@ -95,10 +96,14 @@ def get_quantizer(kind: str, *, head_dim: int, **options: Any) -> Quantizer:
         UnknownComponentError: if nothing installed provides ``kind``.
         ConfigError: if an option is unknown or does not fit.
     """
-    names = {f.name for f in dataclasses.fields(QuantizerContext)}
-    context = QuantizerContext(head_dim=head_dim, **{k: v for k, v in options.items() if k in names})
-    config = resolve("quantizers", {"kind": kind, **{k: v for k, v in options.items() if k not in names}})
-    assert isinstance(config, QuantizerConfig)  # the registry holds nothing else in this group
+    if type(head_dim) is not int or head_dim < 1:
+        raise ConfigError(f"head_dim={head_dim!r} must be a positive whole number")
+    if options.get("side", "key") not in get_args(Side):
+        raise ConfigError(f"side={options['side']!r} must be 'key' or 'value'")
+    places = {f.name for f in dataclasses.fields(QuantizerContext)}
+    context = QuantizerContext(head_dim, **{name: value for name, value in options.items() if name in places})
+    fields = {name: value for name, value in options.items() if name not in places}
+    config: QuantizerConfig = resolve("quantizers", {"kind": kind, **fields})
     return config.build(context)
 
 
@@ -109,8 +114,7 @@ def get_policy(kind: str, **options: Any) -> EvictionPolicy:
         UnknownComponentError: if nothing installed provides ``kind``.
         ConfigError: if an option is unknown or does not fit.
     """
-    config = resolve("policies", {"kind": kind, **options})
-    assert isinstance(config, PolicyConfig)  # the registry holds nothing else in this group
+    config: PolicyConfig = resolve("policies", {"kind": kind, **options})
     return config.build()
 
 

@@ -204,7 +204,9 @@ def _set_unbounded(nested: dict[str, Any], base: Defaults) -> None:
 
 
 def _tiers(rungs: Any) -> tuple[TierConfig, ...]:
-    return tuple(rung if isinstance(rung, TierConfig) else resolve("tiers", rung, "tier") for rung in rungs)  # type: ignore[misc]
+    if not isinstance(rungs, (list, tuple)):
+        raise ConfigError(f"ladder: a list of tiers is needed; found {rungs!r}")
+    return tuple(rung if isinstance(rung, TierConfig) else resolve("tiers", rung, "tier") for rung in rungs)
 
 
 def _grouped(keys: Any, group: int) -> QuantizerConfig:

@@ -57,7 +57,8 @@ _FIRST_PARTY: dict[Group, dict[str, str]] = {
     "tiers": {"pq": "fade-quant-rotated"},
     "policies": {"learned": "fade-policy-learned"},
     "rope_schemes": dict.fromkeys(
-        ("default", "linear", "dynamic", "ntk", "yarn", "longrope", "llama3", "proportional", "none"), "fade-rope"
+        ("auto", "default", "dynamic", "linear", "llama3", "longrope", "mrope", "none", "ntk", "proportional", "yarn"),
+        "fade-rope",
     ),
     "kernels": {"triton": "fade-kernels-triton"},
 }
@@ -197,7 +198,7 @@ class Registry:
             if not plugin.incompatible:
                 plugin.implementation = implementation
                 self._register(plugin)
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit) as error:  # noqa: BLE001 (the host survives whatever a plugin raises)
             plugin.fail("import", error)
         return plugin
 
@@ -212,7 +213,7 @@ class Registry:
                 raise PluginError(f"there is no hook {unknown[0]!r}{did_you_mean(unknown[0], known)} ({hooks_known})")
             if not hooks:
                 raise PluginError(f"nothing in it is decorated with @hookimpl ({hooks_known})")
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (as above)
             plugin.fail("registration", error)
             if self._manager.is_registered(plugin.implementation):
                 self._manager.unregister(plugin.implementation)
@@ -223,7 +224,7 @@ class Registry:
         others = [p.implementation for p in self._plugins if p is not plugin and p.implementation is not None]
         try:
             return list(self._manager.subset_hook_caller(hook, others)(**arguments))
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit) as error:  # noqa: BLE001 (the host survives whatever a plugin raises)
             plugin.fail(hook, error)
             return []
 
@@ -251,7 +252,7 @@ class Registry:
                     owners = found.setdefault(name, [])
                     if not any(entry.component is component for entry in owners):
                         owners.append(_Entry(name, component, plugin))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (as above)
             plugin.fail(hook, error)
 
     def _unknown(self, group: Group, name: str) -> str:

@@ -47,15 +47,23 @@ def problems_of(error: ValidationError) -> list[Problem]:
         elif isinstance(cause, Exception):
             found.append((where, str(cause)))
         else:
-            message = entry["msg"][:1].lower() + entry["msg"][1:]
+            message = _WANTED.get(entry["type"]) or entry["msg"][:1].lower() + entry["msg"][1:]
             found.append((where, f"{message}; found {_short(entry['input'])}"))
     return found
+
+
+_WANTED = {
+    **dict.fromkeys(("tuple_type", "list_type"), "a list is needed"),
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "a table of fields is needed"),
+    "missing": "this field is needed",
+}
+"""Messages in the words of a configuration file, by pydantic's name of the error."""
 
 
 class CheckedModel(BaseModel):
     """Base of every configuration: immutable, closed, and strict about what is a number.
 
-    Construction and ``model_validate`` raise ``ConfigError`` (never pydantic's own error) with one line a problem.
+    Construction, ``model_validate`` and ``model_validate_json`` raise ``ConfigError`` with one line a problem.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -77,6 +85,14 @@ class CheckedModel(BaseModel):
         """As pydantic's, raising ``ConfigError``."""
         try:
             return super().model_validate(obj, **options)
+        except ValidationError as error:
+            raise InvalidConfigError(problems_of(error)) from error
+
+    @classmethod
+    def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:
+        """As pydantic's, raising ``ConfigError``."""
+        try:
+            return super().model_validate_json(json_data, **options)
         except ValidationError as error:
             raise InvalidConfigError(problems_of(error)) from error
 
