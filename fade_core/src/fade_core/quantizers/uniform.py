@@ -25,6 +25,8 @@ from fade_core.quantizers.full import FullQuantizer
 
 FP16_MAX = 65504.0
 BITS = (2, 3, 4, 8, 16)
+CLIPS = (0.9, 0.8, 0.7, 0.6, 0.5)
+"""Parts of a group's range that 2-bit grids are tried over."""
 
 
 def to_tiles(x: Tensor, tile: int) -> Tensor:
@@ -36,12 +38,66 @@ def to_tiles(x: Tensor, tile: int) -> Tensor:
     return x.unflatten(2, (-1, tile))
 
 
+def half_below(x: Tensor) -> Tensor:
+    """The largest fp16 that is not above float32 ``x`` (within fp16's range): a minimum that no value falls under."""
+    half = x.half()
+    bits = half.view(torch.int16)
+    lower = torch.where(bits > 0, bits - 1, (bits & 0x7FFF | -0x8000) + 1).view(torch.float16)
+    return torch.where(half.float() > x, lower, half)
+
+
+def half_above(x: Tensor) -> Tensor:
+    """The smallest fp16 that is not below ``x >= 0`` by more than float32's own rounding: a step that spans its range."""
+    half = x.half()
+    higher = (half.view(torch.int16) + 1).view(torch.float16)
+    return torch.where(half.float() < x * (1 - 2.0**-20), higher, half)
+
+
 def check_tokens(x: Tensor, head_dim: int, who: str) -> None:
     """Refuse anything but a non-empty floating ``[B, H_kv, T, head_dim]``. Raises ``InputError``."""
     if x.dim() != 4 or x.shape[-1] != head_dim or not x.shape[2]:
         raise InputError(f"{who} takes [B, H_kv, T >= 1, D={head_dim}]; found a tensor of shape {tuple(x.shape)}")
     if not x.is_floating_point():
         raise InputError(f"{who} takes floating-point tokens; found {x.dtype}")
+
+
+def _grid(x: Tensor, low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """fp16 scale and minimum of the grid over ``[low, high]``, and the nearest codes of ``x`` as floats."""
+    top = 2**bits - 1
+    minimum = low.clamp(-FP16_MAX, FP16_MAX).half()
+    scale = ((high - minimum.float()) / top).clamp(0, FP16_MAX).half()
+    step = scale.float()
+    codes = ((x - minimum.float()) / step.where(step > 0, torch.ones_like(step))).round_().clamp_(0, top)
+    return scale, minimum, codes
+
+
+def _best_grid(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``_grid``, over the range of each group along ``dim`` or, at 2 bits, the part of it that loses least.
+
+    Four levels spread over a whole range waste two of them on its ends: clipping lowers the squared error of a bell-shaped
+    group of 64 by a third or more, at no bits.
+    """
+    low, high = torch.aminmax(x, dim=dim, keepdim=True)
+    best = _grid(x, low, high, bits)
+    if bits > 2:
+        return best
+    error = _error(x, *best, dim)
+    middle = (low + high) / 2
+    for shrink in CLIPS:
+        found = _grid(x, middle + (low - middle) * shrink, middle + (high - middle) * shrink, bits)
+        loss = _error(x, *found, dim)
+        better = loss < error
+        error = torch.where(better, loss, error)
+        best = (
+            torch.where(better, found[0], best[0]),
+            torch.where(better, found[1], best[1]),
+            torch.where(better, found[2], best[2]),
+        )
+    return best
+
+
+def _error(x: Tensor, scale: Tensor, minimum: Tensor, codes: Tensor, dim: int) -> Tensor:
+    return (codes * scale.float() + minimum.float() - x).square().sum(dim, keepdim=True)
 
 
 class UniformQuantizer(Quantizer):
@@ -88,12 +144,7 @@ class UniformQuantizer(Quantizer):
             grouped, dim = tiles.unflatten(-1, (fmt.groups, fmt.group)), -1  # [B, H, n, tile, g, G]
         else:
             grouped, dim = tiles.unflatten(-2, (fmt.groups, fmt.group)), -2  # [B, H, n, g, G, D]
-        low, high = torch.aminmax(grouped, dim=dim, keepdim=True)
-        top = 2**fmt.bits - 1
-        minimum = low.clamp(-FP16_MAX, FP16_MAX).half()
-        scale = ((high - minimum.float()) / top).clamp(0, FP16_MAX).half()
-        step = scale.float()
-        codes = ((grouped - minimum.float()) / step.where(step > 0, torch.ones_like(step))).round_().clamp_(0, top)
+        scale, minimum, codes = _best_grid(grouped, fmt.bits, dim)
         codes = codes.reshape(tiles.shape).to(torch.int16)
         if fmt.axis == "token":
             meta = pack_meta(scale.squeeze(-1).transpose(-1, -2), minimum.squeeze(-1).transpose(-1, -2))
