@@ -306,6 +306,7 @@ def candidates(case: Case) -> Iterator[DecodeConfig]:
                 yield DecodeConfig(warps, stages, resident, overlap=True)
             if stages == 3 and (not few or resident <= 6):
                 yield DecodeConfig(warps, stages, resident, fused=True)
+    yield DecodeConfig(subnormal=False)
     if few:
         for resident in (1, 2, 3):
             yield DecodeConfig(1, 3, resident, fused=True)
@@ -361,6 +362,9 @@ def run_parity(emit: Emit, deadline: float) -> set[tuple[int, str, int]]:
         except Exception as error:
             row |= {"green": False, "error": f"{type(error).__name__}: {str(error)[:300]}"}
         if not row["green"]:
+            if "error" not in row:
+                mine, reference, _ = errors(build(case), DecodeConfig(subnormal=False))
+                row["with_normal_codes"] = f"{mine:.2e} against {reference:.2e}"
             failed.add((case.bits, case.axis, case.tile))
         emit(row)
         torch.cuda.empty_cache()
@@ -427,7 +431,7 @@ def time_case(case: Case, best_bf16: float, tune: bool, deadline: float) -> dict
 
 
 def _short(config: DecodeConfig) -> str:
-    flags = "f" * config.fused + "o" * config.overlap
+    flags = "f" * config.fused + "o" * config.overlap + "n" * (not config.subnormal)
     return f"w{config.warps}s{config.stages}r{config.resident}{flags}{config.registers or ''}"
 
 

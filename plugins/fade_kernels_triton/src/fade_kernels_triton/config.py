@@ -19,6 +19,7 @@ class DecodeConfig:
         fused: merge the parts in the same launch (best when a row and head has few splits).
         overlap: let the merge launch start before the decode launch ends (needs compute capability 9).
         registers: most registers a thread may take; 0 leaves it to the compiler.
+        subnormal: feed codes to the tensor cores as fp16 subnormals, one instruction a pair less than normal numbers.
     """
 
     warps: int = 1
@@ -27,6 +28,7 @@ class DecodeConfig:
     fused: bool = False
     overlap: bool = False
     registers: int = 0
+    subnormal: bool = True
 
 
 @cache

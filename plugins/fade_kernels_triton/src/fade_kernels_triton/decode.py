@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from torch import Tensor
-
 from fade_core.errors import InputError
+from torch import Tensor
 
 from fade_kernels_triton.config import DecodeConfig, lookup
 from fade_kernels_triton.operands import HEAD_DIMS, MAX_COLUMNS, PackedTier, Window
@@ -175,7 +174,7 @@ def decode_attention(
         SLIDING=sliding_window is not None,
         FUSED=config.fused,
         CHUNK=chunk,
-        SUBNORMAL=True,
+        SUBNORMAL=config.subnormal,
         PDL=overlap,
         INTERPRET=interpret,
         **options,

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from fade_core.errors import InputError
 from fade_core.packed import PackedFormat
+from torch import Tensor
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 PACKED_BITS = (2, 4)

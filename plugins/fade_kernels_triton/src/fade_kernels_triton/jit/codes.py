@@ -24,11 +24,10 @@ def unpack(words, BITS: tl.constexpr, SUBNORMAL: tl.constexpr, INTERPRET: tl.con
             fields = _unpack4_subnormal(words)
         else:
             fields = _unpack4_normal(words)
+    elif SUBNORMAL:
+        fields = _unpack2_subnormal(words)
     else:
-        if SUBNORMAL:
-            fields = _unpack2_subnormal(words)
-        else:
-            fields = _unpack2_normal(words)
+        fields = _unpack2_normal(words)
     return fields
 
 

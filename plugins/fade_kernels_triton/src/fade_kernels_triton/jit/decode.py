@@ -216,22 +216,21 @@ def decode_kernel(
                 B_BITS, B_BITS, B_KEY_CHANNEL, B_TILE, B_TILES, D, DP, N, STAGES, SOFTCAP, SLIDING, SUBNORMAL,
                 INTERPRET,
             )  # fmt: skip
-    else:
-        if HAS_WINDOW:
-            part = split - splits_a - splits_b
-            length = tl.load(W_LENGTH + row * w_length_stride_b + kv_head * w_length_stride_h)
-            share = tl.cdiv(tl.cdiv(length, BLOCK), splits_w) * BLOCK
-            start = part * share
-            stop = tl.minimum(start + share, length)
-            top, total, out = attend_window(
-                query, scaling * LOG2E, softcap * LOG2E, scaling / softcap,
-                W_KEYS + row * w_key_stride_b + kv_head * w_key_stride_h,
-                W_VALUES + row * w_value_stride_b + kv_head * w_value_stride_h,
-                W_POSITIONS if W_POSITIONS is None
-                else W_POSITIONS + row * w_position_stride_b + kv_head * w_position_stride_h,
-                w_key_stride_t, w_value_stride_t, start, stop, length, query_token, query_position, window,
-                Q_LEN, D, DP, N, BLOCK, SOFTCAP, SLIDING, INTERPRET,
-            )  # fmt: skip
+    elif HAS_WINDOW:
+        part = split - splits_a - splits_b
+        length = tl.load(W_LENGTH + row * w_length_stride_b + kv_head * w_length_stride_h)
+        share = tl.cdiv(tl.cdiv(length, BLOCK), splits_w) * BLOCK
+        start = part * share
+        stop = tl.minimum(start + share, length)
+        top, total, out = attend_window(
+            query, scaling * LOG2E, softcap * LOG2E, scaling / softcap,
+            W_KEYS + row * w_key_stride_b + kv_head * w_key_stride_h,
+            W_VALUES + row * w_value_stride_b + kv_head * w_value_stride_h,
+            W_POSITIONS if W_POSITIONS is None
+            else W_POSITIONS + row * w_position_stride_b + kv_head * w_position_stride_h,
+            w_key_stride_t, w_value_stride_t, start, stop, length, query_token, query_position, window,
+            Q_LEN, D, DP, N, BLOCK, SOFTCAP, SLIDING, INTERPRET,
+        )  # fmt: skip
 
     live = total > 0
     out = out * tl.where(live, 1.0 / tl.where(live, total, 1.0), 0.0)[None, :]
