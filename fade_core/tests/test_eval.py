@@ -181,9 +181,9 @@ def test_standard_error() -> None:
 # --- needle ---
 
 
-def test_needles_lie_where_they_should(fixed: str = "straw " * 99) -> None:
+def test_needles_lie_where_they_should() -> None:
     tokenizer = byte_tokenizer()
-    prompts = needle_prompts(tokenizer, 4, 300, (0.0, 0.5, 1.0), seed=fresh_seed(), haystack=fixed)
+    prompts = needle_prompts(tokenizer, 4, 300, (0.0, 0.5, 1.0), seed=fresh_seed(), haystack="straw " * 99)
     for prompt, depth in zip(prompts, (0.0, 0.5, 1.0, 0.0), strict=True):
         text = tokenizer.decode(prompt.context[0])
         assert prompt.context.shape == (1, 300)
@@ -263,7 +263,7 @@ def test_a_plugins_task_is_found_by_name(model: Any, ids: Tensor) -> None:
     with use_registry(Registry([Plugin()], entry_points=False)):
         result = eval_task("length").run(model, None, "exact", EvalOptions(texts=ids, prompt_tokens=12))
         assert result.to_dict()["tokens"] == 3
-        with pytest.raises(FadeError, match="lenght.*length"):
+        with pytest.raises(FadeError, match=r"lenght.*length"):
             eval_task("lenght")
 
 

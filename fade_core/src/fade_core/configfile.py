@@ -6,7 +6,7 @@ import json
 import tomllib
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tomli_w
 import yaml
@@ -45,6 +45,11 @@ def write_table(path: str | Path, table: Mapping[str, Any]) -> None:
     """Write a table in the format of the extension. Raises ``ConfigError`` for a value that the format cannot hold."""
     path = Path(path)
     path.write_text(_WRITERS[_format_of(path)](table), encoding="utf-8")
+
+
+def render_table(table: Mapping[str, Any], format: Literal["toml", "yaml", "json"]) -> str:
+    """A table as text. Raises ``ConfigError`` for a value that the format cannot hold."""
+    return _WRITERS[format.upper()](table)
 
 
 def _format_of(path: Path) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers import logging as transformers_logging
 
 from fade_core.errors import InputError
@@ -67,6 +67,22 @@ def load_model(
     return cast("PreTrainedModel", model.to(where).eval()), tokenizer
 
 
+def load_skeleton(name_or_path: str | Path) -> PreTrainedModel:
+    """A model without weights (on the meta device): enough to plan a cache for it.
+
+    Raises:
+        InputError: if its config cannot be read.
+    """
+    source, gguf_file = _locate(str(name_or_path))
+    with hidden_progress_bars():
+        try:
+            config = AutoConfig.from_pretrained(source, **({"gguf_file": gguf_file} if gguf_file else {}))
+            with torch.device("meta"):
+                return cast("PreTrainedModel", AutoModelForCausalLM.from_config(config).eval())
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"the config of {str(name_or_path)!r} cannot be read: {_first_line(error)}") from error
+
+
 def smollm2_file() -> Path:
     """The GGUF file inside the installed wheel, found without importing the package (that needs llama.cpp).
 
@@ -98,15 +114,15 @@ def context_length(model: PreTrainedModel) -> int | None:
 def hidden_progress_bars() -> Iterator[None]:
     """Silence the bars and log messages of transformers inside the block; nothing else changes."""
     bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # one of its bars cannot be switched off
             yield
     finally:
         transformers_logging.set_verbosity(level)
         if bars:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            transformers_logging.enable_progress_bar()
 
 
 def _locate(name: str) -> tuple[str, str | None]:
@@ -158,4 +174,4 @@ def _first_line(error: Exception) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
-__all__ = ["SMOLLM2", "context_length", "exact_cache", "load_model", "smollm2_file"]
+__all__ = ["SMOLLM2", "context_length", "exact_cache", "load_model", "load_skeleton", "smollm2_file"]

@@ -36,12 +36,8 @@ def live_storages(obj: object, exclude: object = None) -> dict[StorageKey, int]:
         exclude: an object whose storages do not count (the model, if the cache points to it).
     """
     skipped = live_storages(exclude) if exclude is not None else {}
-    found: dict[StorageKey, int] = {}
-    for tensor in _tensors(obj):
-        for key, nbytes in _storages(tensor):
-            if key not in skipped:
-                found[key] = nbytes
-    return found
+    pairs = (pair for tensor in _tensors(obj) for pair in _storages(tensor))
+    return {key: nbytes for key, nbytes in pairs if key not in skipped}
 
 
 def live_bytes(obj: object, exclude: object = None) -> int:
@@ -160,7 +156,7 @@ class PeakTracker:
             self._mode.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
 
 
-class _AllocationMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _AllocationMode(TorchDispatchMode):
     """Counts the storages that operations return, until a finalizer sees each one die."""
 
     def __init__(self) -> None:

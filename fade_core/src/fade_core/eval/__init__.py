@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fade_core.eval.kl import DivergenceResult, ExactRun, TextDivergence, divergence, exact_runs
 from fade_core.eval.haystack import NeedleAnswer, NeedleResult, needle
+from fade_core.eval.kl import DivergenceResult, ExactRun, TextDivergence, divergence, exact_runs
 from fade_core.eval.likelihood import PerplexityResult, perplexity
 from fade_core.eval.results import EvalResult, HeldBytes
 from fade_core.eval.tasks import EvalOptions, EvalTask

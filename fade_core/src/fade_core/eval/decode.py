@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ def greedy(model: Any, first: Tensor, cache: Any, count: int) -> list[int]:
 
 def _forward(model: Any, ids: Tensor, cache: Any, keep: int) -> Tensor:
     """Logits ``[keep, V]`` in float32 of the last ``keep`` tokens."""
-    options = {"logits_to_keep": keep} if _keeps_logits(type(model)) else {}
+    options = {"logits_to_keep": keep} if _keeps_logits(type(model).forward) else {}
     out = model(input_ids=ids, past_key_values=cache, use_cache=True, **options)
     logits: Tensor = out.logits[0, -keep:].float()
     if not torch.isfinite(logits).all():
@@ -60,5 +60,5 @@ def _forward(model: Any, ids: Tensor, cache: Any, keep: int) -> Tensor:
 
 
 @functools.cache
-def _keeps_logits(model_class: type) -> bool:
-    return "logits_to_keep" in inspect.signature(model_class.forward).parameters  # type: ignore[attr-defined]
+def _keeps_logits(forward: Callable[..., Any]) -> bool:
+    return "logits_to_keep" in inspect.signature(forward).parameters

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,11 +183,22 @@ def run_exact(
     *,
     steps_per_forward: int = 1,
     advance: Callable[[int], None] | None = None,
+    around_prompt: AbstractContextManager[Any] | None = None,
 ) -> ExactRun:
-    """Decode one text ``[1, T]`` with the exact cache. Its last token is only predicted, never fed."""
+    """Decode one text ``[1, T]`` with the exact cache. Its last token is only predicted, never fed.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        ids: int64 ``[1, T]``.
+        prompt_tokens: tokens fed at once.
+        steps_per_forward: tokens a forward pass after the prompt.
+        advance: called with the tokens of each forward pass.
+        around_prompt: entered while the prompt is read (a ``PeakTracker``).
+    """
     logits = []
     with opened(exact_cache, model) as cache:
-        prefill(model, ids[:, :prompt_tokens], cache)
+        with around_prompt or nullcontext():
+            prefill(model, ids[:, :prompt_tokens], cache)
         for step in feed(model, ids[:, prompt_tokens:-1], cache, steps_per_forward):
             logits.append(step)
             if advance is not None:
@@ -202,12 +214,14 @@ def compare(
     *,
     steps_per_forward: int = 1,
     advance: Callable[[int], None] | None = None,
+    around_prompt: AbstractContextManager[Any] | None = None,
 ) -> Steps:
-    """Decode the same text with another cache and compare step by step; no logits are kept."""
+    """Decode the same text with another cache and compare step by step; no logits are kept. Arguments as above."""
     kl, same, nll, exact_nll, done = [], [], [], [], 0
     targets = run.ids[0, run.prompt_tokens + 1 :]
     with opened(factory, model) as cache:
-        prefill(model, run.ids[:, : run.prompt_tokens], cache)
+        with around_prompt or nullcontext():
+            prefill(model, run.ids[:, : run.prompt_tokens], cache)
         for logits in feed(model, run.ids[:, run.prompt_tokens : -1], cache, steps_per_forward):
             here = slice(done, done + logits.shape[0])
             wanted = run.logits[here].log_softmax(-1)

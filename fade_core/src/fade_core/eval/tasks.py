@@ -6,10 +6,10 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from fade_core.errors import PluginError
+from fade_core.errors import InputError, PluginError
 from fade_core.eval.caches import CacheLike
-from fade_core.eval.kl import divergence
 from fade_core.eval.haystack import needle
+from fade_core.eval.kl import divergence
 from fade_core.eval.likelihood import perplexity
 from fade_core.eval.progress import Progress
 from fade_core.eval.results import EvalResult
@@ -103,7 +103,9 @@ class NeedleTask(EvalTask):
     summary: ClassVar[str] = "numbers hidden in a long text, found again through the cache"
 
     def run(self, model: Any, tokenizer: Any, cache: CacheLike, options: EvalOptions) -> EvalResult:
-        haystack = options.texts if isinstance(options.texts, str) else None
+        given = [options.texts] if isinstance(options.texts, str) else list(options.texts or ())
+        if not all(isinstance(text, str) for text in given):
+            raise InputError("needles are hidden in strings; token ids were given as texts")
         return needle(
             model,
             tokenizer,
@@ -111,7 +113,7 @@ class NeedleTask(EvalTask):
             needles=options.count or 20,
             context_tokens=options.prompt_tokens,
             seed=options.seed,
-            haystack=haystack,
+            haystack="\n\n".join(str(text) for text in given) or None,
             progress=options.progress,
         )
 

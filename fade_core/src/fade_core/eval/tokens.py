@@ -62,7 +62,7 @@ def encode(text: str, tokenizer: Any, special: bool = True) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def check_counts(**counts: int) -> None:
+def check_counts(**counts: object) -> None:
     """Refuse anything but whole numbers from 1 on. Raises ``InputError`` naming the argument."""
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:

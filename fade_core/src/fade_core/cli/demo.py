@@ -1,0 +1,236 @@
+"""``fade demo``: a real model over a long document, with the exact cache and with each configuration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fade_core.cli.console import errors, out, rows, size, table, working
+from fade_core.cli.generate import run_generate
+from fade_core.cli.options import EXACT, PRESETS, Caches, Device, Dtype, Model, named_caches, open_model
+from fade_core.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fade_core.cli.picture import TierPicture
+    from fade_core.eval.caches import CacheFactory
+    from fade_core.eval.kl import ExactRun
+
+CHECKED = 256
+"""Steps compared with the exact cache: its own answer, then a text that follows."""
+STEPS_PER_FORWARD = 8
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One line of the table.
+
+    Attributes:
+        held: bytes of the cache after the answer.
+        peak: highest tensor bytes above the weights while the prompt is read, cache and activations.
+        tokens_per_second: of the answer.
+        answer: text.
+        kl: mean KL to the exact cache, nats.
+        top1: share of steps with the same most likely token.
+    """
+
+    held: int
+    peak: int
+    tokens_per_second: float | None
+    answer: str
+    kl: float
+    top1: float
+
+
+def demo(
+    model: Model = "smollm2",
+    config: Caches = PRESETS,
+    output_dir: Annotated[Path, typer.Option(help="Where the picture and the figures go.")] = Path("fade-demo"),
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 40,
+    prompt_tokens: Annotated[int | None, typer.Option(min=64, help="Cut the document to fit this prompt.")] = None,
+    question: Annotated[str | None, typer.Option(help="Ask this about the document instead.")] = None,
+    document: Annotated[Path | None, typer.Option(help="A text file to ask about; needs --question.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Answer a question about a long document with the exact cache and with each preset, and compare.
+
+    Prints for each cache the bytes it really held, the peak, the speed, how far its next-token distributions are from
+    those of the exact cache, and its answer; draws which tokens live in which tier.
+    """
+    from fade_core.cli.picture import draw
+    from fade_core.cli.prompts import document_ids
+    from fade_core.eval.caches import tiered_factory
+    from fade_core.loading import exact_cache
+
+    text, asked = _subject(document, question)
+    caches = named_caches(config)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    loaded, tokenizer = open_model(model, dtype, device)
+    ids = document_ids(tokenizer, text, asked, _limit(loaded, prompt_tokens, max_new_tokens)).to(loaded.device)
+    errors.print(f"{ids.shape[1]} prompt tokens; question: {asked}", markup=False)
+    runner = _Runner(loaded, tokenizer, ids, max_new_tokens)
+    results, pictures = {}, {}
+    with working("exact cache") as advance:
+        results[EXACT], run = runner.exact(exact_cache, advance)
+    for name, cache in caches.items():
+        with working(f"{name} cache") as advance:
+            results[name], pictures[name] = runner.compressed(tiered_factory(cache), run, advance)  # type: ignore[arg-type]
+    if pictures:
+        draw(pictures, output_dir / "tiers.png")
+    _print(results, loaded, ids.shape[1], runner.compared)
+    _save(results, pictures, output_dir / "demo.json", model, ids.shape[1])
+    out.print(f"picture: {output_dir / 'tiers.png'}   figures: {output_dir / 'demo.json'}", markup=False)
+
+
+class _Runner:
+    """Runs every cache over the same prompt and the same continuation."""
+
+    def __init__(self, model: Any, tokenizer: Any, ids: Tensor, max_new_tokens: int) -> None:
+        self.model, self.tokenizer, self.ids, self.max_new_tokens = model, tokenizer, ids, max_new_tokens
+        self.compared = CHECKED
+
+    def exact(self, factory: CacheFactory, advance: Callable[[int, int], None]) -> tuple[Shown, ExactRun]:
+        """The exact cache's line, and its run over its own answer and the text that follows."""
+        import torch
+
+        from fade_core.eval.kl import run_exact
+        from fade_core.eval.tokens import token_rows
+        from fade_core.memory import PeakTracker
+
+        tokens, held, rate, _ = self._answer(factory)
+        answer = torch.tensor([tokens], device=self.ids.device)
+        (follows,) = token_rows(None, self.tokenizer, CHECKED, self.ids.device, limit=1)
+        row = torch.cat([self.ids, answer, follows], dim=1)[:, : self.ids.shape[1] + CHECKED + 1]
+        peak = PeakTracker(self.model.device)
+        run = run_exact(
+            self.model,
+            row,
+            self.ids.shape[1],
+            steps_per_forward=STEPS_PER_FORWARD,
+            advance=_counting(advance),
+            around_prompt=peak,
+        )
+        return Shown(held, peak.peak, rate, self._text(tokens), 0.0, 1.0), run
+
+    def compressed(
+        self, factory: CacheFactory, run: ExactRun, advance: Callable[[int, int], None]
+    ) -> tuple[Shown, TierPicture]:
+        """A compressed cache's line and picture."""
+        from fade_core.eval.kl import compare
+        from fade_core.memory import PeakTracker
+
+        tokens, held, rate, picture = self._answer(factory)
+        if picture is None:
+            raise InputError("this cache cannot say which tier a token lives in")
+        peak = PeakTracker(self.model.device)
+        found = compare(
+            self.model,
+            factory,
+            run,
+            steps_per_forward=STEPS_PER_FORWARD,
+            advance=_counting(advance),
+            around_prompt=peak,
+        )
+        same = float(found.same.double().mean())
+        return Shown(held, peak.peak, rate, self._text(tokens), float(found.kl.mean()), same), picture
+
+    def _answer(self, factory: CacheFactory) -> tuple[list[int], int, float | None, TierPicture | None]:
+        from fade_core.cli.picture import TierPicture
+        from fade_core.cli.streaming import TokenWatch
+        from fade_core.eval.caches import opened
+        from fade_core.memory import live_bytes
+
+        watch = TokenWatch()
+        with opened(factory, self.model) as cache:
+            tokens = run_generate(self.model, self.tokenizer, self.ids, cache, self.max_new_tokens, watch)
+            picture = TierPicture.of(cache) if hasattr(cache, "tier_names") else None
+            return tokens, live_bytes(cache, exclude=self.model), watch.tokens_per_second, picture
+
+    def _text(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+
+def _counting(advance: Callable[[int, int], None]) -> Callable[[int], None]:
+    done = 0
+
+    def add(count: int) -> None:
+        nonlocal done
+        done += count
+        advance(done, CHECKED)
+
+    return add
+
+
+def _subject(document: Path | None, question: str | None) -> tuple[str, str]:
+    """The document and the question."""
+    from fade_core.texts import demo_document
+
+    if document is None:
+        shipped = demo_document()
+        return shipped.passage.text, question or shipped.questions[0].text
+    if question is None:
+        raise InputError("--document needs a --question about it")
+    try:
+        return document.read_text(encoding="utf-8"), question
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"document {document} cannot be read: {error}") from error
+
+
+def _limit(model: Any, prompt_tokens: int | None, max_new_tokens: int) -> int | None:
+    """Most prompt tokens that fit the model's context beside the answer and the steps that are compared."""
+    from fade_core.loading import context_length
+
+    context = context_length(model)
+    if context is None:
+        return prompt_tokens
+    room = context - max(max_new_tokens, CHECKED + 1)
+    if prompt_tokens is not None and prompt_tokens > room:
+        raise InputError(
+            f"--prompt-tokens {prompt_tokens} does not fit: the model takes {context}, {room} for the prompt"
+        )
+    return prompt_tokens or room
+
+
+def _print(results: dict[str, Shown], model: Any, prompt_tokens: int, compared: int) -> None:
+    exact = results[EXACT]
+    sixteen = exact.held * 2 / model.dtype.itemsize
+    lines = [
+        (
+            name,
+            size(line.held),
+            f"{line.held / exact.held:.3f}x",
+            f"{line.held / sixteen:.3f}x",
+            size(line.peak),
+            "-" if line.tokens_per_second is None else f"{line.tokens_per_second:.1f}",
+            "-" if name == EXACT else f"{line.top1:.1%}",
+            "-" if name == EXACT else f"{line.kl:.5f}",
+            line.answer,
+        )
+        for name, line in results.items()
+    ]
+    title = f"{prompt_tokens} prompt tokens, {model.dtype} on {model.device}; KL and top-1 over {compared} steps"
+    columns = (
+        *("cache", ">bytes held", ">to exact", ">to 16 bits", ">peak reading"),
+        *(">tokens/s", ">top-1", ">KL", "answer"),
+    )
+    out.print(rows(table(title, *columns), lines))
+
+
+def _save(
+    results: dict[str, Shown], pictures: dict[str, TierPicture], path: Path, model: str, prompt_tokens: int
+) -> None:
+    figures = {
+        name: {**vars(line), "tiers": pictures[name].shares() if name in pictures else {}}
+        for name, line in results.items()
+    }
+    path.write_text(
+        json.dumps({"model": model, "prompt_tokens": prompt_tokens, "caches": figures}, indent=2) + "\n",
+        encoding="utf-8",
+    )

@@ -1,0 +1,326 @@
+"""Conformance of kernels: another implementation never changes meaning. The torch one of the core is the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from fade_core.errors import InputError
+from fade_core.interfaces import Kernel, Op, QuantizerContext, Support, Tier
+from fade_core.kernels.attention import (
+    AttentionOutput,
+    FullSegment,
+    PackedSegment,
+    Segment,
+    attention_mass,
+    decode_attention,
+)
+from fade_core.plugins import default_registry
+from fade_core.quantizers.uniform import UniformConfig
+from fade_core.testing.checks import (
+    CheckResult,
+    NotApplicableError,
+    Suite,
+    fresh_seed,
+    require,
+    require_equal,
+    unchanged,
+)
+from fade_core.tierstore import TierStore, Tokens
+
+CHECKED_OPS: tuple[Op, ...] = ("decode_attention", "attention_mass")
+KEYS, VALUES = UniformConfig(bits=4, axis="channel"), UniformConfig(bits=4)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one attention problem."""
+
+    batch: int = 2
+    query_heads: int = 6
+    heads: int = 3
+    head_dim: int = 64
+    queries: int = 1
+    tiles: int = 3
+    window: int = 37
+
+
+@dataclass
+class KernelCase:
+    """A kernel under test, where it runs, and the generator of its inputs."""
+
+    kernel: Kernel
+    device: torch.device
+    dtype: torch.dtype
+    keys: UniformConfig
+    values: UniformConfig
+    generator: torch.Generator
+
+    def supported(self, head_dim: int = 64) -> None:
+        """Raises ``NotApplicableError`` with the kernel's reason if it does not run this case here."""
+        keys = self.keys.build(QuantizerContext(head_dim, "key"))
+        answer = self.kernel.supports(keys.format, head_dim, self.device, self.dtype)
+        if not answer:
+            raise NotApplicableError(f"does not run here: {answer.reason}")
+
+    def randn(self, *shape: int) -> Tensor:
+        """Random numbers of the case's dtype and device."""
+        return torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
+
+    def query(self, shape: Shape) -> Tensor:
+        """``[B, H_q, Q, D]``."""
+        return self.randn(shape.batch, shape.query_heads, shape.queries, shape.head_dim)
+
+    def segments(self, shape: Shape, *, flat: bool = False) -> list[Segment]:
+        """Packed tiles of ragged rows, then a full-precision window with a mask."""
+        dim = shape.head_dim
+        contexts = QuantizerContext(dim, "key"), QuantizerContext(dim, "value")
+        tier = Tier("int4", "rest", self.keys.build(contexts[0]), self.values.build(contexts[1]))
+        store = TierStore(tier, shape.batch, shape.heads, self.device, self.dtype, explicit=False)
+        tile = tier.keys.tile
+        length = shape.tiles * tile
+        keys = self.randn(shape.batch, shape.heads, length, dim) * (0.01 if flat else 1)
+        values = self.randn(shape.batch, shape.heads, length, dim) + (1 if flat else 0)
+        counts = torch.full((shape.batch, shape.heads), length)
+        if not flat and shape.tiles > 1:
+            counts[-1] -= tile + 5  # the last row holds less, and its last tile is cut short
+        positions = torch.arange(length, device=self.device).expand(shape.batch, 1, -1)
+        store.append(Tokens(keys, values, positions, counts, {}))
+        live = store.valid()
+        mask = None if live is None else live[:, :, None].expand(-1, -1, shape.queries, -1)
+        window = shape.window
+        seen = torch.arange(window) <= torch.arange(window - shape.queries, window)[:, None]
+        return [
+            PackedSegment(store, mask),
+            FullSegment(
+                self.randn(shape.batch, shape.heads, window, dim),
+                self.randn(shape.batch, shape.heads, window, dim),
+                seen.expand(shape.batch, shape.heads, -1, -1).to(self.device) if shape.queries > 1 else None,
+            ),
+        ]
+
+
+def check_kernel(
+    kernel: Kernel | type[Kernel] | str,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    keys: UniformConfig = KEYS,
+    values: UniformConfig = VALUES,
+    seed: int | None = None,
+    expected_failures: Mapping[str, str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    only: tuple[str, ...] = (),
+) -> list[CheckResult]:
+    """Check an implementation of ``decode_attention`` or ``attention_mass`` against the core's oracle.
+
+    Args:
+        kernel: the implementation, its class, or "OP:NAME" as it is installed.
+        device: where to run; ``None`` takes the GPU if there is one.
+        dtype: of queries and window; ``None`` for bfloat16 on a GPU, float32 elsewhere.
+        keys: packed format of the keys.
+        values: packed format of the values.
+        seed: of the inputs; ``None`` draws one.
+        expected_failures: checks that are known to fail, with the reason.
+        progress: called as checks are done.
+        only: names of the checks to run; empty for all.
+
+    Raises:
+        InputError: for an op that has no oracle with this signature.
+    """
+    found = _kernel(kernel)
+    where = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind = dtype if dtype is not None else (torch.bfloat16 if where.type == "cuda" else torch.float32)
+    return KERNEL_CHECKS.run(
+        lambda generator: KernelCase(found, where, kind, keys, values, generator),
+        fresh_seed() if seed is None else seed,
+        expected_failures,
+        progress,
+        only,
+    )
+
+
+# --- the checks ---
+
+
+def support(case: KernelCase) -> None:
+    """supports() answers any case with a Support, and gives the reason for every no."""
+    for device in (torch.device("cpu"), torch.device("cuda"), torch.device("meta")):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for head_dim in (64, 80, 128, 256, 7):
+                for packed in (None, case.keys.build(QuantizerContext(64, "key")).format):
+                    answer = case.kernel.supports(packed, head_dim, device, dtype)
+                    require(isinstance(answer, Support), f"supports() returned {type(answer).__name__}")
+                    require(bool(answer) or bool(answer.reason), f"no without a reason: {device}, {dtype}, {head_dim}")
+
+
+def agreement(case: KernelCase) -> None:
+    """One query a row over ragged packed tiles and a window: as exact as the oracle in the same dtype."""
+    case.supported()
+    _agrees(case, Shape())
+
+
+def several_queries(case: KernelCase) -> None:
+    """A few queries a row with a causal mask in the window."""
+    case.supported()
+    _agrees(case, Shape(queries=5))
+
+
+def head_shapes(case: KernelCase) -> None:
+    """Other head dimensions, grouped and ungrouped heads, one row; every head_dim that is supported."""
+    case.supported()
+    for shape in (
+        Shape(batch=1, query_heads=2, heads=2),
+        Shape(batch=1, query_heads=8, heads=1, tiles=1, window=1),
+        Shape(query_heads=14, heads=2, head_dim=128),
+        Shape(batch=1, query_heads=4, heads=1, head_dim=256),
+    ):
+        keys = case.keys.build(QuantizerContext(shape.head_dim, "key"))
+        if case.kernel.supports(keys.format, shape.head_dim, case.device, case.dtype):
+            _agrees(case, shape)
+
+
+def softcap_and_sinks(case: KernelCase) -> None:
+    """Logits capped by tanh, and extra sink logits that take mass."""
+    case.supported()
+    _agrees(case, Shape(), softcap=20.0)
+    if case.kernel.op == "decode_attention":
+        _agrees(case, Shape(), sinks=torch.randn(6, generator=case.generator).to(case.device))
+
+
+def long_and_flat(case: KernelCase) -> None:
+    """Nearly equal weights over thousands of tokens, where sums lose what short tests do not show."""
+    case.supported()
+    _agrees(case, Shape(batch=1, query_heads=2, heads=1, tiles=96), flat=True)
+
+
+def window_only(case: KernelCase) -> None:
+    """A window with no packed tier beside it."""
+    case.supported()
+    _agrees(case, Shape(), packed=False)
+
+
+def inputs_kept(case: KernelCase) -> None:
+    """Nothing that was passed in is changed."""
+    case.supported()
+    shape = Shape()
+    query, segments = case.query(shape), case.segments(shape)
+    window = segments[-1]
+    if not isinstance(window, FullSegment):
+        raise InputError("the last segment is the window")
+    check = unchanged("the call", query, window.keys, window.values)
+    _call(case, query, segments)
+    check()
+
+
+def determinism(case: KernelCase) -> None:
+    """The same inputs give the same bits."""
+    case.supported()
+    shape = Shape()
+    query, segments = case.query(shape), case.segments(shape)
+    require_equal(_call(case, query, segments), _call(case, query, segments), "calling again")
+
+
+KERNEL_CHECKS: Suite[KernelCase] = Suite(
+    (
+        *(support, agreement, several_queries, head_shapes, softcap_and_sinks, long_and_flat, window_only),
+        *(inputs_kept, determinism),
+    )
+)
+
+
+def _agrees(
+    case: KernelCase,
+    shape: Shape,
+    *,
+    flat: bool = False,
+    packed: bool = True,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> None:
+    """The kernel's error is at most twice the oracle's own, both against the oracle in float64."""
+    query, segments = case.query(shape), case.segments(shape, flat=flat)
+    segments = segments if packed else segments[1:]
+    scaling = shape.head_dim**-0.5
+    precise = decode_attention(query, [_double(s) for s in segments], scaling, softcap, sinks)
+    for number, (found, oracle, wanted, what) in enumerate(
+        _pairs(case, query, segments, scaling, softcap, sinks, precise)
+    ):
+        require(found.shape == wanted.shape, f"{what}: {tuple(found.shape)}, {tuple(wanted.shape)} is needed")
+        require(bool(found.isfinite().all()), f"{what} is not finite")
+        own = float((oracle.double() - wanted.double()).abs().max())
+        floor = 4 * torch.finfo(case.dtype).eps * float(wanted.double().abs().max())
+        error = float((found.double() - wanted.double()).abs().max())
+        require(error <= 2 * own + floor, f"{what}: error {error:.3g}; {2 * own + floor:.3g} is allowed ({shape})")
+        del number
+
+
+def _pairs(
+    case: KernelCase,
+    query: Tensor,
+    segments: list[Segment],
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    precise: AttentionOutput,
+) -> Iterator[tuple[Tensor, Tensor, Tensor, str]]:
+    """What the kernel gave, what the oracle gives in the same dtype, what is exact, and its name."""
+    if case.kernel.op == "attention_mass":
+        for segment, name in zip(segments, ("packed", "window")[-len(segments) :], strict=True):
+            arguments = (scaling, softcap)
+            found = case.kernel(query, segment, precise.lse, *arguments)
+            oracle = attention_mass(query, segment, precise.lse, *arguments)
+            yield found, oracle, attention_mass(query, _double(segment), precise.lse, *arguments), f"mass of the {name}"
+        return
+    result = case.kernel(query, segments, scaling, softcap=softcap, sinks=sinks)
+    oracle_result = decode_attention(query, segments, scaling, softcap, sinks)
+    yield result.output, oracle_result.output, precise.output, "output"
+    yield result.lse, oracle_result.lse, precise.lse, "log-sum-exp"
+
+
+def _call(case: KernelCase, query: Tensor, segments: list[Segment]) -> Tensor:
+    scaling = query.shape[-1] ** -0.5
+    if case.kernel.op == "attention_mass":
+        lse = decode_attention(query, segments, scaling).lse
+        mass: Tensor = case.kernel(query, segments[0], lse, scaling)
+        return mass
+    output: Tensor = case.kernel(query, segments, scaling).output
+    return output
+
+
+def _double(segment: Segment) -> Segment:
+    """The same tokens, the packed ones decoded, in float64."""
+    if isinstance(segment, FullSegment):
+        return replace(segment, keys=segment.keys.double(), values=segment.values.double())
+    keys, values = segment.store.packed()
+    tier = segment.store.tier
+    full = (
+        tier.keys.decode(replace(keys, dtype=torch.float64)),
+        tier.values.decode(replace(values, dtype=torch.float64)),
+    )
+    return FullSegment(*full, mask=segment.mask)
+
+
+def _kernel(kernel: Any) -> Kernel:
+    if isinstance(kernel, str):
+        kernel = _installed(kernel)
+    if isinstance(kernel, type) and issubclass(kernel, Kernel):
+        kernel = kernel()
+    if not isinstance(kernel, Kernel):
+        raise InputError(f"a kernel, its class or OP:NAME is needed; found {kernel!r}")
+    if kernel.op not in CHECKED_OPS:
+        raise InputError(f"op {kernel.op!r} has no oracle to check against; checked are {', '.join(CHECKED_OPS)}")
+    return kernel
+
+
+def _installed(name: str) -> Any:
+    if ":" not in name:
+        ops = [op for op in get_args(Op) if default_registry().has("kernels", f"{op}:{name}")]
+        if len(ops) != 1:
+            raise InputError(f"kernel {name!r}: say which op, such as {(ops or CHECKED_OPS)[0]}:{name}")
+        name = f"{ops[0]}:{name}"
+    return default_registry().get("kernels", name)
