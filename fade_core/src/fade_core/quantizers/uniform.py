@@ -25,8 +25,6 @@ from fade_core.quantizers.full import FullQuantizer
 
 FP16_MAX = 65504.0
 BITS = (2, 3, 4, 8, 16)
-CLIPS = (0.9, 0.8, 0.7, 0.6, 0.5)
-"""Parts of a group's range that 2-bit grids are tried over."""
 
 
 def to_tiles(x: Tensor, tile: int) -> Tensor:
@@ -69,35 +67,6 @@ def _grid(x: Tensor, low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tens
     step = scale.float()
     codes = ((x - minimum.float()) / step.where(step > 0, torch.ones_like(step))).round_().clamp_(0, top)
     return scale, minimum, codes
-
-
-def _best_grid(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``_grid``, over the range of each group along ``dim`` or, at 2 bits, the part of it that loses least.
-
-    Four levels spread over a whole range waste two of them on its ends: clipping lowers the squared error of a bell-shaped
-    group of 64 by a third or more, at no bits.
-    """
-    low, high = torch.aminmax(x, dim=dim, keepdim=True)
-    best = _grid(x, low, high, bits)
-    if bits > 2:
-        return best
-    error = _error(x, *best, dim)
-    middle = (low + high) / 2
-    for shrink in CLIPS:
-        found = _grid(x, middle + (low - middle) * shrink, middle + (high - middle) * shrink, bits)
-        loss = _error(x, *found, dim)
-        better = loss < error
-        error = torch.where(better, loss, error)
-        best = (
-            torch.where(better, found[0], best[0]),
-            torch.where(better, found[1], best[1]),
-            torch.where(better, found[2], best[2]),
-        )
-    return best
-
-
-def _error(x: Tensor, scale: Tensor, minimum: Tensor, codes: Tensor, dim: int) -> Tensor:
-    return (codes * scale.float() + minimum.float() - x).square().sum(dim, keepdim=True)
 
 
 class UniformQuantizer(Quantizer):
@@ -144,7 +113,8 @@ class UniformQuantizer(Quantizer):
             grouped, dim = tiles.unflatten(-1, (fmt.groups, fmt.group)), -1  # [B, H, n, tile, g, G]
         else:
             grouped, dim = tiles.unflatten(-2, (fmt.groups, fmt.group)), -2  # [B, H, n, g, G, D]
-        scale, minimum, codes = _best_grid(grouped, fmt.bits, dim)
+        low, high = torch.aminmax(grouped, dim=dim, keepdim=True)
+        scale, minimum, codes = _grid(grouped, low, high, fmt.bits)
         codes = codes.reshape(tiles.shape).to(torch.int16)
         if fmt.axis == "token":
             meta = pack_meta(scale.squeeze(-1).transpose(-1, -2), minimum.squeeze(-1).transpose(-1, -2))
