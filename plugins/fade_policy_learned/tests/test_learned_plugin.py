@@ -8,6 +8,7 @@ import torch
 
 from fade_core import FadeConfig, get_policy
 from fade_core.errors import CheckpointError, ConfigError
+from fade_core.testing import check_component
 from fade_policy_learned import FEATURES, LearnedPolicy, train_policy
 from fade_policy_learned.plugin import LearnedConfig
 
@@ -36,6 +37,11 @@ def test_a_configuration_file_builds_it(checkpoint: Path, tmp_path: Path) -> Non
 
 def test_by_name(checkpoint: Path) -> None:
     assert isinstance(get_policy("learned", checkpoint=str(checkpoint)), LearnedPolicy)
+
+
+def test_passes_the_conformance_kit(checkpoint: Path, seed: int) -> None:
+    report = check_component("policies:learned", fields={"checkpoint": str(checkpoint)}, seed=seed)
+    assert report.ok, report
 
 
 def test_a_checkpoint_is_required() -> None:
