@@ -23,6 +23,9 @@ from fade_core.window import Window
 DIRECT_QUERIES = 32
 """Steps of at most this many tokens go straight into the window; longer ones are chunks of a prompt."""
 
+REJECTABLE = 64
+"""Newest tokens of a chunk that stay in full precision until ``crop`` while past states are recorded."""
+
 
 @dataclass
 class LayerPlan:
@@ -298,7 +301,7 @@ class TieredLayer(CacheLayerMixin):
                     lower = self.stores[i + 1]
                     lower.append(tokens)
                     moved += int(over.sum())
-                    scores = self._scores() if not self.plan.policy.positional or i + 2 < len(self.stores) else scores
+                    scores = None  # the lower tier has other slots now
                 else:
                     evicted += int(over.sum())
             above = above + store.lengths
@@ -510,7 +513,8 @@ class TieredLayer(CacheLayerMixin):
         lengths = window.lengths + chunk - dropped
         if window.longest or bool(dropped.any()):
             keys, values, positions, observed = self._joined(keys, values, positions, observed, dropped)
-        due = self._due(lengths) if ladder.tiers else torch.zeros_like(lengths)
+        held_back = REJECTABLE if self.record_past else 0
+        due = self._due(lengths - held_back) if ladder.tiers else torch.zeros_like(lengths)
         if bool(due.any()):
             self._send_down(keys, values, positions[:, None], observed, due, chunk)
         self._keep_in_window(keys, values, positions, observed, lengths, due)
