@@ -32,9 +32,26 @@ class Tokens:
     statistics: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class _Book:
+    """Whose tiles are whose, at one moment."""
+
+    table: Tensor
+    counts: Tensor
+    starts: Tensor
+    offsets: Tensor
+    explicit: bool
+    statistics: dict[str, Tensor]
+
+
 def left_pack(chosen: Tensor) -> Tensor:
     """Indices that bring the true entries of bool ``[..., N]`` to the front, their order kept."""
     return torch.argsort(~chosen, dim=-1, stable=True)
+
+
+def by_position(chosen: Tensor, positions: Tensor) -> Tensor:
+    """Indices that bring the true entries of bool ``[..., N]`` to the front, in order of ``positions``."""
+    return torch.argsort(positions.masked_fill(~chosen, torch.iinfo(positions.dtype).max), dim=-1, stable=True)
 
 
 class TierStore:
@@ -42,7 +59,8 @@ class TierStore:
 
     Each row and head has a list of tiles: pool ids ``table[B, H, n]`` (-1: none) and live tokens ``counts[B, H, n]``, the
     first ``count`` of the tile. Within a tile positions ascend. Where tokens only ever move by age (``explicit=False``) a
-    tile holds consecutive positions and only its first one is kept.
+    tile holds consecutive positions and only its first one is kept. These tensors are replaced, never written into (only
+    statistics are), so that what ``hold`` remembers stays as it was.
 
     Args:
         tier: name, capacity and quantizers.
@@ -68,6 +86,7 @@ class TierStore:
         self.tile, self.heads = tier.keys.tile, heads
         self.names = statistics
         self.pool = TilePool(self._shapes(), device)
+        self._held: _Book | None = None
         self._forget(batch)
 
     def _shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -130,9 +149,10 @@ class TierStore:
         return self._side("v", self.ids())
 
     def ids(self) -> Tensor:
-        """The table on the tokens' device, 0 in place of -1."""
+        """The table on the tokens' device, some live tile in place of -1: spare tiles may hold anything, NaN included."""
         if self._ids is None:
-            self._ids = self.table.clamp_min(0).to(self.device)
+            live = self.table.max().clamp_min(0) if self.table.numel() else self.table.new_zeros(())
+            self._ids = self.table.where(self.table >= 0, live).to(self.device)
         return self._ids
 
     def decoded(self) -> tuple[Tensor, Tensor]:
@@ -164,9 +184,11 @@ class TierStore:
         if len(rows) < tokens.counts.shape[0]:
             tokens = _rows(tokens, rows)
         width = int(tokens.counts.max())
+        if bool((tokens.counts % self.tile).any()):
+            tokens = _without_slack(tokens)
         new = -(-width // self.tile)
         filled = (tokens.counts[..., None] - torch.arange(new) * self.tile).clamp(0, self.tile)  # [b, H, new]
-        self.pool.reserve(int((filled > 0).sum()), self.table)
+        self.pool.reserve(int((filled > 0).sum()), self._alive())
         block = max(4, -(-new // 8))  # in pieces, so that the encoders' temporaries stay small
         for first in range(0, new, block):
             part = slice(first * self.tile, min((first + block) * self.tile, width))
@@ -222,11 +244,39 @@ class TierStore:
         self._book_changed()
         self._release()
 
+    # --- undoing a forward pass ---
+    def hold(self) -> None:
+        """Remember what is here until ``let_go``, so that ``go_back`` can return to it. Tiles that are dropped stay."""
+        statistics = {name: t.clone() for name, t in self.statistics.items()}
+        self._held = _Book(self.table, self.counts, self.starts, self.offsets, self.explicit, statistics)
+
+    def let_go(self) -> None:
+        """Forget what ``hold`` remembered and free its tiles."""
+        if self._held is not None:
+            changed = self._held.table is not self.table
+            self._held = None
+            if changed:
+                self._release()
+
+    def go_back(self) -> None:
+        """Be again as ``hold`` found it."""
+        if self._held is None:
+            return
+        book, self._held = self._held, None
+        self.table, self.counts, self.starts = book.table, book.counts, book.starts
+        self.offsets, self.explicit, self.statistics = book.offsets, book.explicit, book.statistics
+        self._book_changed()
+        self._release()
+
     # --- state for checkpoints ---
     def state(self) -> dict[str, Tensor]:
-        """Tensors from which ``load`` rebuilds the store, tile ids as they are."""
-        state = {f"pool.{n}": t for n, t in self.pool.fields.items()}
-        state |= {"table": self.table, "counts": self.counts, "starts": self.starts, "offsets": self.offsets}
+        """Tensors from which ``load`` rebuilds the store: its live tiles, renumbered, and the book."""
+        live = self.table >= 0
+        used, place = torch.unique(self.table[live], return_inverse=True)
+        table = torch.full_like(self.table, -1).masked_scatter(live, place)
+        tiles = used.to(self.device)
+        state = {f"pool.{n}": t.index_select(0, tiles) for n, t in self.pool.fields.items()}
+        state |= {"table": table, "counts": self.counts, "starts": self.starts, "offsets": self.offsets}
         return state | {f"statistic.{n}": t for n, t in self.statistics.items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -265,17 +315,18 @@ class TierStore:
                 self._spell_positions()
         b, h, t = (filled > 0).nonzero(as_tuple=True)
         db, dh, dt = b.to(self.device), h.to(self.device), t.to(self.device)
-        ids = self.pool.write({name: field[db, dh, dt] for name, field in fields.items()}, self.table)
+        ids = self.pool.write({name: field[db, dh, dt] for name, field in fields.items()}, self._alive())
         slots = (self.table >= 0).sum(-1)[rows][b, h] + t
         self._widen(int(slots.max()) + 1)
         row = rows[b]
-        self.table[row, h, slots] = ids
-        self.counts[row, h, slots] = filled[b, h, t]
+        where = (row, h, slots)
+        self.table = self.table.index_put(where, ids)
+        self.counts = self.counts.index_put(where, filled[b, h, t])
         at = (row.to(self.device), dh, slots.to(self.device))
         if self.explicit:
-            self.offsets[at] = tiled[db, dh, dt].to(torch.int32)
+            self.offsets = self.offsets.index_put(at, tiled[db, dh, dt].to(torch.int32))
         else:
-            self.starts[row, h, slots] = tiled[..., 0].cpu()[b, h, t]
+            self.starts = self.starts.index_put(where, tiled[..., 0].cpu()[b, h, t])
         for name, held in self.statistics.items():
             values = torch.nn.functional.pad(statistics[name], (0, short)).unflatten(-1, (-1, self.tile))
             held[at] = values[db, dh, dt]
@@ -285,14 +336,14 @@ class TierStore:
         width = -(-int(gone.max()) // self.tile) * self.tile
         tiled = moving.unflatten(-1, (-1, self.tile))
         if self.tier.keys.moves_tokens and self.tier.values.moves_tokens:
-            index = left_pack(moving)[..., :width]
+            index = by_position(moving, self.positions())[..., :width]
             keys, values = self.packed()
             keys, values = self.tier.keys.select(keys, index), self.tier.values.select(values, index)
         else:
             order = left_pack(tiled.any(-1))[..., : max(1, int(tiled.any(-1).sum(-1).max()))]
             keys, values = self._read(self.ids().gather(2, order))
             index = (order[..., None] * self.tile + torch.arange(self.tile, device=self.device)).flatten(2)
-            inner = left_pack(moving.gather(2, index))[..., : max(1, int(gone.max()))]
+            inner = by_position(moving.gather(2, index), self.positions().gather(2, index))[..., : int(gone.max())]
             index = index.gather(2, inner)
         taken_k, taken_v = self.tier.keys.decode(keys), self.tier.values.decode(values)
         if not (self.tier.keys.moves_tokens and self.tier.values.moves_tokens):
@@ -324,7 +375,7 @@ class TierStore:
         at = rows.to(self.device)
         counts = staying[at].sum(-1).cpu()
         width = max(-(-int(counts.max()) // self.tile), 1) * self.tile
-        index = left_pack(staying[at])
+        index = by_position(staying[at], self.positions()[at])
         if index.shape[-1] < width:
             index = torch.nn.functional.pad(index, (0, width - index.shape[-1]))
         index = index[..., :width]
@@ -332,7 +383,7 @@ class TierStore:
         keys, values = self.tier.keys.select(keys, index), self.tier.values.select(values, index)
         positions = self.positions()[at].gather(2, index)
         statistics = {n: t[at].flatten(2).gather(2, index) for n, t in self.statistics.items()}
-        self.table[rows], self.counts[rows] = -1, 0
+        self.table, self.counts = self.table.index_fill(0, rows, -1), self.counts.index_fill(0, rows, 0)
         fields = {f"k.{n}": f for n, f in keys.fields.items()} | {f"v.{n}": f for n, f in values.fields.items()}
         filled = (counts[..., None] - torch.arange(width // self.tile) * self.tile).clamp(0, self.tile)
         if bool((filled > 0).any()):
@@ -375,7 +426,13 @@ class TierStore:
                 self.offsets = self.offsets[:, :, :used].clone()
             self.statistics = {n: t[:, :, :used].clone() for n, t in self.statistics.items()}
 
+    def _alive(self) -> Tensor:
+        """Ids of the tiles that must not be overwritten."""
+        return self.table if self._held is None else torch.cat([self.table.flatten(), self._held.table.flatten()])
+
     def _release(self) -> None:
+        if self._held is not None:
+            return  # dropped tiles may be wanted back
         mapping = self.pool.compact(self.table)
         if mapping is not None:
             self.table = torch.where(self.table >= 0, mapping[self.table.clamp_min(0)] if len(mapping) else -1, -1)
@@ -384,6 +441,15 @@ class TierStore:
     def _book_changed(self) -> None:
         self._ids: Tensor | None = None
         self._valid: Tensor | None = None
+
+
+def _without_slack(tokens: Tokens) -> Tokens:
+    """``tokens`` with each row's last one repeated past its count, so that nothing else has a say in a shared scale."""
+    at = torch.minimum(torch.arange(tokens.keys.shape[2]), (tokens.counts[..., None] - 1).clamp_min(0))
+    wide = at.to(tokens.keys.device)[..., None]
+    keys = tokens.keys.gather(2, wide.expand(-1, -1, -1, tokens.keys.shape[-1]))
+    values = tokens.values.gather(2, wide.expand(-1, -1, -1, tokens.values.shape[-1]))
+    return Tokens(keys, values, tokens.positions, tokens.counts, tokens.statistics)
 
 
 def _rows(tokens: Tokens, rows: Tensor) -> Tokens:

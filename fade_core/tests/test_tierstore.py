@@ -1,0 +1,330 @@
+"""The store of one tier against a plain book of who holds which token, under random histories of every operation."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from tiny import fresh_seed
+from torch import Tensor
+
+from fade_core.interfaces import Quantizer, Tier
+from fade_core.memory import live_bytes
+from fade_core.quantizers.full import FullQuantizer
+from fade_core.quantizers.uniform import UniformQuantizer
+from fade_core.tierstore import TierStore, Tokens
+
+TILE, DIM = 16, 8
+CPU = torch.device("cpu")
+
+Content = list[list[dict[int, tuple[Tensor, Tensor, float]]]]
+"""Row, head, position: key, value and statistic."""
+
+
+def tier(kind: str) -> Tier:
+    """Full precision, tokens that move one by one ("token"), or keys that move by the tile ("channel")."""
+    if kind == "full":
+        return Tier("fp16", "rest", FullQuantizer(DIM, TILE), FullQuantizer(DIM, TILE))
+    axis = "token" if kind == "token" else "channel"
+    keys: Quantizer = UniformQuantizer(DIM, 4, axis, tile=TILE)  # type: ignore[arg-type]
+    return Tier("int4", "rest", keys, UniformQuantizer(DIM, 4, "token", tile=TILE, layout="channel"))
+
+
+def store_of(kind: str, batch: int = 2, heads: int = 3, explicit: bool = False) -> TierStore:
+    return TierStore(tier(kind), batch, heads, CPU, torch.float32, explicit, ("mass",))
+
+
+def content(store: TierStore) -> Content:
+    """Everything the store holds."""
+    batch, heads = store.table.shape[:2]
+    found: Content = [[{} for _ in range(heads)] for _ in range(batch)]
+    if not store.tiles:
+        return found
+    keys, values = store.decoded()
+    positions, mass = store.positions(), store.statistics["mass"].flatten(2)
+    for b in range(batch):
+        for h in range(heads):
+            for slot, position in enumerate(positions[b, h].tolist()):
+                if position >= 0:
+                    assert position not in found[b][h], "a position is stored twice"
+                    found[b][h][position] = (keys[b, h, slot], values[b, h, slot], float(mass[b, h, slot]))
+    return found
+
+
+def assert_same(found: Content, expected: Content) -> None:
+    for b, row in enumerate(expected):
+        for h, tokens in enumerate(row):
+            assert found[b][h].keys() == tokens.keys(), (b, h)
+            for position, (key, value, mass) in tokens.items():
+                got = found[b][h][position]
+                assert torch.equal(got[0], key), (b, h, position)
+                assert torch.equal(got[1], value), (b, h, position)
+                assert got[2] == mass
+
+
+def assert_consistent(store: TierStore) -> None:
+    """What every other part of the cache relies on."""
+    positions = store.positions().unflatten(-1, (-1, TILE)) if store.tiles else torch.empty(0, dtype=torch.long)
+    for tiles in positions.reshape(-1, TILE) if store.tiles else ():
+        live = tiles[tiles >= 0]
+        assert torch.equal(tiles[: len(live)], live), "live tokens come first in a tile"
+        assert bool((live.diff() > 0).all()), "positions ascend within a tile"
+    live_ids = store.table[store.table >= 0]
+    assert bool((live_ids < store.pool.capacity).all())
+    assert torch.equal(store.table >= 0, store.counts > 0)
+    if store.tiles:
+        assert bool((store.table >= 0).any(0).any(0)[-1]), "no column of the book is empty"
+    valid = store.valid()
+    assert torch.equal(store.lengths, store.counts.sum(-1) if valid is None else valid.sum(-1))
+
+
+def poison(store: TierStore) -> None:
+    """NaN, or codes and metadata of all ones (which read as NaN), into every tile that nobody holds."""
+    dead = torch.ones(store.pool.capacity, dtype=torch.bool)
+    dead[store.table[store.table >= 0]] = False
+    for field in store.pool.fields.values():
+        field[dead] = torch.nan if field.is_floating_point() else -1
+
+
+class Feed:
+    """Tokens with positions that grow, the same for all rows and heads; slack is NaN."""
+
+    def __init__(self, batch: int, heads: int) -> None:
+        self.batch, self.heads, self.next = batch, heads, 0
+
+    def take(self, counts: Tensor, gaps: bool = False) -> Tokens:
+        width = int(counts.max())
+        steps = torch.randint(1, 4, (width,)) if gaps else torch.ones(width, dtype=torch.long)
+        positions = self.next + steps.cumsum(0) - 1
+        self.next = int(positions[-1]) + 1
+        slack = torch.arange(width) >= counts[..., None]
+        shape = (self.batch, self.heads, width)
+        return Tokens(
+            torch.randn(*shape, DIM).masked_fill(slack[..., None], torch.nan),
+            torch.randn(*shape, DIM).masked_fill(slack[..., None], torch.nan),
+            positions.expand(self.batch, 1, -1),
+            counts,
+            {"mass": torch.rand(shape)},
+        )
+
+
+def merge(before: Content, store: TierStore, tokens: Tokens) -> Content:
+    """``before`` and the new tokens, as the store has coded them; what is new must be near what was given."""
+    after = content(store)
+    for b, row in enumerate(before):
+        for h, old in enumerate(row):
+            new = {p: t for p, t in after[b][h].items() if p not in old}
+            count = int(tokens.counts[b, h])
+            assert sorted(new) == tokens.positions.expand(-1, store.heads, -1)[b, h, :count].tolist()
+            for slot, (key, value, mass) in enumerate(new[p] for p in sorted(new)):
+                # 4 bits over a spread of at most 10: a step of 0.67
+                assert bool(((key - tokens.keys[b, h, slot]).abs() < 0.35).all())
+                assert bool(((value - tokens.values[b, h, slot]).abs() < 0.35).all())
+                assert mass == float(tokens.statistics["mass"][b, h, slot])
+            old.update(new)
+    return before
+
+
+@pytest.mark.parametrize("kind", ["full", "token", "channel"])
+@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize("trial", range(3))
+def test_any_history_keeps_exactly_the_tokens_it_should(kind: str, explicit: bool, trial: int) -> None:
+    seed = fresh_seed() + trial
+    torch.manual_seed(seed)
+    dice = random.Random(seed)
+    store, feed = store_of(kind, explicit=explicit), Feed(2, 3)
+    held: Content = [[{} for _ in range(3)] for _ in range(2)]
+    for _ in range(14):
+        action = dice.choice(["append", "append", "ragged", "gaps", "split", "evict", "crop", "rows", "load"])
+        poison(store)
+        if action in ("append", "ragged", "gaps"):
+            width = dice.choice([TILE, 3 * TILE])
+            counts = torch.full((2, 3), width)
+            if action == "ragged":
+                counts = torch.randint(0, width + 1, (2, 3))
+            if bool(counts.any()):
+                tokens = feed.take(counts, gaps=action == "gaps")
+                store.append(tokens)
+                held = merge(held, store, tokens)
+        elif action in ("split", "evict") and store.tiles:
+            moving = torch.rand(store.table.shape) < 0.4
+            moving = moving.repeat_interleave(TILE, -1)
+            if kind != "channel" and dice.random() < 0.7:
+                moving = torch.rand(moving.shape) < 0.4
+            taken = store.split(moving, decode=action == "split")
+            held = without(held, store, taken, action == "split")
+        elif action == "crop" and feed.next:
+            end = dice.randint(feed.next * 3 // 4, feed.next)
+            store.crop(end)
+            held = [[{p: t for p, t in head.items() if p < end} for head in row] for row in held]
+        elif action == "rows":
+            index = torch.randint(0, 2, (2,))
+            store.select_rows(index)
+            held = [[dict(head) for head in held[i]] for i in index.tolist()]
+        elif action == "load":
+            state = store.state()
+            store = store_of(kind, explicit=store.explicit)
+            store.load(state)
+        poison(store)
+        assert_consistent(store)
+        assert_same(content(store), held)
+
+
+def without(held: Content, store: TierStore, taken: Tokens | None, decoded: bool) -> Content:
+    """``held`` less what the store gave up, which must be what it had."""
+    after = content(store)
+    for b, row in enumerate(held):
+        for h, old in enumerate(row):
+            gone = sorted(old.keys() - after[b][h].keys())
+            if decoded:
+                assert taken is not None
+                count = int(taken.counts[b, h])
+                assert taken.positions[b, h, :count].tolist() == gone  # in order of position
+                for slot, position in enumerate(gone):
+                    key, value, mass = old[position]
+                    assert torch.equal(taken.keys[b, h, slot], key)
+                    assert torch.equal(taken.values[b, h, slot], value)
+                    assert float(taken.statistics["mass"][b, h, slot]) == mass
+            else:
+                assert taken is None
+            for position in gone:
+                del old[position]
+    return held
+
+
+def test_a_tile_that_is_not_full_is_coded_from_its_own_tokens_alone() -> None:
+    torch.manual_seed(fresh_seed())
+    counts = torch.tensor([[5, TILE, 1], [TILE, 0, 9]])
+    clean = Feed(2, 3).take(counts)
+    store, other = store_of("channel"), store_of("channel")
+    store.append(clean)
+    slack = torch.arange(TILE) >= counts[..., None]
+    loud = Tokens(
+        clean.keys.masked_fill(slack[..., None], 1e4),
+        clean.values.masked_fill(slack[..., None], -1e4),
+        clean.positions,
+        counts,
+        clean.statistics,
+    )
+    other.append(loud)
+    assert_same(content(other), content(store))
+
+
+def test_codes_of_tokens_that_stay_are_not_touched_by_a_split() -> None:
+    torch.manual_seed(fresh_seed())
+    store = store_of("token", 1, 1)
+    store.append(Feed(1, 1).take(torch.tensor([[4 * TILE]])))
+    before = content(store)
+    for _ in range(6):  # re-encoding would drift
+        moving = torch.zeros(1, 1, store.tiles * TILE, dtype=torch.bool)
+        moving[..., torch.randperm(int(store.lengths[0, 0]))[:3]] = True
+        store.split(moving, decode=False)
+    after = content(store)
+    assert len(after[0][0]) == 4 * TILE - 18
+    assert_same(after, [[{p: t for p, t in before[0][0].items() if p in after[0][0]}]])
+
+
+def test_positions_stay_in_order_when_tokens_of_different_ages_share_a_tile() -> None:
+    torch.manual_seed(fresh_seed())
+    store = store_of("token", 1, 1, explicit=True)
+    feed = Feed(1, 1)
+    old, new = feed.take(torch.tensor([[TILE]])), feed.take(torch.tensor([[TILE]]))
+    store.append(new)  # the newer first, as a second demotion from a finer tier brings them
+    store.append(old)
+    moving = torch.zeros(1, 1, 2 * TILE, dtype=torch.bool)
+    moving[..., ::3] = True
+    store.split(moving, decode=False)
+    assert_consistent(store)
+    left = set(content(store)[0][0])
+    store.crop(TILE + 2)
+    assert set(content(store)[0][0]) == {p for p in left if p < TILE + 2}
+
+
+def test_rows_share_tiles_and_eviction_frees_them() -> None:
+    torch.manual_seed(fresh_seed())
+    store = store_of("token", 1, 2)
+    store.append(Feed(1, 2).take(torch.tensor([[8 * TILE, 8 * TILE]])))
+    one = live_bytes(store.pool)
+    store.select_rows(torch.zeros(5, dtype=torch.long))
+    assert live_bytes(store.pool) == one
+    assert_same(content(store), [content(store)[0]] * 5)
+    moving = torch.zeros(5, 2, 8 * TILE, dtype=torch.bool)
+    moving[:4, :, : 6 * TILE] = True
+    store.split(moving, decode=False)
+    assert live_bytes(store.pool) == one  # row 4 still reads all of it
+    store.select_rows(torch.arange(4))
+    assert live_bytes(store.pool) == one * 2 // 8
+    assert store.lengths.tolist() == [[2 * TILE, 2 * TILE]] * 4
+
+
+@pytest.mark.parametrize("kind", ["token", "channel"])
+def test_going_back_undoes_everything_since_hold(kind: str) -> None:
+    torch.manual_seed(fresh_seed())
+    store, feed = store_of(kind), Feed(2, 3)
+    store.append(feed.take(torch.full((2, 3), 4 * TILE)))
+    before = {name: tensor.clone() for name, tensor in store.state().items()}
+    store.hold()
+    store.statistics["mass"].add_(1)
+    moving = (torch.rand(store.table.shape) < 0.5).repeat_interleave(TILE, -1)
+    moving[..., :TILE] = True
+    store.split(moving, decode=False)
+    store.append(feed.take(torch.randint(1, 3 * TILE, (2, 3))))
+    if kind == "token":
+        store.split(torch.rand(2, 3, store.tiles * TILE) < 0.5)
+    poison_other_tiles(store)
+    store.go_back()
+    after = store.state()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert_consistent(store)
+
+
+def poison_other_tiles(store: TierStore) -> None:
+    """NaN into tiles that neither the book nor what ``hold`` remembers names."""
+    dead = torch.ones(store.pool.capacity, dtype=torch.bool)
+    dead[store._alive()[store._alive() >= 0]] = False
+    for field in store.pool.fields.values():
+        field[dead] = torch.nan if field.is_floating_point() else -1
+
+
+def test_letting_go_frees_what_was_dropped_meanwhile() -> None:
+    torch.manual_seed(fresh_seed())
+    store = store_of("token", 1, 1)
+    store.append(Feed(1, 1).take(torch.tensor([[8 * TILE]])))
+    before = live_bytes(store)
+    store.hold()
+    moving = torch.zeros(1, 1, 8 * TILE, dtype=torch.bool)
+    moving[..., : 6 * TILE] = True
+    store.split(moving, decode=False)
+    store.let_go()
+    assert live_bytes(store) < before * 0.3
+    store.go_back()  # nothing is remembered any more
+    assert store.lengths.tolist() == [[2 * TILE]]
+
+
+def test_a_saved_store_holds_live_tiles_only() -> None:
+    torch.manual_seed(fresh_seed())
+    store = store_of("token", 1, 1)
+    store.append(Feed(1, 1).take(torch.tensor([[8 * TILE]])))
+    moving = torch.zeros(1, 1, 8 * TILE, dtype=torch.bool)
+    moving[..., TILE : 2 * TILE] = True
+    store.split(moving, decode=False)
+    poison(store)
+    assert store.state()["pool.k.meta"].shape[0] == 7
+    copy = store_of("token", 1, 1, explicit=store.explicit)
+    copy.load(store.state())
+    assert_same(content(copy), content(store))
+
+
+def test_nothing_appended_and_nothing_taken_change_nothing() -> None:
+    store = store_of("token", 1, 2)
+    store.append(Feed(1, 2).take(torch.tensor([[3, 0]])))
+    held = content(store)
+    empty = Tokens(*torch.empty(2, 1, 2, 0, DIM), torch.empty(1, 1, 0).long(), torch.zeros(1, 2).long(), {})
+    store.append(empty)
+    taken = store.split(torch.zeros(1, 2, store.tiles * TILE, dtype=torch.bool))
+    assert taken is not None
+    assert not bool(taken.counts.any())
+    assert taken.keys.shape == (1, 2, 0, DIM)
+    assert_same(content(store), held)
