@@ -195,6 +195,15 @@ def some_positions(limit: int) -> Tensor:
     return positions
 
 
+def reach(model: Any) -> int:
+    """Positions below which a model works as its config says."""
+    has_table = model.config.model_type == "gptj"
+    # HunYuan before transformers 5.23 forgets its alpha beyond the trained length
+    rotary = getattr(model.base_model, "rotary_emb", None)
+    forgets = model.config.model_type == "hunyuan_v1_dense" and getattr(rotary, "rope_type", "") == "dynamic"
+    return TRAINED if has_table or forgets else FAR
+
+
 def whole_head(part: Tensor, head_dim: int) -> Tensor:
     """``part``, filled up with random channels where a model cuts the rotated ones out before it rotates."""
     return torch.cat([part, torch.randn(*part.shape[:-1], head_dim - part.shape[-1])], dim=-1)
@@ -221,7 +230,7 @@ def test_rotates_as_the_model_does(name: str, seed: int, watch: Any, report: Any
     model = model_of(FAMILIES[name])
     config = model.config.get_text_config()
     short, schemes = worst_error(model, some_positions(TRAINED), watch)
-    far, _ = worst_error(model, some_positions(TRAINED if config.model_type == "gptj" else FAR), watch)
+    far, _ = worst_error(model, some_positions(reach(model)), watch)
     assert schemes, "the model rotated nothing: this test compares nothing"
     report(name, ", ".join(sorted({s.kind for s in schemes.values()})), short, far)
     assert max(short, far) <= TOLERANCE

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -68,7 +67,7 @@ def offsets(positions: Tensor, amount: int) -> Tensor:
     return torch.clamp(positions + amount, 0, TRAINED - 1) - positions
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(cases(largest=200_000))
 def test_unrotate_undoes_rotate(case: tuple[Any, Tensor, Tensor]) -> None:
     scheme, x, positions = case
@@ -77,7 +76,7 @@ def test_unrotate_undoes_rotate(case: tuple[Any, Tensor, Tensor]) -> None:
     assert torch.equal(x, kept)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(cases(largest=200_000))
 def test_rotate_changes_the_norm_by_the_attention_scaling(case: tuple[Any, Tensor, Tensor]) -> None:
     scheme, x, positions = case
@@ -88,7 +87,7 @@ def test_rotate_changes_the_norm_by_the_attention_scaling(case: tuple[Any, Tenso
     assert torch.equal(scheme.rotate(x, positions)[..., inner.rotary_dim :], x[..., inner.rotary_dim :])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(cases(), st.integers(-TRAINED, TRAINED))
 def test_shift_is_rotate_at_the_new_positions(case: tuple[Any, Tensor, Tensor], amount: int) -> None:
     scheme, x, positions = case
@@ -99,7 +98,7 @@ def test_shift_is_rotate_at_the_new_positions(case: tuple[Any, Tensor, Tensor], 
     assert relative_error(scheme.shift(rotated, offset), wanted) <= blind
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(cases(), st.integers(-900, 900), st.integers(-900, 900))
 def test_shifts_add_up(case: tuple[Any, Tensor, Tensor], first: int, second: int) -> None:
     scheme, x, positions = case
@@ -109,20 +108,20 @@ def test_shifts_add_up(case: tuple[Any, Tensor, Tensor], first: int, second: int
     assert relative_error(scheme.shift(scheme.shift(rotated, first), -first), rotated) <= ROUNDING
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.sampled_from(sorted(PARAMETERS)), st.integers(2, 40), st.integers(0, 2**31))
 def test_many_shifts_stay_close(name: str, step: int, seed: int) -> None:
-    """Re-positioning at every reassign must not drift: the error grows like the square root of the count."""
+    """Re-positioning at every reassign must not drift."""
     scheme, generator = scheme_of(name), torch.Generator().manual_seed(seed)
     x = torch.randn(1, 2, 5, HEAD, generator=generator)
     moved, total = scheme.rotate(x, 100), 0
     for _ in range(32):
         amount = int(torch.randint(-step, step + 1, (1,), generator=generator))
         moved, total = scheme.shift(moved, amount), total + amount
-    assert relative_error(moved, scheme.shift(scheme.rotate(x, 100), total)) <= math.sqrt(32) * ROUNDING
+    assert relative_error(moved, scheme.shift(scheme.rotate(x, 100), total)) <= ROUNDING
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(cases(largest=900), st.integers(0, 900))
 def test_scores_see_distances_only(case: tuple[Any, Tensor, Tensor], amount: int) -> None:
     scheme, key, positions = case
@@ -134,7 +133,7 @@ def test_scores_see_distances_only(case: tuple[Any, Tensor, Tensor], amount: int
     assert ((near - far).abs() <= size * bound).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(cases(largest=200_000))
 def test_layouts_of_positions_mean_the_same(case: tuple[Any, Tensor, Tensor]) -> None:
     scheme, x, positions = case
@@ -195,6 +194,17 @@ def test_what_does_not_fit_is_refused(x: Tensor, positions: Tensor, says: str) -
 def test_axes_of_positions_must_be_three() -> None:
     with pytest.raises(InputError, match=r"give \[3, B, H, T\]"):
         scheme_of("mrope").rotate(torch.randn(1, 2, 5, HEAD), torch.zeros(2, 1, 1, 5, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("name", sorted(PARAMETERS))
+def test_gradients_are_rotated_back(name: str, seed: int) -> None:
+    scheme, weight = scheme_of(name), torch.randn(1, 2, 5, HEAD)
+    x, positions = torch.randn(1, 2, 5, HEAD, requires_grad=True), torch.randint(0, TRAINED, (5,))
+    (scheme.rotate(x, positions) * weight).sum().backward()
+    turned = getattr(scheme, "inner", scheme).rotary_dim
+    wanted = scheme.unrotate(weight, positions)
+    wanted[..., :turned] *= scheme.attention_scaling**2
+    assert relative_error(x.grad, wanted) <= ROUNDING
 
 
 def test_no_rope_returns_what_it_gets() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -29,6 +30,12 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, pairing: Pairing) -> Tensor:
         first, second = rotated.chunk(2, dim=-1)
     else:
         first, second = rotated[..., 0::2], rotated[..., 1::2]
-    pair = first * cos - second * sin, second * cos + first * sin
+    pair = (first * cos).sub_(second * sin), (second * cos).add_(first * sin)
     turned = torch.cat(pair, dim=-1) if pairing == "half" else torch.stack(pair, dim=-1).flatten(-2)
-    return torch.cat([turned.to(x.dtype), x[..., width:]], dim=-1)
+    turned = turned.to(x.dtype)
+    return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], dim=-1)
+
+
+def reduced(angle: Tensor) -> Tensor:
+    """Float64 radians to float32 within half a turn, so that cosine and sine lose nothing to large angles."""
+    return (angle - (angle / math.tau).round_() * math.tau).float()

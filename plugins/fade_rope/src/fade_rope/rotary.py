@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fade_core.errors import ConfigError
 from fade_core.interfaces import RopeScheme
-from fade_rope.pairs import turn
+from fade_rope.pairs import reduced, turn
 from fade_rope.shapes import check_heads, per_token
 from fade_rope.spec import RopeSpec
 
@@ -50,6 +50,7 @@ class Rotary(RopeScheme):
         self.spec = spec
         self.head_dim = spec.head_dim
         self.inv_freq = self.signed(self.frequencies())
+        self._placed = {self.inv_freq.device: self.inv_freq}
         self.attention_scaling = self.scaling()
         self.rotary_dim = 2 * self.inv_freq.shape[-1]
         if not 0 < self.rotary_dim <= self.head_dim:
@@ -72,9 +73,9 @@ class Rotary(RopeScheme):
 
     def inv_freq_at(self, length: Tensor | None, device: torch.device) -> Tensor:
         """Frequencies ``[P]`` or ``[b, h, t, P]`` in force when the model had seen ``length`` tokens."""
-        if self.inv_freq.device != device:
-            self.inv_freq = self.inv_freq.to(device)
-        return self.inv_freq
+        if device not in self._placed:
+            self._placed[device] = self.inv_freq.to(device)
+        return self._placed[device]
 
     # --- RopeScheme ---
     def rotate(self, x: Tensor, positions: Tensor | int, length: Tensor | int | None = None) -> Tensor:
@@ -127,7 +128,8 @@ class Rotary(RopeScheme):
             end = start + moved
             when = newest(torch.cat([start.flatten(), end.flatten()])) if length is None else length
             angle = self.angles(x, end, when).double() - self.angles(x, start, when).double()
-        return turn(x, angle.cos().float(), angle.sin().float(), self.spec.pairing)
+        angle = reduced(angle)
+        return turn(x, angle.cos(), angle.sin(), self.spec.pairing)
 
     # --- parts ---
     def angles(self, x: Tensor, positions: Tensor | int, length: Tensor | int | None = None) -> Tensor:
