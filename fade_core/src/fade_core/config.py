@@ -265,6 +265,11 @@ def _check_ladder(config: FadeConfig, path: str) -> None:
                 f"tokens or a fraction"
             )
     names = [rung.name for rung in config.resolved_ladder()]
+    if not names:
+        raise ConfigError(
+            f"{path}: no rung keeps a token; to keep sinks and window alone write "
+            f'policy = {{kind = "position", budget = {kept}}}'
+        )
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"{path}: {names.count(name)} rungs are {name!r}; write one with their capacities added")
