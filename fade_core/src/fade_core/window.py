@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class _Held:
+    """Buffers and lengths of a window, at one moment."""
+
+    keys: Tensor
+    values: Tensor
+    offsets: Tensor
+    statistics: dict[str, Tensor]
+    lengths: Tensor
+
+
 class Window:
     """Left-aligned full-precision tokens; row ``b`` holds the first ``lengths[b]`` slots. All heads of a row are alike.
+
+    Only ``append`` writes into the buffers, and only past what is there; whatever moves tokens makes new ones. That is why
+    ``hold`` can remember a moment without copying it.
 
     Args:
         batch: rows ``B``.
@@ -39,6 +54,7 @@ class Window:
         self.statistics = {n: torch.zeros((batch, heads, capacity), device=device) for n in statistics}
         self.lengths = torch.zeros(batch, dtype=torch.long)
         self.longest, self.even = 0, True
+        self._held: _Held | None = None
 
     @property
     def capacity(self) -> int:
@@ -84,47 +100,34 @@ class Window:
     ) -> None:
         """Replace everything by left-aligned ``[B, H_kv, T, D]`` tokens at ``positions`` ``[B, T]``."""
         count = int(lengths.max())
-        self.reserve(count)
-        self.keys[:, :, :count] = keys[:, :, :count]
-        self.values[:, :, :count] = values[:, :, :count]
-        inside = torch.arange(count) < lengths[:, None]
-        self.offsets.fill_(-1)
-        self.offsets[:, :count] = torch.where(inside.to(positions.device), positions[:, :count].int(), -1)
-        for name, held in self.statistics.items():
-            held[:, :, :count] = statistics[name][:, :, :count]
+        slots = max(count, self.capacity)
+        inside = (torch.arange(count) < lengths[:, None]).to(positions.device)
+        self.keys, self.values = _padded(keys[:, :, :count], 2, slots), _padded(values[:, :, :count], 2, slots)
+        self.offsets = _padded(torch.where(inside, positions[:, :count].int(), -1), 1, slots, -1)
+        self.statistics = {n: _padded(statistics[n][:, :, :count], 2, slots) for n in self.statistics}
         self._set_lengths(lengths.clone())
 
     def take_out(self, start: int, counts: Tensor) -> None:
         """Remove ``counts[b]`` tokens of each row from slot ``start`` on and close the gap."""
-        if bool((counts == counts[0]).all()):
-            gone = int(counts[0])
-            if not gone:
-                return
-            for held in (self.keys, self.values, *self.statistics.values()):
-                held[:, :, start : self.longest - gone] = held[:, :, start + gone : self.longest].clone()
-            self.offsets[:, start : self.longest - gone] = self.offsets[:, start + gone : self.longest].clone()
-            self.offsets[:, self.longest - gone :] = -1
-        else:
-            slots = torch.arange(self.longest)
-            source = torch.where(slots < start, slots, slots + counts[:, None]).clamp_max(self.longest - 1)
-            at = source.to(self.keys.device)
-            wide = at[:, None, :, None]
-            live = slice(0, self.longest)
-            self.keys[:, :, live] = self.keys[:, :, live].gather(2, wide.expand(-1, *self.keys.shape[1:2], -1, self.keys.shape[-1]))
-            self.values[:, :, live] = self.values[:, :, live].gather(
-                2, wide.expand(-1, *self.values.shape[1:2], -1, self.values.shape[-1])
-            )
-            for held in self.statistics.values():
-                held[:, :, live] = held[:, :, live].gather(2, at[:, None].expand(-1, held.shape[1], -1))
-            kept = slots < (self.lengths - counts)[:, None]
-            self.offsets[:, live] = self.offsets[:, live].gather(1, at).masked_fill(~kept.to(at.device), -1)
-        self._set_lengths(self.lengths - counts)
+        if not bool(counts.any()):
+            return
+        kept = self.lengths - counts
+        slots = torch.arange(int(kept.max()))
+        source = torch.where(slots < start, slots, slots + counts[:, None]).clamp_max(self.longest - 1)
+        at = source.to(self.keys.device)
+        wide = at[:, None, :, None]
+        self.assign(
+            self.keys.gather(2, wide.expand(-1, self.keys.shape[1], -1, self.keys.shape[3])),
+            self.values.gather(2, wide.expand(-1, self.values.shape[1], -1, self.values.shape[3])),
+            self.offsets.gather(1, at),
+            kept,
+            {n: t.gather(2, at[:, None].expand(-1, t.shape[1], -1)) for n, t in self.statistics.items()},
+        )
 
     def crop(self, end: int) -> None:
         """Forget every token at logical position ``end`` or later."""
-        kept = ((self.offsets >= 0) & (self.offsets < end)).sum(-1).cpu()
-        self.offsets.masked_fill_(self.offsets >= end, -1)
-        self._set_lengths(kept)
+        self.offsets = self.offsets.masked_fill(self.offsets >= end, -1)
+        self._set_lengths((self.offsets >= 0).sum(-1).cpu())
 
     def select_rows(self, index: Tensor) -> None:
         """Row ``i`` becomes what row ``index[i]`` was."""
@@ -146,38 +149,62 @@ class Window:
         if slots < self.capacity:
             self._resize(slots)
 
+    # --- undoing a forward pass ---
+    def hold(self) -> None:
+        """Remember what is here until ``let_go``, so that ``go_back`` can return to it."""
+        statistics = {n: t.clone() for n, t in self.statistics.items()}
+        self._held = _Held(self.keys, self.values, self.offsets, statistics, self.lengths)
+
+    def let_go(self) -> None:
+        """Forget what ``hold`` remembered."""
+        self._held = None
+
+    def go_back(self) -> None:
+        """Be again as ``hold`` found it."""
+        if self._held is None:
+            return
+        held, self._held = self._held, None
+        self.keys, self.values, self.statistics = held.keys, held.values, held.statistics
+        outside = torch.arange(held.offsets.shape[1]) >= held.lengths[:, None]
+        self.offsets = held.offsets.masked_fill(outside.to(held.offsets.device), -1)
+        self._set_lengths(held.lengths)
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor held, by what it is for."""
         held = {"keys": self.keys, "values": self.values, "positions": self.offsets, "lengths": self.lengths}
         return held | {f"statistic.{n}": t for n, t in self.statistics.items()}
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors from which ``load`` rebuilds the window."""
-        return self.tensors()
+        """Tensors from which ``load`` rebuilds the window: live tokens, zeros past a row's length."""
+        slack = (torch.arange(self.longest) >= self.lengths[:, None]).to(self.keys.device)[:, None]
+        keys, values = (t.masked_fill(slack[..., None], 0) for t in self.live())
+        state = {"keys": keys, "values": values, "positions": self.offsets[:, : self.longest], "lengths": self.lengths}
+        return state | {
+            f"statistic.{n}": t[:, :, : self.longest].masked_fill(slack, 0) for n, t in self.statistics.items()
+        }
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over what ``state`` gave."""
-        device = self.keys.device
-        self.keys, self.values = state["keys"].to(device).clone(), state["values"].to(device).clone()
-        self.offsets = state["positions"].to(device).clone()
-        self.statistics = {n: state[f"statistic.{n}"].to(device).clone() for n in self.statistics}
-        self._set_lengths(state["lengths"].cpu().clone())
+        moved = {name: tensor.to(self.keys.device) for name, tensor in state.items()}
+        statistics = {n: moved[f"statistic.{n}"] for n in self.statistics}
+        self.assign(moved["keys"], moved["values"], moved["positions"], state["lengths"].cpu(), statistics)
 
     def _resize(self, slots: int) -> None:
         kept = min(slots, self.capacity)
-
-        def moved(held: Tensor, dim: int, fill: int) -> Tensor:
-            shape = list(held.shape)
-            shape[dim] = slots
-            fresh = held.new_full(shape, fill)
-            fresh.narrow(dim, 0, kept).copy_(held.narrow(dim, 0, kept))
-            return fresh
-
-        self.keys, self.values = moved(self.keys, 2, 0), moved(self.values, 2, 0)
-        self.offsets = moved(self.offsets, 1, -1)
-        self.statistics = {n: moved(t, 2, 0) for n, t in self.statistics.items()}
+        self.keys, self.values = _padded(self.keys[:, :, :kept], 2, slots), _padded(self.values[:, :, :kept], 2, slots)
+        self.offsets = _padded(self.offsets[:, :kept], 1, slots, -1)
+        self.statistics = {n: _padded(t[:, :, :kept], 2, slots) for n, t in self.statistics.items()}
 
     def _set_lengths(self, lengths: Tensor) -> None:
         self.lengths = lengths
         self.longest = int(lengths.max()) if lengths.numel() else 0
         self.even = bool((lengths == self.longest).all())
+
+
+def _padded(tensor: Tensor, dim: int, size: int, fill: int = 0) -> Tensor:
+    """A copy of ``tensor`` with ``size`` entries along ``dim``."""
+    shape = list(tensor.shape)
+    shape[dim] = size
+    copy = tensor.new_full(shape, fill)
+    copy.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
+    return copy

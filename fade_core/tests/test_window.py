@@ -1,0 +1,145 @@
+"""The full-precision window against lists of tokens, with NaN in every slot that is not in use."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from tiny import fresh_seed
+from torch import Tensor
+
+from fade_core.memory import live_bytes
+from fade_core.window import Window
+
+HEADS, KEY, VALUE = 2, 4, 6
+
+Rows = list[list[tuple[int, Tensor, Tensor, Tensor]]]
+"""Row, slot: position, key ``[H, D]``, value and statistic ``[H]``."""
+
+
+def window_of(batch: int, capacity: int = 12) -> Window:
+    return Window(batch, HEADS, KEY, VALUE, capacity, torch.float32, torch.device("cpu"), ("mass",))
+
+
+def content(window: Window) -> Rows:
+    keys, values = window.live()
+    positions, mass = window.positions()[:, 0], window.statistics["mass"]
+    return [
+        [(int(positions[b, i]), keys[b, :, i], values[b, :, i], mass[b, :, i]) for i in range(int(window.lengths[b]))]
+        for b in range(keys.shape[0])
+    ]
+
+
+def poison(window: Window) -> None:
+    """NaN into the slack behind each row."""
+    slots = torch.arange(window.capacity)
+    for row, length in enumerate(window.lengths.tolist()):
+        for held in (window.keys, window.values, *window.statistics.values()):
+            held[row, :, slots >= length] = torch.nan
+
+
+def assert_same(window: Window, rows: Rows) -> None:
+    assert window.lengths.tolist() == [len(row) for row in rows]
+    assert window.longest == max(len(row) for row in rows)
+    valid = window.valid()
+    live = torch.arange(window.longest) < window.lengths[:, None]
+    assert bool(live.all()) if valid is None else torch.equal(valid[:, 0], live)
+    assert torch.equal(window.positions()[:, 0] >= 0, live)
+    assert bool((window.offsets[:, window.longest :] == -1).all())
+    for found, row in zip(content(window), rows, strict=True):
+        for (position, *got), (wanted, *tensors) in zip(found, row, strict=True):
+            assert position == wanted
+            assert all(torch.equal(a, b) for a, b in zip(got, tensors, strict=True))
+
+
+@pytest.mark.parametrize("trial", range(6))
+def test_any_history_keeps_exactly_the_tokens_it_should(trial: int) -> None:
+    seed = fresh_seed() + trial
+    torch.manual_seed(seed)
+    dice = random.Random(seed)
+    window, batch, position = window_of(3), 3, 0
+    rows: Rows = [[] for _ in range(batch)]
+    for _ in range(40):
+        poison(window)
+        action = dice.choice(["append", "append", "append", "take", "crop", "rows", "shrink", "mass", "load"])
+        if action == "append":
+            count = dice.randint(1, 7)
+            keys, values = torch.randn(batch, HEADS, count, KEY), torch.randn(batch, HEADS, count, VALUE)
+            window.append(keys, values, position)
+            for b, row in enumerate(rows):
+                new = [(position + i, keys[b, :, i], values[b, :, i], torch.zeros(HEADS)) for i in range(count)]
+                row += new
+            position += count
+        elif action == "take" and window.longest:
+            start = dice.randint(0, min(4, int(window.lengths.min())))
+            counts = torch.tensor([dice.randint(0, len(row) - start) for row in rows])
+            if dice.random() < 0.5:
+                counts = counts.clamp_max(int(counts.min()))
+            window.take_out(start, counts)
+            rows = [row[:start] + row[start + int(n) :] for row, n in zip(rows, counts, strict=True)]
+        elif action == "crop":
+            position = dice.randint(max(0, position - 5), position)
+            window.crop(position)
+            rows = [[token for token in row if token[0] < position] for row in rows]
+        elif action == "rows":
+            index = torch.randint(0, batch, (dice.randint(1, 4),))
+            window.select_rows(index)
+            rows, batch = [list(rows[i]) for i in index.tolist()], len(index)
+        elif action == "shrink":
+            window.shrink(12)
+            assert window.capacity == max(12, window.longest)
+        elif action == "mass":
+            live = torch.arange(window.longest) < window.lengths[:, None]
+            window.statistics["mass"][:, :, : window.longest] += live[:, None]
+            rows = [[(p, k, v, m + 1) for p, k, v, m in row] for row in rows]
+        elif action == "load":
+            state = window.state()
+            assert all(bool(torch.isfinite(t).all()) for t in state.values() if t.is_floating_point())
+            window = window_of(batch)
+            window.load(state)
+            assert window.capacity == max(12, window.longest)
+        poison(window)
+        assert_same(window, rows)
+
+
+def test_going_back_undoes_everything_since_hold() -> None:
+    torch.manual_seed(fresh_seed())
+    window = window_of(2)
+    window.append(torch.randn(2, HEADS, 9, KEY), torch.randn(2, HEADS, 9, VALUE), 0)
+    window.take_out(1, torch.tensor([0, 4]))
+    before = {name: tensor.clone() for name, tensor in window.state().items()}
+    for change in range(4):
+        window.hold()
+        window.statistics["mass"].add_(1)
+        if change != 0:
+            window.append(torch.randn(2, HEADS, 20, KEY), torch.randn(2, HEADS, 20, VALUE), 9)
+        if change == 2:
+            window.take_out(2, torch.tensor([3, 1]))
+        if change == 3:
+            window.assign(*torch.ones(2, 2, HEADS, 3, 1), torch.zeros(2, 3), torch.tensor([2, 3]), window.statistics)
+        window.go_back()
+        after = window.state()
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+        assert window.positions().shape == (2, 1, 9)
+
+
+def test_letting_go_frees_the_old_buffers() -> None:
+    window = window_of(1, 40)
+    window.append(torch.randn(1, HEADS, 40, KEY), torch.randn(1, HEADS, 40, VALUE), 0)
+    window.hold()
+    window.take_out(0, torch.tensor([30]))
+    window.shrink(12)
+    window.let_go()
+    window.go_back()  # nothing is remembered any more
+    assert window.lengths.tolist() == [10]
+    assert live_bytes(window) == sum(t.nbytes for t in window.tensors().values())
+    assert window.tensors()["keys"].shape[2] == 12
+
+
+def test_it_grows_by_little() -> None:
+    window = window_of(1, 64)
+    for position in range(300):
+        window.append(torch.zeros(1, HEADS, 1, KEY), torch.zeros(1, HEADS, 1, VALUE), position)
+    assert window.longest == 300
+    assert window.capacity <= 300 * 17 / 16
