@@ -65,7 +65,7 @@ class TieredKVCache(Cache):
             raise ConfigError(f"max_cache_len={max_cache_len!r} must be a positive number of tokens or None")
         text = model.config.get_text_config(decoder=True)
         types, arguments = _layer_plan(model, text)
-        self.config, self.model_config, self.max_cache_len = config, text, max_cache_len
+        self.config, self.model_config, self.length_limit = config, text, max_cache_len
         self.sinks: list[TelemetrySink] = [sink.build() for sink in config.telemetry]
         self.refusals: dict[str, list[tuple[str, str]]] = {}
         mode = _attention_mode(model, config)

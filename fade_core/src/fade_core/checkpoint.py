@@ -47,7 +47,7 @@ def state_of(cache: TieredKVCache) -> dict[str, Any]:
         "fade_core": __version__,
         "model": fingerprint(cache.model_config),
         "config": cache.config.to_dict(),
-        "max_cache_len": cache.max_cache_len,
+        "max_cache_len": cache.length_limit,
         "layers": layers,
     }
     return {"header": header, "tensors": {name: t.detach().clone().contiguous() for name, t in tensors.items()}}
