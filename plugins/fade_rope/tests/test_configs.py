@@ -138,6 +138,8 @@ def test_layers_are_built_one_by_one() -> None:
     [
         ("linear", {"factor": -1.0}, "factor"),
         ("linear", {"factr": 2.0}, "factr"),
+        ("linear", {"factor": "2"}, "factor"),
+        ("yarn", {"original_max_position_embeddings": 64.5}, "original_max_position_embeddings"),
         ("longrope", {"short_factor": []}, "short_factor"),
         ("longrope", {"long_factor": [1.0, 0.0]}, "long_factor"),
         ("yarn", {"original_max_position_embeddings": 0}, "original_max_position_embeddings"),

@@ -40,6 +40,8 @@ def test_an_unknown_type_names_the_known_ones() -> None:
     [
         (rope("linear"), "'linear' needs 'factor'"),
         (rope("dynamic"), "'dynamic' needs 'factor'"),
+        (rope("dynamic", factor=2.0, partial_rotary_factor=0.125), "needs at least 4 rotated channels; found 2"),
+        (rope("ntk", factor=2.0, partial_rotary_factor=0.125), "needs at least 4 rotated channels; found 2"),
         (rope("linear", factor=0), "factor=0 must be a number above 0"),
         (rope("linear", factor="4"), "factor='4' must be a number above 0"),
         (rope("linear", factor=True), "factor=True must be a number above 0"),

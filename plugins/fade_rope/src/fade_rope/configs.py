@@ -14,8 +14,8 @@ from fade_rope.reader import read_spec
 from fade_rope.schemes import scheme_from_config, scheme_from_spec
 from fade_rope.spec import RopeSpec
 
-Positive = Annotated[float, Field(gt=0)]
-Tokens = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(strict=True, gt=0)]
+Tokens = Annotated[int, Field(strict=True, ge=1)]
 Factors = Annotated[tuple[Positive, ...], Field(min_length=1)]
 
 

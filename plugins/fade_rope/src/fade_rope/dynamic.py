@@ -23,10 +23,10 @@ class DynamicRope(GrowingRotary):
         return self.spec.served_length()
 
     def scaling(self) -> float:
-        self.spec.number("factor")  # refuse a config without it now, not at the first long input
+        self.spec.stretched_theta(self.spec.number("factor"))  # refuse a bad config now, not at the first long input
         return 1.0
 
     def extended(self, length: Tensor) -> Tensor:
-        width, factor = self.spec.rotary_dim, self.spec.number("factor")
+        factor = self.spec.number("factor")
         stretch = factor * length.clamp(min=self.threshold) / self.threshold - (factor - 1)
-        return geometric(self.spec.theta * stretch ** (width / (width - 2)), width)
+        return geometric(self.spec.stretched_theta(stretch), self.spec.rotary_dim)

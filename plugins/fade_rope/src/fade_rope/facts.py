@@ -91,7 +91,8 @@ def rotates(config: Any, layer_idx: int | None) -> bool:
     windowed = model_type in SLIDING_LAYERS_ONLY or (
         model_type in SLIDING_LAYERS_ONLY_IF_ANY and getattr(config, "sliding_window", None) is not None
     )
-    if not windowed or config.layer_types[layer_idx] == "sliding_attention":
+    types = getattr(config, "layer_types", None)
+    if not windowed or not types or types[layer_idx] == "sliding_attention":
         return True
     return (
         model_type == "cohere2_moe"

@@ -15,5 +15,4 @@ class NtkRope(Rotary):
     kind: ClassVar[str] = "ntk"
 
     def frequencies(self) -> Tensor:
-        width = self.spec.rotary_dim
-        return geometric(self.spec.theta * self.spec.number("factor") ** (width / (width - 2)), width)
+        return geometric(self.spec.stretched_theta(self.spec.number("factor")), self.spec.rotary_dim)

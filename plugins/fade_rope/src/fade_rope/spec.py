@@ -59,6 +59,16 @@ class RopeSpec:
         """A positive parameter, or ``None`` if the config leaves it out. Raises ``ConfigError`` as ``number``."""
         return None if self.parameters.get(name) is None else self.number(name)
 
+    def stretched_theta(self, stretch: Any) -> Any:
+        """The base at which the slowest pair turns ``stretch`` (number or tensor) times slower, the fastest as before.
+
+        Raises:
+            ConfigError: a single pair turns, which is both.
+        """
+        if self.rotary_dim <= 2:
+            raise ConfigError(f"RoPE {self.kind!r} needs at least 4 rotated channels; found {self.rotary_dim}")
+        return self.theta * stretch ** (self.rotary_dim / (self.rotary_dim - 2))
+
     def trained_length(self) -> int:
         """Tokens of the context before it was extended. Raises ``ConfigError`` if the config does not say."""
         return int(self.number("original_max_position_embeddings", self.max_length))
