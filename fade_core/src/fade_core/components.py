@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args
 
-from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, SerializationInfo, TypeAdapter
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, SerializationInfo, TypeAdapter
 from pydantic_core import CoreSchema, core_schema
 
 from fade_core.errors import ConfigError
@@ -50,13 +48,10 @@ class Installed:
         )
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        installed = tuple(default_registry().all(self.group).values())
-        if not installed:
+        choices = {name: TypeAdapter(config).core_schema for name, config in default_registry().all(self.group).items()}
+        if not choices:
             return {"not": {}, "description": f"no plugin that is installed provides {self.group}"}
-        if len(installed) == 1:
-            return handler(TypeAdapter(installed[0]).core_schema)
-        union: Any = Annotated[functools.reduce(operator.or_, installed), Field(discriminator=self.discriminator)]
-        return handler(TypeAdapter(union).core_schema)
+        return handler(core_schema.tagged_union_schema(choices, self.discriminator))
 
 
 AnyQuantizer = Annotated[QuantizerConfig, Installed("quantizers")]

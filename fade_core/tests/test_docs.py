@@ -1,0 +1,110 @@
+"""What is documented exists, and what exists is documented."""
+
+from __future__ import annotations
+
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from fade_core import FadeConfig, flat, hookspecs
+from fade_core.config import LayerOverride
+from fade_core.kernels.selection import OPS
+from fade_core.plugins import Registry, use_registry
+
+DOCS = Path(__file__).parents[2] / "docs"
+CONFIGURATION = (DOCS / "configuration.md").read_text()
+PLUGINS = (DOCS / "plugins.md").read_text()
+
+
+@pytest.fixture(autouse=True)
+def core_alone() -> Iterator[None]:
+    with use_registry(Registry(entry_points=False)):
+        yield
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """Fenced blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def first_column(text: str, header: str) -> list[str]:
+    """Names in backticks in the first column of the tables that start with ``header``."""
+    names: list[str] = []
+    for table in re.findall(rf"^\| {header} \|.*?\n\|[-|]+\n((?:\|.*\n)+)", text, re.MULTILINE):
+        for line in table.splitlines():
+            names += re.findall(r"`(\w+)", line.split("|")[1])
+    return names
+
+
+def test_every_field_is_documented_with_its_default_and_nothing_else_is() -> None:
+    assert first_column(CONFIGURATION, "field") == list(FadeConfig.model_fields)
+    for name in ("n_sink", "recent_window", "tile", "observation_window"):
+        assert f"| `{name}` | {FadeConfig.model_fields[name].default} |" in CONFIGURATION
+    for name in ("attention", "on_nonfinite"):
+        assert f'| `{name}` | `"{FadeConfig.model_fields[name].default}"` |' in CONFIGURATION
+
+
+def test_every_flat_name_is_documented() -> None:
+    assert set(first_column(CONFIGURATION, "flat")) == set(flat.NAMES)
+    assert flat.__doc__ is not None
+    for name in flat.NAMES:
+        assert f"``{name}" in flat.__doc__
+
+
+@pytest.mark.parametrize(("header", "group"), [("kind", ""), ("tier", "tiers")])
+def test_every_built_in_component_is_documented_with_every_field(header: str, group: str) -> None:
+    registry = Registry(entry_points=False)
+    groups = [group] if group else ["quantizers", "policies", "telemetry_sinks"]
+    known = {name: config for g in groups for name, config in registry.all(g).items()}  # type: ignore[arg-type]
+    assert sorted(first_column(CONFIGURATION, header)) == sorted(known)
+    for config in known.values():
+        for field in set(config.model_fields) - {"kind", "tier"}:
+            assert f"`{field}`" in CONFIGURATION, f"{config.__name__}.{field}"
+
+
+def test_overrides_and_ops_are_documented() -> None:
+    for name in (*LayerOverride.model_fields, *OPS):
+        assert f"`{name}`" in CONFIGURATION
+
+
+def test_every_hook_is_documented_and_no_other() -> None:
+    hooks = [name for name in vars(hookspecs) if name.startswith("fade_")]
+    assert first_column(PLUGINS, "hook") == hooks
+    for name in hooks:
+        assert getattr(hookspecs, name).__doc__.strip()
+
+
+@pytest.mark.parametrize("text", blocks(CONFIGURATION, "toml"))
+def test_configuration_files_in_the_documentation_work(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "fade.toml"
+    path.write_text(text)
+    config = FadeConfig.from_file(path)
+    assert config != FadeConfig() or config.kernel.decode_attention == "torch"
+    config.for_layer(0, 8)
+
+
+def test_python_in_the_documentation_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    for text in blocks(CONFIGURATION, "python"):
+        exec(compile(text, "configuration.md", "exec"), {})
+    module = ModuleType("documented")
+    monkeypatch.setitem(sys.modules, "documented", module)
+    for text in blocks(PLUGINS, "python"):
+        exec(compile(text, "plugins.md", "exec"), vars(module))
+    assert type(module.config.policy.build()).__name__ == "KNorm"
+    assert module.config.policy.kind == "knorm"
+
+
+def test_the_project_table_in_the_documentation_is_one() -> None:
+    (text,) = blocks(PLUGINS, "toml")
+    assert tomllib.loads(text)["project"]["entry-points"]["fade"] == {"policy_knorm": "fade_policy_knorm"}
+
+
+def test_the_policy_in_the_documentation_takes_at_most_forty_lines() -> None:
+    policy = blocks(PLUGINS, "python")[0]
+    assert "hookimpl" in policy
+    assert len(policy.splitlines()) <= 40
