@@ -227,6 +227,7 @@ def test_a_plugin_enters_the_schema_and_leaves_it() -> None:
         {"observation_window": "some"},
         {"kernel": {"kind": "nowhere"}},
         {"rope": {"kind": "yarn"}},
+        {"telemetry": [{"kind": "jsonl"}]},
     ],
 )
 def test_the_schema_refuses_what_is_refused(table: dict[str, Any]) -> None:
@@ -403,6 +404,18 @@ def test_without_a_ladder_there_is_one_rung_of_keys_and_values() -> None:
     (rung,) = FadeConfig(keys=keys, values=values).resolved_ladder()
     assert rung == ("k4v2", "rest", keys, values)
     assert names(FadeConfig(keys=UniformConfig(bits=16), values=UniformConfig(bits=16))) == ["fp16"]
+
+
+def test_a_quantizer_of_a_plugin_may_have_any_width_or_none_yet() -> None:
+    class Learnt(UniformConfig):
+        kind: Literal["learnt"] = "learnt"  # type: ignore[assignment]
+        bits: float | None = None  # type: ignore[assignment]
+
+    def named(keys: float | None, values: float | None) -> list[str]:
+        return names(FadeConfig(keys=Learnt.model_construct(bits=keys), values=Learnt.model_construct(bits=values)))
+
+    assert [named(None, None), named(2.25, 2.25), named(3, 3)] == [["learnt"], ["2.25"], ["int3"]]
+    assert [named(2.25, 1.5), named(None, 4)] == [["k2.25v1.5"], ["klearntv4"]]
 
 
 def test_a_tier_decides_the_width_and_the_configuration_the_rest() -> None:

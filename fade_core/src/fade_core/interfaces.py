@@ -282,7 +282,9 @@ class ComponentConfig(CheckedModel):
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         described = handler(schema)
         discriminator = "tier" if "tier" in cls.model_fields else "kind"
-        handler.resolve_ref_schema(described)["required"] = [discriminator]  # a default does not make it optional here
+        required = handler.resolve_ref_schema(described).setdefault("required", [])
+        if discriminator not in required:  # a default does not make it optional: it says which component this is
+            required.insert(0, discriminator)
         return described
 
 

@@ -11,9 +11,17 @@ from fade_core.quantizers.uniform import UniformConfig
 
 def width_name(keys: QuantizerConfig, values: QuantizerConfig) -> str:
     """``int4`` where both sides have 4 bits, ``fp16`` where both have 16, ``k4v2`` where they differ."""
-    if keys.bits != values.bits:
-        return f"k{keys.bits}v{values.bits}"
-    return "fp16" if keys.bits == 16 else f"int{keys.bits}"
+    key, value = _width(keys.bits, keys.kind), _width(values.bits, values.kind)
+    if key != value:
+        return f"k{key}v{value}"
+    if key == "16":
+        return "fp16"
+    return f"int{key}" if key.isdecimal() else key
+
+
+def _width(bits: float | None, kind: str) -> str:
+    """A width as text; the kind for a quantizer that knows its width only when it is built."""
+    return kind if bits is None else f"{bits:g}"
 
 
 class FullTier(TierConfig):
