@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from fade_core.errors import CheckpointError, ConfigError, InputError
 from fade_core.interfaces import QuantizerContext
-
 from fade_quant_rotated import RotatedConfig, RotatedQuantizer
 from fade_quant_rotated.levels import from_log8, to_log8
 from fade_quant_rotated.lloyd_max import gaussian_distortion, gaussian_levels
@@ -61,7 +61,7 @@ def test_lloyd_max_error_on_gaussian_tokens_is_the_theory(bits: int, seed: int) 
         theory = gaussian_distortion(bits) / (1 if side == "key" else 1 - gaussian_distortion(bits))
         assert 0.9 * theory < error < 1.1 * theory
         bias = float((back * x).sum() / x.square().sum() - 1)
-        assert abs(bias) < 2e-3 if side == "value" else abs(bias + theory) < 0.1 * theory
+        assert abs(bias) < 2e-3 if side == "value" else abs(bias + theory) < 0.1 * theory + 2e-3
 
 
 def test_rotation_is_worth_it_on_outliers(seed: int) -> None:

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fade_core.errors import CheckpointError, ConfigError
 
+from fade_core.errors import CheckpointError, ConfigError
 from fade_quant_rotated.rotation import Rotation, hadamard
 
 

@@ -1,6 +1,15 @@
-"""Rotated quantizers for FADE's KV cache."""
+"""Rotated, calibrated and product quantizers for FADE's KV cache."""
 
+from fade_quant_rotated.calibrated import CalibratedConfig, CalibratedQuantizer
+from fade_quant_rotated.calibration import Calibration
 from fade_quant_rotated.rotated import RotatedConfig, RotatedQuantizer
 from fade_quant_rotated.rotation import Rotation
 
-__all__ = ["RotatedConfig", "RotatedQuantizer", "Rotation"]
+__all__ = [
+    "CalibratedConfig",
+    "CalibratedQuantizer",
+    "Calibration",
+    "RotatedConfig",
+    "RotatedQuantizer",
+    "Rotation",
+]

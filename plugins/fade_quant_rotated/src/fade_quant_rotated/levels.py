@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor
+
 from fade_core.errors import ConfigError, InputError
 from fade_core.interfaces import Quantizer
 from fade_core.packed import (
@@ -17,8 +19,6 @@ from fade_core.packed import (
     unpack_codes,
     unpack_meta,
 )
-from torch import Tensor
-
 from fade_quant_rotated.lloyd_max import boundaries, gaussian_levels
 
 ScaleRule = Literal["norm", "unbiased"]
@@ -82,7 +82,7 @@ class TokenQuantizer(Quantizer):
         self.fmt, self.rule, self.metadata = format, scale, metadata
         self.head_dim, self.tile = format.head_dim, format.tile
         self.format = format if metadata == "fp16" else None
-        self._levels = None if format.levels is None else torch.tensor(format.levels, dtype=torch.float32)
+        self._levels = torch.tensor(format.levels or (), dtype=torch.float32)
 
     @property
     def bits_per_element(self) -> float:
@@ -99,7 +99,7 @@ class TokenQuantizer(Quantizer):
         check_tokens(x, self.head_dim, f"quantizer {self.kind!r}")
         tiles = to_tiles(x.float(), self.tile)
         grouped = tiles.unflatten(-1, (self.fmt.groups, self.fmt.group))  # [B, H, n, tile, g, G]
-        codes, scale, minimum = self._uniform(grouped) if self._levels is None else self._gaussian(grouped)
+        codes, scale, minimum = self._uniform(grouped) if self.fmt.levels is None else self._gaussian(grouped)
         fields = self._pack(codes.reshape(tiles.shape))
         scale, minimum = scale.transpose(-1, -2), minimum.transpose(-1, -2)  # [B, H, n, g, tile]
         if self.metadata == "fp16":
@@ -131,10 +131,11 @@ class TokenQuantizer(Quantizer):
         return from_log8(to_log8(scale)) if self.metadata == "log8" else scale.clamp(0, FP16_MAX).half().float()
 
     def decode(self, packed: Packed) -> Tensor:
-        scale, minimum = (None if m is None else m.transpose(-1, -2)[..., None] for m in self._meta(packed))
-        assert scale is not None
-        x = self._values(packed, torch.float32).unflatten(-1, (self.fmt.groups, self.fmt.group)) * scale
-        x = x if minimum is None else x + minimum
+        scale, minimum = self._meta(packed)
+        x = self._values(packed, torch.float32).unflatten(-1, (self.fmt.groups, self.fmt.group))
+        x = x * scale.transpose(-1, -2)[..., None]
+        if minimum is not None:
+            x = x + minimum.transpose(-1, -2)[..., None]
         return x.flatten(-2).flatten(2, 3)[:, :, : packed.length].to(packed.dtype)
 
     def select(self, packed: Packed, index: Tensor) -> Packed:
@@ -178,7 +179,7 @@ class TokenQuantizer(Quantizer):
         if self.metadata == "log8":
             return from_log8(packed.fields["scale"]), None
         scale, minimum = unpack_meta(packed.fields["meta"])
-        return scale.float(), minimum.float() if self._levels is None else None
+        return scale.float(), minimum.float() if self.fmt.levels is None else None
 
     def _pack(self, codes: Tensor) -> dict[str, Tensor]:
         fields, below = {}, self.fmt.bits
@@ -196,7 +197,7 @@ class TokenQuantizer(Quantizer):
 
     def _values(self, packed: Packed, dtype: torch.dtype) -> Tensor:
         """What the codes mean before scale and minimum, ``[B, H, n, tile, D]``."""
-        if self._levels is None:
+        if self.fmt.levels is None:
             values = self._codes(packed, dtype)
         else:
             codes = self._codes(packed, torch.int32)
@@ -204,7 +205,6 @@ class TokenQuantizer(Quantizer):
         return values.transpose(-1, -2) if self.fmt.layout == "channel" else values
 
     def _table(self, like: Tensor) -> Tensor:
-        assert self._levels is not None
         if self._levels.device != like.device:
             self._levels = self._levels.to(like.device)
         return self._levels

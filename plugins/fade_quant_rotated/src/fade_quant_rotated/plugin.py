@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from fade_core import hookimpl
 from fade_core.interfaces import QuantizerConfig
-
+from fade_quant_rotated.calibrated import CalibratedConfig
 from fade_quant_rotated.rotated import RotatedConfig
+
+if TYPE_CHECKING:
+    import typer
 
 
 @hookimpl
 def fade_quantizers() -> Sequence[type[QuantizerConfig]]:
-    """Quantizers for keys and values."""
-    return [RotatedConfig]
+    return [RotatedConfig, CalibratedConfig]
+
+
+@hookimpl
+def fade_commands(app: typer.Typer) -> None:
+    from fade_quant_rotated.commands import calibrate_command
+
+    app.command("calibrate")(calibrate_command)

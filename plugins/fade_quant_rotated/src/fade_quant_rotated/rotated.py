@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
-from fade_core.errors import ConfigError
-from fade_core.interfaces import Quantizer, QuantizerConfig, QuantizerContext, Side
-from fade_core.packed import Packed, PackedFormat
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from fade_core.errors import ConfigError
+from fade_core.interfaces import Quantizer, QuantizerConfig, QuantizerContext, Side
+from fade_core.packed import Packed, PackedFormat
 from fade_quant_rotated.levels import Metadata, ScaleRule, TokenQuantizer, check_tokens, gaussian_format
 from fade_quant_rotated.rotation import Rotation, RotationKind
 

@@ -7,8 +7,9 @@ from functools import cache, lru_cache
 from typing import Literal
 
 import torch
-from fade_core.errors import CheckpointError, ConfigError
 from torch import Tensor
+
+from fade_core.errors import CheckpointError, ConfigError
 
 RotationKind = Literal["hadamard", "orthogonal"]
 

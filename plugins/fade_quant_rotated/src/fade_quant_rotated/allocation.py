@@ -1,0 +1,75 @@
+"""Bits by water-filling: where the next bit saves most, given what each channel is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fade_core.errors import ConfigError
+from fade_core.packed import planes_of
+from fade_quant_rotated.lloyd_max import gaussian_distortion
+
+MAX_WIDTH = 8
+
+
+def check_widths(widths: Sequence[int]) -> tuple[int, ...]:
+    """Sorted distinct widths. Raises ``ConfigError`` unless they start at 0 and each can be packed."""
+    found = tuple(sorted(set(widths)))
+    if len(found) < 2 or found[0] != 0:
+        raise ConfigError(f"widths={list(widths)} must hold 0 (a dropped channel) and at least one width in 1..8")
+    for width in found[1:]:
+        planes_of(width)
+    return found
+
+
+def water_fill(worth: Tensor, bits: float, widths: Sequence[int] = tuple(range(7)), group: int = 1) -> Tensor:
+    """Widths that minimise the expected error at an average of at most ``bits``, over all channels at once.
+
+    The error of a channel is its worth times the distortion of a Gaussian at its width; on the lower convex hull of
+    that curve the greedy choice is optimal.
+
+    Args:
+        worth: float ``[..., D]``, the error that dropping each channel costs, falling along the last dimension.
+        bits: average width of a channel.
+        widths: widths to choose from, 0 among them.
+        group: neighbouring channels that share a width; divides ``D``.
+
+    Returns:
+        int64 ``[..., D]``, falling along the last dimension.
+
+    Raises:
+        ConfigError: widths that cannot be packed, a group that does not divide ``D``, or more bits than the widest.
+    """
+    widths = check_widths(widths)
+    channels = worth.shape[-1]
+    if group < 1 or channels % group:
+        raise ConfigError(f"group={group} must divide the {channels} channels of a head")
+    if not 0 <= bits <= widths[-1]:
+        raise ConfigError(f"{bits:.3f} bits a channel cannot be had from widths {list(widths)}")
+    grouped = worth.double().unflatten(-1, (-1, group)).sum(-1)
+    steps = _hull(widths)
+    slope = torch.tensor([gain for _, gain in steps], dtype=torch.float64)
+    cost = torch.tensor([width for width, _ in steps], dtype=torch.float64)
+    gains = (grouped.flatten()[:, None] * slope).flatten()
+    order = torch.argsort(gains, descending=True, stable=True)
+    costs = cost.repeat(grouped.numel())[order]
+    taken = torch.zeros_like(gains, dtype=torch.bool)
+    taken[order] = costs.cumsum(0) <= bits * grouped.numel() + 1e-9
+    given = (taken.view(-1, len(steps)) * cost).sum(-1).long()
+    return given.view(grouped.shape).repeat_interleave(group, dim=-1)
+
+
+def _hull(widths: Sequence[int]) -> list[tuple[int, float]]:
+    """Steps (bits, error saved a bit) along the lower convex hull of a Gaussian's distortion; savings fall."""
+    points = [(width, gaussian_distortion(width)) for width in widths]
+    steps, at = [], 0
+    while at + 1 < len(points):
+        width, error = points[at]
+        best = max(
+            range(at + 1, len(points)), key=lambda j: ((error - points[j][1]) / (points[j][0] - width), points[j][0])
+        )
+        steps.append((points[best][0] - width, (error - points[best][1]) / (points[best][0] - width)))
+        at = best
+    return steps

@@ -1,0 +1,122 @@
+"""``fade calibrate``: learn a model's transforms from text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+from fade_core import load_model
+from fade_core.errors import InputError
+from fade_quant_rotated.calibrate import calibrate
+
+Texts = Annotated[list[Path], typer.Option("--text", help="UTF-8 text file; may be given several times.")]
+
+
+def calibrate_command(
+    text: Texts,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the calibration (.safetensors).")],
+    model: Annotated[str, typer.Option("--model", "-m", help='Hub id, folder, .gguf file, or "smollm2".')] = "smollm2",
+    bits: Annotated[float, typer.Option(help="Default average bits an element, everything counted.")] = 2.0,
+    widths: Annotated[str, typer.Option(help='Default code widths; "0,2,4" suits kernels.')] = "0,1,2,3,4,5,6",
+    group: Annotated[int, typer.Option(min=1, help="Default channels that share a width; 16 suits kernels.")] = 1,
+    length: Annotated[int, typer.Option(min=128, help="Tokens read at once.")] = 1024,
+    max_tokens: Annotated[int, typer.Option(min=128, help="Most tokens to read; spread evenly over the text.")] = 16384,
+    dtype: Annotated[str, typer.Option(help="Dtype of the weights: auto, float32, bfloat16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+) -> None:
+    """Learn from text how a model's keys and values can be coded in few bits: forward passes only, no gradients."""
+    console = Console(stderr=True)
+    kinds = parse_widths(widths)
+    texts = [read_text(path) for path in text]
+    if not output.parent.is_dir():
+        raise InputError(f"--output {output}: there is no folder {output.parent}")
+    loaded, tokenizer = load_model(model, dtype=dtype, device=device)
+    pieces = cut(tokenizer, texts, length, max_tokens)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    memory = Peak(loaded.device)
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("reading texts", total=len(pieces))
+
+        def advance(done: int, total: int) -> None:
+            memory.sample()
+            progress.update(task, completed=done, total=total)
+
+        found = calibrate(loaded, pieces, bits, kinds, group, progress=advance)
+    found.save(output)
+    plan = found.plan(bits, kinds, group)
+    notes = found.notes
+    Console().print(
+        f"{output}: {output.stat().st_size / 1e6:.1f} MB from {notes['tokens']:,} tokens in {notes['seconds']:.0f} s, "
+        f"peak memory {memory.peak / 1e9:.2f} GB (model included). At {bits:g} bits, keys take "
+        f"{plan.average('key'):.2f} and values {plan.average('value'):.2f} bits a channel. Use it with\n"
+        f'  keys = {{ kind = "calibrated", file = "{output}" }}\n'
+        f'  values = {{ kind = "calibrated", file = "{output}" }}',
+        soft_wrap=True,
+        markup=False,
+        highlight=False,
+    )
+
+
+class Peak:
+    """Highest memory of this process (CPU) or of its tensors (CUDA), in bytes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.peak = device, 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        self.sample()
+
+    def sample(self) -> None:
+        """Note the peak so far."""
+        if self.device.type == "cuda":
+            self.peak = torch.cuda.max_memory_allocated(self.device)
+            return
+        import resource
+        import sys
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        self.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def cut(tokenizer: Any, texts: list[str], length: int, max_tokens: int) -> list[Tensor]:
+    """Pieces of ``length`` token ids, evenly spread over ``texts``, at most ``max_tokens`` in all.
+
+    Each piece begins with the tokenizer's beginning-of-sequence token if it has one, as a prompt would.
+
+    Raises:
+        InputError: if no text fills a piece.
+    """
+    pieces = []
+    start = [tokenizer.bos_token_id] if getattr(tokenizer, "add_bos_token", False) else []
+    body = length - len(start)
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        pieces += [start + ids[at : at + body] for at in range(0, len(ids) - body + 1, body)]
+    if not pieces:
+        raise InputError(f"no text holds {length} tokens; give longer ones, or a smaller --length")
+    wanted = max(1, max_tokens // length)
+    if len(pieces) > wanted:
+        pieces = [pieces[(2 * i + 1) * len(pieces) // (2 * wanted)] for i in range(wanted)]
+    return [torch.tensor(piece) for piece in pieces]
+
+
+def parse_widths(widths: str) -> tuple[int, ...]:
+    """``"0,2,4"`` to ``(0, 2, 4)``. Raises ``InputError`` for anything else."""
+    try:
+        return tuple(int(part) for part in widths.split(","))
+    except ValueError as error:
+        raise InputError(f"--widths {widths!r} must be whole numbers separated by commas, such as 0,2,4") from error
+
+
+def read_text(path: Path) -> str:
+    """The file's text. Raises ``InputError`` if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"text {path} cannot be read: {error}") from error

@@ -1,0 +1,263 @@
+"""Streaming statistics of a model's attention: what the calibrated quantizer needs to know, from forward passes only.
+
+For a query ``t`` and a key ``j`` outside sinks and window, ``w_tj = a_tj^2 |W_o (v_j - o_t)|^2`` says how far
+the layer's output moves when that one logit moves (``a``: attention probability, ``o``: the head's output). Keys and
+queries are averaged under ``w``, values under ``a_tj^2``. Attention is computed in blocks of queries, so nothing larger
+than ``[H_q, block, T]`` is ever held.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fade_core.errors import ConfigError, InputError, NonFiniteError, UnsupportedModelError
+
+PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
+"""Names of the linear layer after attention."""
+
+
+@dataclass
+class LayerSums:
+    """Running sums of one layer in float64, ``D`` key and ``E`` value channels; all divided only in ``moments``.
+
+    Attributes:
+        key_weight: ``[H_kv]``, sum of ``w``.
+        key_mean: ``[H_kv, D]``, sum of ``w k``.
+        key_square: ``[H_kv, D, D]``, sum of ``w k k^T``.
+        query_square: ``[H_kv, D, D]``, sum of ``w q q^T`` of scaled queries: the metric of a logit's squared error.
+        value_weight: ``[H_kv]``, sum of ``a^2``.
+        value_mean: ``[H_kv, E]``, sum of ``a^2 v``.
+        value_square: ``[H_kv, E, E]``, sum of ``a^2 v v^T``.
+        metric: ``[H_kv, E, E]``, ``W_o^T W_o`` averaged over the query heads of the group.
+        key_plain: ``[H_kv, D + 1, D + 1]``, sum of ``(k, 1) (k, 1)^T`` over the tokens past the sinks, unweighted.
+        value_plain: ``[H_kv, E + 1, E + 1]``, the same of values.
+        tokens: tokens past the sinks.
+    """
+
+    key_weight: Tensor
+    key_mean: Tensor
+    key_square: Tensor
+    query_square: Tensor
+    value_weight: Tensor
+    value_mean: Tensor
+    value_square: Tensor
+    metric: Tensor
+    key_plain: Tensor
+    value_plain: Tensor
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class LayerMoments:
+    """Weighted moments of one layer (float64, shapes as in ``LayerSums``); covariances are central.
+
+    ``key_spread`` and ``value_spread`` are the unweighted second moments about the weighted means.
+    ``key_weight`` and ``value_weight`` are sums a text, divided by the residual stream's squared norm: the price of a
+    unit of squared logit error, or of squared output error, relative to what the layer adds to.
+    """
+
+    key_weight: Tensor
+    key_mean: Tensor
+    key_cov: Tensor
+    query_square: Tensor
+    value_weight: Tensor
+    value_mean: Tensor
+    value_cov: Tensor
+    metric: Tensor
+    key_spread: Tensor
+    value_spread: Tensor
+
+
+class Collector:
+    """Gathers ``LayerSums`` while a model runs; its ``attention`` stands in for the model's attention function.
+
+    Args:
+        sinks: leading tokens that stay in full precision: no error to weigh.
+        window: newest tokens that stay in full precision.
+        block: queries handled at once.
+    """
+
+    def __init__(self, sinks: int = 4, window: int = 64, block: int = 256) -> None:
+        self.sinks, self.window, self.block = sinks, window, block
+        self.layers: dict[int, LayerSums] = {}
+        self.begin()
+
+    def attention(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        softcap: float | None = None,
+        sinks_logit: Tensor | None = None,
+        sliding_window: int | None = None,
+    ) -> Tensor:
+        """Causal attention of one text: query ``[1, H_q, T, D]``, keys and values ``[1, H_kv, T, D]``.
+
+        Returns:
+            the heads' outputs ``[1, T, H_q, E]``; layers with a sliding window are computed but not gathered.
+
+        Raises:
+            NonFiniteError: if a layer's queries, keys or values are not finite.
+            InputError: if more than one text is given.
+        """
+        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        if query.shape[0] != 1:
+            raise InputError(f"calibration takes one text at a time; found a batch of {query.shape[0]}")
+        for name, tensor in (("queries", query), ("keys", key), ("values", value)):
+            if not bool(tensor.isfinite().all()):
+                raise NonFiniteError(
+                    f"{name} of layer {layer} are not finite: nothing can be calibrated. Load the model in float32 or "
+                    f"bfloat16 (float16 overflows in some models) and check the weights and the text"
+                )
+        q, k, v = query[0].float() * scaling, key[0].float(), value[0].float()
+        heads, length, _ = k.shape
+        q = q.unflatten(0, (heads, -1))  # [H_kv, G, T, D]
+        gather = sliding_window is None
+        if gather:
+            sums = self._sums(layer, module, q, v)
+            sums.tokens += max(0, length - self.sinks)
+            metric = self._metrics[layer]  # [H_kv, G, E, E]
+            vm = torch.einsum("hje,hgef->hgjf", v, metric)
+            vmv = (vm * v[:, None]).sum(-1)  # [H_kv, G, T]
+        out = torch.empty(*q.shape[:3], v.shape[-1], device=q.device)
+        at = torch.arange(length, device=q.device)
+        weight_k, weight_v = torch.zeros(2, heads, length, dtype=torch.float64, device=q.device)
+        for start in range(0, length, self.block):
+            rows = at[start : start + self.block, None]
+            logits = q[:, :, start : start + self.block] @ k[:, None].transpose(-1, -2)
+            if softcap:
+                logits = softcap * torch.tanh(logits / softcap)
+            hidden = at > rows
+            if sliding_window is not None:
+                hidden = hidden | (at <= rows - sliding_window)
+            logits.masked_fill_(hidden, -torch.inf)
+            if sinks_logit is not None:
+                extra = sinks_logit.float().view(heads, -1, 1, 1).expand(-1, -1, len(rows), 1)
+                a = torch.cat([logits, extra], -1).softmax(-1)[..., :-1]
+            else:
+                a = logits.softmax(-1)
+            o = a @ v[:, None]
+            out[:, :, start : start + self.block] = o
+            if not gather:
+                continue
+            a = a.square_().masked_fill_((at < self.sinks) | (at > rows - self.window), 0)
+            weight_v += a.sum((1, 2)).double()
+            om = torch.einsum("hgte,hgef->hgtf", o, metric)
+            moved = (vmv[:, :, None] + (om * o).sum(-1)[..., None] - 2 * om @ v[:, None].transpose(-1, -2)).clamp_min_(
+                0
+            )
+            w = a.mul_(moved)
+            weight_k += w.sum((1, 2)).double()
+            squares = q[:, :, start : start + self.block].double() * w.sum(-1).double().sqrt()[..., None]
+            sums.query_square += (squares.transpose(-1, -2) @ squares).sum(1)
+        if gather:
+            self._add(sums, k.double(), v.double(), weight_k, weight_v)
+        return out.flatten(0, 1).transpose(0, 1)[None].to(query.dtype)
+
+    def residual(self, layer: int, hidden: Tensor) -> None:
+        """Note the residual stream ``[1, T, hidden]`` that enters layer ``layer``."""
+        norm = hidden[0, self.sinks :].float().square().sum(-1).median()
+        self._residual[layer] = self._residual.get(layer, 0.0) + float(norm)
+
+    def begin(self) -> None:
+        """Forget everything gathered."""
+        self.layers.clear()
+        self._metrics: dict[int, Tensor] = {}
+        self._residual: dict[int, float] = {}
+
+    def moments(self) -> dict[int, LayerMoments]:
+        """Weighted moments of every layer gathered."""
+        return {layer: self._moments(layer, sums) for layer, sums in sorted(self.layers.items())}
+
+    # --- inside ---
+    def _sums(self, layer: int, module: nn.Module, q: Tensor, v: Tensor) -> LayerSums:
+        if layer not in self.layers:
+            heads, group, _, dim = q.shape
+            width = v.shape[-1]
+            weight = output_projection(module, heads * group * width).detach().float()
+            weight = weight.to(q.device).unflatten(1, (heads, group, width)).permute(1, 2, 0, 3)
+            self._metrics[layer] = weight.transpose(-1, -2) @ weight
+            zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64, device=q.device)  # noqa: E731
+            self.layers[layer] = LayerSums(
+                zeros(heads),
+                zeros(heads, dim),
+                zeros(heads, dim, dim),
+                zeros(heads, dim, dim),
+                zeros(heads),
+                zeros(heads, width),
+                zeros(heads, width, width),
+                self._metrics[layer].double().mean(1),
+                zeros(heads, dim + 1, dim + 1),
+                zeros(heads, width + 1, width + 1),
+            )
+        return self.layers[layer]
+
+    def _add(self, sums: LayerSums, k: Tensor, v: Tensor, weight_k: Tensor, weight_v: Tensor) -> None:
+        sums.key_weight += weight_k.sum(-1)
+        sums.value_weight += weight_v.sum(-1)
+        for x, weight, mean, square in (
+            (k, weight_k, sums.key_mean, sums.key_square),
+            (v, weight_v, sums.value_mean, sums.value_square),
+        ):
+            weighted = x * weight[..., None]
+            mean += weighted.sum(1)
+            square += weighted.transpose(-1, -2) @ x
+        for x, plain in ((k, sums.key_plain), (v, sums.value_plain)):
+            one = torch.nn.functional.pad(x[:, self.sinks :], (0, 1), value=1.0)
+            plain += one.transpose(-1, -2) @ one
+
+    def _moments(self, layer: int, sums: LayerSums) -> LayerMoments:
+        residual = self._residual.get(layer, 0.0)
+        if not residual:
+            raise ConfigError(f"the residual stream of layer {layer} was not seen; hook the decoder layers")
+        if bool((sums.key_weight <= 0).any()) or bool((sums.value_weight <= 0).any()):
+            raise InputError(
+                f"layer {layer} never attends past its sinks ({self.sinks}) and window ({self.window}) on this text; "
+                f"use longer texts"
+            )
+        key_mean = sums.key_mean / sums.key_weight[:, None]
+        value_mean = sums.value_mean / sums.value_weight[:, None]
+        return LayerMoments(
+            key_weight=sums.key_weight / residual,
+            key_mean=key_mean,
+            key_cov=_central(sums.key_square, sums.key_weight, key_mean),
+            query_square=sums.query_square / sums.key_weight[:, None, None],
+            value_weight=sums.value_weight / residual,
+            value_mean=value_mean,
+            value_cov=_central(sums.value_square, sums.value_weight, value_mean),
+            metric=sums.metric,
+            key_spread=_about(sums.key_plain, key_mean),
+            value_spread=_about(sums.value_plain, value_mean),
+        )
+
+
+def output_projection(attention: nn.Module, features: int) -> Tensor:
+    """Weight ``[hidden, features]`` of the linear layer after the heads. Raises ``UnsupportedModelError`` if none."""
+    for name in PROJECTIONS:
+        module = getattr(attention, name, None)
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[1] == features:
+            return weight
+    found = {name: tuple(parameter.shape) for name, parameter in attention.named_parameters()}
+    raise UnsupportedModelError(
+        f"{type(attention).__name__} has no output projection that calibration recognises (a linear o_proj, out_proj, "
+        f"dense, c_proj or wo with {features} inputs); found {found}. Use kind='rotated', which needs no calibration"
+    )
+
+
+def _central(square: Tensor, weight: Tensor, mean: Tensor) -> Tensor:
+    cov = square / weight[:, None, None] - mean[:, :, None] * mean[:, None, :]
+    return (cov + cov.transpose(-1, -2)) / 2
+
+
+def _about(plain: Tensor, mean: Tensor) -> Tensor:
+    """Second moment about ``mean``, from sums of ``(x, 1) (x, 1)^T``."""
+    moments = plain / plain[:, -1:, -1:]
+    first = moments[:, :-1, -1]
+    cross = first[:, :, None] * mean[:, None, :]
+    return moments[:, :-1, :-1] - cross - cross.transpose(-1, -2) + mean[:, :, None] * mean[:, None, :]

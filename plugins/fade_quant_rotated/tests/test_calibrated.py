@@ -1,0 +1,270 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fade_core.errors import CheckpointError, ConfigError, InputError
+from fade_core.interfaces import QuantizerContext
+from fade_core.testing import check_quantizer
+from fade_quant_rotated import CalibratedConfig, CalibratedQuantizer, Calibration
+from fade_quant_rotated.allocation import water_fill
+from fade_quant_rotated.calibration import SideCalibration, load_calibration
+from fade_quant_rotated.klt import weighted_klt
+from fade_quant_rotated.lloyd_max import gaussian_distortion
+from fade_quant_rotated.streams import StreamLayout
+
+HEADS, DIM, LAYERS = 3, 64, 2
+
+
+def covariance(*shape: int, decay: float = 0.9) -> torch.Tensor:
+    """Random covariances whose eigenvalues fall geometrically."""
+    q, _ = torch.linalg.qr(torch.randn(*shape, shape[-1], dtype=torch.float64))
+    values = decay ** torch.arange(shape[-1], dtype=torch.float64)
+    return q * values @ q.transpose(-1, -2)
+
+
+def side_calibration(heads: int = HEADS, dim: int = DIM) -> tuple[SideCalibration, torch.Tensor, torch.Tensor]:
+    """A calibration of random statistics, and the mean and covariance behind it."""
+    cov, metric = covariance(heads, dim), covariance(heads, dim, decay=0.97)
+    mean = torch.randn(heads, dim, dtype=torch.float64)
+    transform, variance = weighted_klt(cov, metric)
+    length = transform.norm(dim=-2)
+    weight = torch.tensor([4.0**h for h in range(heads)], dtype=torch.float64)
+    found = SideCalibration(
+        mean.float(),
+        (transform / length[:, None]).half(),
+        (variance.sqrt() / length).float(),
+        torch.ones(heads, dim),
+        (variance * weight[:, None]).float(),
+    )
+    return found, mean, cov
+
+
+def tokens(mean: torch.Tensor, cov: torch.Tensor, batch: int, length: int) -> torch.Tensor:
+    root = torch.linalg.cholesky(cov + 1e-9 * torch.eye(cov.shape[-1]))
+    x = torch.randn(batch, *mean.shape[:1], length, mean.shape[-1], dtype=torch.float64)
+    return (x @ root.transpose(-1, -2) + mean[:, None]).float()
+
+
+def calibration(heads: int = HEADS, dim: int = DIM) -> Calibration:
+    sides = {s: {layer: side_calibration(heads, dim)[0] for layer in range(LAYERS)} for s in ("key", "value")}
+    return Calibration(
+        sides, dim, heads, LAYERS, torch.randn(LAYERS, 16), {"bits": 2.5, "widths": [0, 1, 2, 3, 4], "group": 1}
+    )
+
+
+@pytest.fixture
+def file(tmp_path: Path, seed: int) -> str:
+    path = tmp_path / "calibration.safetensors"
+    calibration().save(path)
+    return str(path)
+
+
+# --- the pieces ---
+def test_klt_is_uncorrelated_and_measures_errors_in_the_metric(seed: int) -> None:
+    cov, metric = covariance(2, 24), covariance(2, 24, decay=0.95)
+    transform, variance = weighted_klt(cov, metric)
+    moved = transform.transpose(-1, -2) @ cov @ transform
+    torch.testing.assert_close(moved, torch.diag_embed(variance), atol=1e-9 * float(variance.max()), rtol=1e-6)
+    assert bool((variance.diff(dim=-1) <= 1e-15).all())
+    error = torch.randn(2, 1, 24, dtype=torch.float64)
+    inside = (error @ transform).square().sum(-1)
+    outside = (error @ metric @ error.transpose(-1, -2)).squeeze(-1)
+    torch.testing.assert_close(inside, outside, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(("widths", "group"), [((0, 1, 2, 3, 4, 5, 6), 1), ((0, 2, 4), 16), ((0, 1, 3), 4)])
+def test_water_filling_is_the_best_of_many_and_keeps_to_its_budget(widths: tuple, group: int, seed: int) -> None:
+    worth = torch.rand(2, 3, 64).exp2().pow(12).sort(-1, descending=True)[0]
+    for bits in (0.5, 1.3, 2.0):
+        given = water_fill(worth, bits, widths, group)
+        assert set(given.flatten().tolist()) <= set(widths)
+        assert bits - max(widths) * group / worth.numel() <= float(given.double().mean()) <= bits + 1e-9
+        assert bool((given.diff(dim=-1) <= 0).all())
+        assert torch.equal(given, given.unflatten(-1, (-1, group))[..., :1].expand(2, 3, -1, group).flatten(-2))
+        distortion = torch.tensor([gaussian_distortion(b) for b in range(9)])
+        best = float((worth * distortion[given]).sum())
+        grouped = given.unflatten(-1, (-1, group))[..., 0].flatten()
+        for _ in range(200):  # no exchange of bits between two groups is better
+            a, b = torch.randint(len(grouped), (2,)).tolist()
+            up = [w for w in widths if w > grouped[a]]
+            down = [w for w in widths if w < grouped[b]]
+            if not up or not down or a == b:
+                continue
+            other = grouped.clone()
+            other[a], other[b] = up[0], down[-1]
+            if int(other.sum()) > int(grouped.sum()):
+                continue
+            changed = other.view(2, 3, -1).repeat_interleave(group, -1)
+            assert float((worth * distortion[changed]).sum()) >= best * (1 - 1e-6)
+
+
+def test_water_filling_refuses_what_it_cannot_do() -> None:
+    worth = torch.ones(1, 64)
+    with pytest.raises(ConfigError, match="divide"):
+        water_fill(worth, 2, (0, 2), 7)
+    with pytest.raises(ConfigError, match="cannot be had"):
+        water_fill(worth, 5, (0, 2, 4))
+    with pytest.raises(ConfigError, match="must hold 0"):
+        water_fill(worth, 2, (1, 2))
+    with pytest.raises(ConfigError, match="cannot be packed"):
+        water_fill(worth, 2, (0, 7))
+
+
+@pytest.mark.parametrize("layout", ["token", "channel"])
+@pytest.mark.parametrize("tile", [64, 16])
+def test_streams_return_every_code_of_every_width(layout: str, tile: int, seed: int) -> None:
+    widths = torch.randint(0, 7, (HEADS, DIM)).sort(-1, descending=True)[0]
+    widths[1, 3:] = 0
+    stream = StreamLayout(widths, tile, layout)
+    shape = (2, 4, tile, len(stream.channels))
+    top = torch.cat([torch.full((stop - start,), 2**width) for width, start, stop in stream.runs])
+    codes = (torch.rand(shape) * top).to(torch.int32)
+    rows = stream.pack(codes)
+    assert rows.shape == (2, HEADS, 4, stream.row)
+    assert torch.equal(stream.unpack(rows), codes)
+    words = int(widths.sum()) * tile // 16
+    assert 0 <= stream.row * HEADS - words < HEADS
+    index = torch.stack([torch.randperm(4 * tile)[: 2 * tile] for _ in range(2 * HEADS)]).view(2, HEADS, -1)
+    wanted = (
+        stream.values(codes, torch.float32).flatten(2, 3).gather(2, index[..., None].expand(-1, -1, -1, stream.kept))
+    )
+    found = stream.values(stream.unpack(stream.select(rows, index)), torch.float32).flatten(2, 3)
+    assert torch.equal(found, wanted)
+
+
+def test_a_layer_without_bits_stores_gains_only(seed: int) -> None:
+    found, mean, cov = side_calibration()
+    quantizer = CalibratedQuantizer(found, torch.zeros(HEADS, DIM, dtype=torch.long))
+    x = tokens(mean, cov, 1, 100)
+    packed = quantizer.encode(x)
+    assert packed.fields["codes"].shape == (1, HEADS, 2, 0)
+    torch.testing.assert_close(quantizer.decode(packed), mean.float()[None, :, None].expand_as(x))
+
+
+# --- the quantizer ---
+@pytest.mark.parametrize("side", ["key", "value"])
+def test_error_on_gaussian_tokens_is_what_water_filling_promised(side: str, seed: int) -> None:
+    found, mean, cov = side_calibration()
+    widths = water_fill(found.worth, 2.0)
+    quantizer = CalibratedQuantizer(found, widths, side)
+    x = tokens(mean, cov, 2, 1024)
+    error = quantizer.decode(quantizer.encode(x)) - x
+    inside = (error @ found.transform.float() / found.deviation[:, None]).square().mean((0, 2))
+    distortion = torch.tensor([gaussian_distortion(b) for b in range(9)])
+    promised = (found.worth * distortion[widths]).sum(-1)
+    ratio = (found.worth * inside).sum(-1) / promised
+    assert bool(((ratio > 0.8) & (ratio < 1.1)).all()), ratio  # a searched gain does a little better than a fixed one
+
+
+def test_heads_share_their_bits_unevenly_and_all_are_counted(seed: int) -> None:
+    found, mean, cov = side_calibration()
+    widths = water_fill(found.worth, 1.5)
+    assert len(set(widths.sum(-1).tolist())) == HEADS
+    quantizer = CalibratedQuantizer(found, widths)
+    packed = quantizer.encode(tokens(mean, cov, 2, 192))
+    assert packed.nbytes * 8 == pytest.approx(quantizer.bits_per_element * 2 * HEADS * 192 * DIM, rel=1e-12)
+    assert 1.5 <= quantizer.bits_per_element < 1.5 + 4 / DIM + 0.01
+
+
+def test_conformance(file: str, seed: int) -> None:
+    config = CalibratedConfig(file=file)
+
+    def build(context: QuantizerContext) -> CalibratedQuantizer:
+        return config.build(QuantizerContext(DIM, context.side, 64, 0, LAYERS, HEADS))  # type: ignore[return-value]
+
+    about_a_mean = {"extreme_values": "tokens are coded about a mean: zeros come back as a small error"}
+    results = check_quantizer(build, seed=seed, head_dims=(DIM,), expected_failures=about_a_mean)
+    assert all(result.passed for result in results), [r for r in results if not r.passed]
+
+
+def test_transforms_and_bias_are_what_scores_and_combine_do(seed: int) -> None:
+    found, mean, cov = side_calibration()
+    quantizer = CalibratedQuantizer(found, water_fill(found.worth, 2.5), "value")
+    x = tokens(mean, cov, 2, 64 * 35)  # more than one chunk
+    packed = quantizer.encode(x)
+    decoded = quantizer.decode(packed).double()
+    query, weights = torch.randn(2, HEADS, 4, DIM), torch.rand(2, HEADS, 4, x.shape[2])
+    scale = float(decoded.abs().max())
+    torch.testing.assert_close(
+        quantizer.scores(query, packed).double(),
+        query.double() @ decoded.transpose(-1, -2),
+        atol=1e-4 * scale,
+        rtol=1e-4,
+    )
+    torch.testing.assert_close(
+        quantizer.combine(weights, packed).double(), weights.double() @ decoded, atol=1e-3 * scale, rtol=1e-4
+    )
+    short = weights[..., :1500]
+    torch.testing.assert_close(
+        quantizer.combine(short, packed).double(), short.double() @ decoded[:, :, :1500], atol=1e-3 * scale, rtol=1e-4
+    )
+
+
+# --- file and configuration ---
+def test_file_round_trip_and_joint_bits(file: str) -> None:
+    loaded = load_calibration(file)
+    again = Calibration.load(file)
+    for side in ("key", "value"):
+        for layer in range(LAYERS):
+            for name, tensor in vars(loaded.sides[side][layer]).items():
+                assert torch.equal(tensor, getattr(again.sides[side][layer], name))
+    bits = []
+    for layer in range(LAYERS):
+        for side in ("key", "value"):
+            quantizer = CalibratedConfig(file=file).build(QuantizerContext(DIM, side, 64, layer, LAYERS, HEADS))
+            bits.append(quantizer.bits_per_element)
+    assert 2.45 < sum(bits) / len(bits) <= 2.5
+    own = CalibratedConfig(file=file, side_bits=1.5, widths=(0, 2, 4), group=16)
+    bits = [own.build(QuantizerContext(DIM, "key", 64, n, LAYERS, HEADS)).bits_per_element for n in range(LAYERS)]
+    assert 1.3 < sum(bits) / len(bits) <= 1.5
+    assert CalibratedConfig(file=file, side_bits=1.5).with_bits(4) == CalibratedConfig(
+        file=file, bits=4, side_bits=None
+    )
+
+
+def test_configuration_refuses_and_says_what_to_do(file: str, tmp_path: Path) -> None:
+    def build(heads: int = HEADS, dim: int = DIM, layer: int = 0, layers: int = LAYERS, **fields: object) -> None:
+        CalibratedConfig(**{"file": file, **fields}).build(QuantizerContext(dim, "key", 64, layer, layers, heads))
+
+    build()
+    with pytest.raises(CheckpointError, match="head_dim 128"):
+        build(dim=128)
+    with pytest.raises(CheckpointError, match="fade calibrate"):
+        build(heads=4)
+    with pytest.raises(CheckpointError, match="3 layers"):
+        build(layers=3)
+    with pytest.raises(CheckpointError, match="fade calibrate"):
+        build(file=str(tmp_path / "missing.safetensors"))
+    with pytest.raises(ConfigError, match="layer 7"):
+        build(layer=7)
+    with pytest.raises(ConfigError, match="widths"):
+        build(bits=7.5)
+    with pytest.raises(ConfigError, match="exclude each other"):
+        build(bits=2, side_bits=2)
+    other = tmp_path / "other.safetensors"
+    save_file({"x": torch.zeros(2)}, str(other))
+    with pytest.raises(CheckpointError, match="not one that"):
+        build(file=str(other))
+    other.write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match="not a safetensors"):
+        build(file=str(other))
+
+
+def test_another_models_sketch_is_refused(file: str) -> None:
+    loaded = Calibration.load(file)
+    loaded.check_model(loaded.sketch * 1.01)
+    with pytest.raises(CheckpointError, match="another model"):
+        loaded.check_model(torch.randn_like(loaded.sketch))
+    with pytest.raises(CheckpointError, match="another model"):
+        loaded.check_model(torch.randn(1, 16))
+
+
+def test_wrong_number_of_heads_is_refused(seed: int) -> None:
+    found, _, _ = side_calibration()
+    quantizer = CalibratedQuantizer(found, water_fill(found.worth, 2.0))
+    with pytest.raises(InputError, match="3 KV heads"):
+        quantizer.encode(torch.randn(1, 2, 64, DIM))
