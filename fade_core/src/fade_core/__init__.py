@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         Tier,
         TierConfig,
     )
+    from fade_core.kernels.attention import AttentionOutput, FullSegment, PackedSegment
     from fade_core.loading import load_model
     from fade_core.manual import (
         apply_tier_assignment,
@@ -65,6 +66,7 @@ _HOME = {
         ),
         "interfaces",
     ),
+    **dict.fromkeys(("AttentionOutput", "FullSegment", "PackedSegment"), "kernels.attention"),
     "load_model": "loading",
     **dict.fromkeys(
         (
@@ -82,13 +84,16 @@ _HOME = {
 """Public name to the module that defines it."""
 
 __all__ = [
+    "AttentionOutput",
     "AttentionTracker",
     "EvictionPolicy",
     "FadeConfig",
+    "FullSegment",
     "JsonlExporter",
     "Kernel",
     "KernelConfig",
     "LayerView",
+    "PackedSegment",
     "PolicyConfig",
     "Quantizer",
     "QuantizerConfig",

@@ -12,11 +12,12 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from fade_core.handle import Handle, is_handle
-from fade_core.kernels.attention import AttentionOutput, FullSegment, decode_attention
+from fade_core.kernels.attention import AttentionOutput, FullSegment, TorchDecodeAttention, decode_attention
 from fade_core.layer import TieredLayer
 
 NAME = "fade"
 _BLOCK = 256  # queries that torch attends at once where a fused kernel cannot be used
+_ORACLE = TorchDecodeAttention()
 
 
 def fade_attention(
@@ -69,10 +70,17 @@ def _step_attention(
     layer: TieredLayer, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
     """A few new tokens, already in the window: every tier is read in place."""
+    if mask is not None and _is_plain(mask, layer):
+        mask = None
     segments = layer.segments(mask, query.shape[2])
     held = layer.statistics()
     tracked = any(held)
-    result: AttentionOutput = layer.plan.kernel(query, segments, scaling, softcap, sinks, probabilities=tracked)
+    kernel = layer.plan.kernel
+    support = kernel.accepts(query, segments, scaling, softcap, sinks, probabilities=tracked)
+    if not support:
+        layer.fall_back(kernel, support.reason)
+        kernel = _ORACLE
+    result: AttentionOutput = kernel(query, segments, scaling, softcap, sinks, probabilities=tracked)
     if tracked:
         found = result.probabilities or [
             layer.plan.mass_kernel(query, segment, result.lse, scaling, softcap) for segment in segments
@@ -212,6 +220,26 @@ def _leading_padding(mask: Tensor, chunk: int) -> Tensor:
     padding = torch.where(seen.any(-1), seen.int().argmax(-1), chunk)
     _padding_memo[:] = [(weakref.ref(mask), chunk, padding)]
     return padding
+
+
+_plain_memo: list[tuple[weakref.ref[Tensor], int, Tensor, bool]] = []
+
+
+def _is_plain(mask: Tensor, layer: TieredLayer) -> bool:
+    """Whether ``mask`` hides nothing but leading padding, which is not stored, and tokens after the query.
+
+    All layers of a forward pass share one mask: it is read once.
+    """
+    if _plain_memo:
+        known, length, padding, answer = _plain_memo[0]
+        if known() is mask and length == layer.logical and torch.equal(padding, layer.padding):
+            return answer
+    where = torch.arange(layer.logical, device=mask.device)
+    newest = torch.arange(layer.logical - mask.shape[2], layer.logical, device=mask.device)
+    padded = where < layer.padding.to(mask.device)[:, None, None, None]
+    answer = bool(((mask[..., : layer.logical] == (where <= newest[:, None])) | padded).all())
+    _plain_memo[:] = [(weakref.ref(mask), layer.logical, layer.padding, answer)]
+    return answer
 
 
 def register() -> None:

@@ -265,7 +265,15 @@ class Kernel(ABC):
     def supports(
         self, format: PackedFormat | None, head_dim: int, device: torch.device, dtype: torch.dtype
     ) -> Support:
-        """Whether this case can run here, with the reason if not."""
+        """Whether this case can run here, with the reason if not. Asked once, when a cache is built."""
+
+    def accepts(self, *args: Any, **kwargs: Any) -> Support:
+        """Whether this very call can run; asked before it, with the same arguments.
+
+        A mask or a number of queries is only known then. What is refused here the core computes with its oracle, and
+        says so in a "fallback" event, once a layer and reason.
+        """
+        return Support(True)
 
     @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -81,6 +81,7 @@ class TieredLayer(CacheLayerMixin):
         self.plan, self.index, self.max_length = plan, plan.index, max_length
         self.logical = 0
         self.record_past = False
+        self._refused: set[tuple[str, str]] = set()
         self._blank()
 
     def _blank(self) -> None:
@@ -218,15 +219,16 @@ class TieredLayer(CacheLayerMixin):
 
     def segments(self, mask: Tensor | None, queries: int) -> list[Segment]:
         """Everything stored, finest last, each with its share of ``mask`` (bool ``[B, 1, Q, logical]`` or ``None``)."""
-        window = self._window()
+        window, plain = self._window(), mask is None
         found: list[Segment] = []
         for store in self.stores:
             if store.tiles:
                 valid = store.valid()
-                found.append(PackedSegment(store, self._gathered(mask, store.positions, valid, queries)))
+                found.append(PackedSegment(store, self._gathered(mask, store.positions, valid, queries), plain))
         if window.longest:
             keys, values = window.live()
-            found.append(FullSegment(keys, values, self._gathered(mask, window.positions, window.valid(), queries)))
+            seen = self._gathered(mask, window.positions, window.valid(), queries)
+            found.append(FullSegment(keys, values, seen, plain, None if window.even else window.lengths))
         return found
 
     def _gathered(
@@ -242,6 +244,13 @@ class TieredLayer(CacheLayerMixin):
             index = where.clamp_min(0)[:, :, None].expand(-1, -1, mask.shape[2], -1)
             seen = mask.expand(-1, where.shape[1], -1, -1).gather(3, index)
         return seen & (where >= 0)[:, :, None]
+
+    def fall_back(self, kernel: Kernel, reason: str) -> None:
+        """Say, once a reason, that the oracle computes what ``kernel`` refused."""
+        if (kernel.op, reason) not in self._refused:
+            self._refused.add((kernel.op, reason))
+            detail = {"op": kernel.op, "kernel": kernel.name, "reason": reason}
+            self.plan.emit(Event("fallback", self.index, detail=detail))
 
     def statistics(self) -> list[dict[str, Tensor]]:
         """Statistics of each of ``segments``' tokens, in the same order: views, updated in place."""

@@ -22,11 +22,16 @@ class FullSegment:
         keys: ``[B, H_kv, T, D]``.
         values: ``[B, H_kv, T, D_v]``.
         mask: bool broadcastable to ``[B, H_kv, Q, T]``, true where a query may attend; ``None`` for everywhere.
+        plain: the last ``Q`` tokens of each row are the queries' own, and ``mask`` says no more than causality and
+            ``lengths`` do: an implementation that knows these need not read it.
+        lengths: leading tokens of each row that are meant, int64 ``[B]`` on the CPU; ``None`` for all ``T``.
     """
 
     keys: Tensor
     values: Tensor
     mask: Tensor | None = None
+    plain: bool = False
+    lengths: Tensor | None = None
 
     def scores(self, query: Tensor) -> Tensor:
         """``[B, H_kv, N, T]`` float32."""
@@ -44,10 +49,12 @@ class PackedSegment:
     Attributes:
         store: the tier's tiles and tables; torch reads them through the quantizers, a kernel word by word.
         mask: as in ``FullSegment``, over ``store.tiles * store.tile`` slots.
+        plain: every token is older than the queries, and ``mask`` says no more than ``store.counts`` does.
     """
 
     store: TierStore
     mask: Tensor | None = None
+    plain: bool = False
 
     def scores(self, query: Tensor) -> Tensor:
         """``[B, H_kv, N, T]`` float32."""

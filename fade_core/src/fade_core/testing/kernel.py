@@ -95,11 +95,12 @@ class KernelCase:
         window = shape.window
         seen = torch.arange(window) <= torch.arange(window - shape.queries, window)[:, None]
         return [
-            PackedSegment(store, mask),
+            PackedSegment(store, mask, plain=True),
             FullSegment(
                 self.randn(shape.batch, shape.heads, window, dim),
                 self.randn(shape.batch, shape.heads, window, dim),
                 seen.expand(shape.batch, shape.heads, -1, -1).to(self.device) if shape.queries > 1 else None,
+                plain=True,
             ),
         ]
 
