@@ -35,6 +35,7 @@ for source in ("fade_core/src", "plugins/fade_kernels_triton/src"):
 
 from fade_core.packed import Packed  # noqa: E402
 from fade_core.quantizers.uniform import UniformQuantizer  # noqa: E402
+from fade_kernels_triton.config import Case as TunedCase  # noqa: E402
 from fade_kernels_triton.config import DecodeConfig, lookup  # noqa: E402
 from fade_kernels_triton.decode import decode_attention  # noqa: E402
 from fade_kernels_triton.operands import PackedTier, Window  # noqa: E402
@@ -330,8 +331,12 @@ def warm_jobs(cases: list[Case], tune: bool) -> list[tuple[Case, DecodeConfig]]:
 
 
 def _tuned(case: Case) -> DecodeConfig:
+    return lookup(_tuned_case(case))
+
+
+def _tuned_case(case: Case) -> TunedCase:
     groups = case.rows * case.kv_heads
-    return lookup(case.bits, case.axis, case.dim, case.columns, groups, case.context)
+    return TunedCase(case.bits, case.axis, case.tile, case.dim, case.columns, groups, case.context)
 
 
 def warm(job: tuple[Case, DecodeConfig]) -> str:
@@ -423,11 +428,8 @@ def time_case(case: Case, best_bf16: float, tune: bool, deadline: float) -> dict
         "config": asdict(config),
         "tried": [(round(t, 2), _short(c)) for t, c in tried],
         "failures": failures,
-        "case": {
-            "bits": case.bits, "axis": case.axis, "head_dim": case.dim, "columns": case.columns,
-            "rows_and_heads": case.rows * case.kv_heads, "context": case.context,
-        },
-    }  # fmt: skip
+        "case": asdict(_tuned_case(case)),
+    }
 
 
 def _short(config: DecodeConfig) -> str:

@@ -2,14 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-pytest.importorskip("triton")
+from oracle import attend64, relative_error, seed, tier_case, window_case
 
 from fade_kernels_triton.config import DecodeConfig
 from fade_kernels_triton.decode import Splits, decode_attention
-from oracle import attend64, relative_error, seed, tier_case, window_case
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float16: 1.5e-3, torch.bfloat16: 6e-3}  # rounding of P and of the output, in units of the dtype
 
 
@@ -26,60 +23,60 @@ def run(query, tiers, window, *, config=None, splits=None, **options):
 @pytest.mark.parametrize("axis", ["token", "channel"])
 @pytest.mark.parametrize(("bits", "tile"), [(4, 64), (4, 128), (2, 64), (2, 128)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_one_packed_tier(bits, tile, axis, dtype):
+def test_one_packed_tier(bits, tile, axis, dtype, device):
     seed()
-    tier = tier_case(2, 2, 3, 128, bits, axis, tile, device=DEVICE)
-    query = torch.randn(2, 8, 1, 128, device=DEVICE).to(dtype)
+    tier = tier_case(2, 2, 3, 128, bits, axis, tile, device=device)
+    query = torch.randn(2, 8, 1, 128, device=device).to(dtype)
     run(query, [tier], None, splits=Splits(2, 0, 0))
 
 
 @pytest.mark.parametrize("axis", ["token", "channel"])
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("fused", [False, True])
-def test_ragged_pool_with_a_window(bits, axis, fused):
+def test_ragged_pool_with_a_window(bits, axis, fused, device):
     seed()
-    tier = tier_case(3, 2, 5, 64, bits, axis, table=True, ragged=True, device=DEVICE)
-    window = window_case(3, 2, 70, 64, torch.float16, ragged=True, device=DEVICE)
-    query = torch.randn(3, 14, 1, 64, device=DEVICE).half()
+    tier = tier_case(3, 2, 5, 64, bits, axis, table=True, ragged=True, device=device)
+    window = window_case(3, 2, 70, 64, torch.float16, ragged=True, device=device)
+    query = torch.randn(3, 14, 1, 64, device=device).half()
     run(query, [tier], window, config=DecodeConfig(fused=fused), splits=Splits(3, 0, 2))
 
 
 @pytest.mark.parametrize("q_len", [1, 2, 5])
-def test_two_tiers_and_a_window(q_len):
+def test_two_tiers_and_a_window(q_len, device):
     seed()
-    first = tier_case(2, 2, 3, 128, 4, "channel", ragged=True, table=True, device=DEVICE)
-    second = tier_case(2, 2, 4, 128, 2, "token", ragged=True, table=True, device=DEVICE)
-    window = window_case(2, 2, 40, 128, torch.bfloat16, ragged=True, at_least=q_len, device=DEVICE)
-    query = torch.randn(2, 6, q_len, 128, device=DEVICE).bfloat16()
+    first = tier_case(2, 2, 3, 128, 4, "channel", ragged=True, table=True, device=device)
+    second = tier_case(2, 2, 4, 128, 2, "token", ragged=True, table=True, device=device)
+    window = window_case(2, 2, 40, 128, torch.bfloat16, ragged=True, at_least=q_len, device=device)
+    query = torch.randn(2, 6, q_len, 128, device=device).bfloat16()
     run(query, [first, second], window, splits=Splits(2, 1, 1))
 
 
 @pytest.mark.parametrize("dim", [80, 96, 256])
-def test_head_dims(dim):
+def test_head_dims(dim, device):
     seed()
-    tier = tier_case(1, 2, 2, dim, 4, "channel", device=DEVICE)
-    window = window_case(1, 2, 33, dim, torch.float16, device=DEVICE)
-    query = torch.randn(1, 8, 1, dim, device=DEVICE).half()
+    tier = tier_case(1, 2, 2, dim, 4, "channel", device=device)
+    window = window_case(1, 2, 33, dim, torch.float16, device=device)
+    query = torch.randn(1, 8, 1, dim, device=device).half()
     run(query, [tier], window, splits=Splits(1, 0, 1))
 
 
 @pytest.mark.parametrize("group", [1, 5, 16])
-def test_group_sizes(group):
+def test_group_sizes(group, device):
     seed()
-    tier = tier_case(1, 2, 2, 64, 4, "token", device=DEVICE)
-    query = torch.randn(1, 2 * group, 2, 64, device=DEVICE).half()
-    run(query, [tier], window_case(1, 2, 9, 64, torch.float16, device=DEVICE), splits=Splits(1, 0, 1))
+    tier = tier_case(1, 2, 2, 64, 4, "token", device=device)
+    query = torch.randn(1, 2 * group, 2, 64, device=device).half()
+    run(query, [tier], window_case(1, 2, 9, 64, torch.float16, device=device), splits=Splits(1, 0, 1))
 
 
 @pytest.mark.parametrize("axis", ["token", "channel"])
 @pytest.mark.parametrize("bits", [2, 4])
-def test_softcap_sinks_and_sliding_window(bits, axis):
+def test_softcap_sinks_and_sliding_window(bits, axis, device):
     seed()
-    tier = tier_case(2, 1, 3, 64, bits, axis, table=True, ragged=True, positions=True, device=DEVICE)
-    window = window_case(2, 1, 20, 64, torch.float16, positions=True, start=192, device=DEVICE)
-    query = 3 * torch.randn(2, 4, 3, 64, device=DEVICE)
-    now = torch.tensor([[209, 210, 211]] * 2, dtype=torch.int32, device=DEVICE)
-    sinks = torch.randn(4, device=DEVICE)
+    tier = tier_case(2, 1, 3, 64, bits, axis, table=True, ragged=True, positions=True, device=device)
+    window = window_case(2, 1, 20, 64, torch.float16, positions=True, start=192, device=device)
+    query = 3 * torch.randn(2, 4, 3, 64, device=device)
+    now = torch.tensor([[209, 210, 211]] * 2, dtype=torch.int32, device=device)
+    sinks = torch.randn(4, device=device)
     run(
         query.half(), [tier], window, splits=Splits(2, 0, 1), softcap=8.0, sliding_window=60, s_aux=sinks,
         query_positions=now, scaling=0.2,
@@ -88,9 +85,9 @@ def test_softcap_sinks_and_sliding_window(bits, axis):
 
 @pytest.mark.parametrize("axis", ["token", "channel"])
 @pytest.mark.parametrize("bits", [2, 4])
-def test_partly_filled_tiles(bits, axis):
+def test_partly_filled_tiles(bits, axis, device):
     seed()
-    tier = tier_case(2, 2, 3, 64, bits, axis, partial=True, ragged=True, device=DEVICE)
-    query = torch.randn(2, 4, 1, 64, device=DEVICE).half()
-    window = window_case(2, 2, 5, 64, torch.float16, device=DEVICE)
+    tier = tier_case(2, 2, 3, 64, bits, axis, partial=True, ragged=True, device=device)
+    query = torch.randn(2, 4, 1, 64, device=device).half()
+    window = window_case(2, 2, 5, 64, torch.float16, device=device)
     run(query, [tier], window, splits=Splits(2, 0, 1))

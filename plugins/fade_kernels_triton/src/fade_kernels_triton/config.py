@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from importlib.resources import files
 
 
@@ -31,43 +31,51 @@ class DecodeConfig:
     subnormal: bool = True
 
 
-@cache
-def _table() -> list[dict[str, object]]:
-    rows: list[dict[str, object]] = json.loads(files(__package__).joinpath("configs.json").read_text())["decode"]
-    return rows
+@dataclass(frozen=True)
+class Case:
+    """What a configuration was tuned for.
 
-
-def lookup(bits: int, axis: str, head_dim: int, columns: int, rows_and_heads: int, context: int) -> DecodeConfig:
-    """The tuned configuration nearest to a case: same format if there is one, then nearest in size.
-
-    Args:
-        bits: width of the codes (of the largest tier).
+    Attributes:
+        bits: width of the codes (of the first tier).
         axis: axis of the key scales.
+        tile: tokens a tile.
         head_dim: channels of a head.
         columns: query heads of a KV head times query tokens.
         rows_and_heads: ``B * H_kv``.
         context: tokens that the buffers can hold.
     """
 
-    def distance(row: dict[str, object]) -> tuple[float, ...]:
-        case = row["case"]
-        assert isinstance(case, dict)
-        work = rows_and_heads * context / (case["rows_and_heads"] * case["context"])
+    bits: int
+    axis: str
+    tile: int
+    head_dim: int
+    columns: int
+    rows_and_heads: int
+    context: int
+
+    def distance(self, other: Case) -> tuple[float, ...]:
+        """How little a configuration for ``other`` says about this case; compared from left to right."""
+        work = self.rows_and_heads * self.context / (other.rows_and_heads * other.context)
+        groups = self.rows_and_heads / other.rows_and_heads
         return (
-            float(case["bits"] != bits),
-            abs(case["head_dim"] - head_dim),
-            float((case["columns"] > 16) != (columns > 16)),
-            float(case["axis"] != axis),
+            float(self.bits != other.bits),
+            abs(self.head_dim - other.head_dim),
+            float((self.columns > 16) != (other.columns > 16)),
+            float(self.tile != other.tile),
+            float(self.axis != other.axis),
             max(work, 1 / work),
-            max(rows_and_heads / case["rows_and_heads"], case["rows_and_heads"] / rows_and_heads),
+            max(groups, 1 / groups),
         )
 
-    rows = _table()
-    if not rows:
-        return DecodeConfig()
-    return DecodeConfig(**min(rows, key=distance)["config"])  # type: ignore[arg-type]
+
+@cache
+def tuned() -> tuple[tuple[Case, DecodeConfig], ...]:
+    """The cases of ``configs.json`` and the fastest configuration found for each."""
+    rows = json.loads(files(__package__).joinpath("configs.json").read_text(encoding="utf-8"))["decode"]
+    return tuple((Case(**row["case"]), DecodeConfig(**row["config"])) for row in rows)
 
 
-def as_row(case: dict[str, object], config: DecodeConfig) -> dict[str, object]:
-    """A row of ``configs.json``."""
-    return {"case": case, "config": asdict(config)}
+@lru_cache(maxsize=512)
+def lookup(case: Case) -> DecodeConfig:
+    """The tuned configuration nearest to ``case``: same format if there is one, then nearest in size."""
+    return min(tuned(), key=lambda row: case.distance(row[0]), default=(case, DecodeConfig()))[1]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
-from fade_core.errors import InputError
 from torch import Tensor
 
-from fade_kernels_triton.config import DecodeConfig, lookup
-from fade_kernels_triton.operands import HEAD_DIMS, MAX_COLUMNS, PackedTier, Window
+from fade_core.errors import InputError
+from fade_core.packed import PackedFormat
+from fade_kernels_triton.config import Case, DecodeConfig, lookup
+from fade_kernels_triton.device import interpreted, multiprocessors
+from fade_kernels_triton.operands import HEAD_DIMS, MAX_COLUMNS, MAX_QUERIES, MAX_TIERS, PackedTier, Window
 
 WINDOW_BLOCK = 16
 """Window tokens a step."""
@@ -34,12 +36,6 @@ class Splits:
     @property
     def total(self) -> int:
         return self.a + self.b + self.window
-
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a CUDA device (132 elsewhere, so that interpreted runs split alike)."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def plan_splits(tiers: Sequence[PackedTier], window: Window | None, groups: int, slots: int) -> Splits:
@@ -71,6 +67,7 @@ def decode_attention(
     sliding_window: int | None = None,
     s_aux: Tensor | None = None,
     query_positions: Tensor | None = None,
+    output_dtype: torch.dtype | None = None,
     config: DecodeConfig | None = None,
     splits: Splits | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -81,7 +78,8 @@ def decode_attention(
     Nothing is read back to the host, so the call can be captured into a CUDA graph.
 
     Args:
-        query: ``[B, H_q, Q, D]`` fp16 or bf16, ``Q`` from 1 to 8, contiguous along the channels.
+        query: ``[B, H_q, Q, D]`` fp16 or bf16 (without a window also float32), ``Q`` from 1 to 8, contiguous along the
+            channels.
         tiers: up to two packed tiers.
         window: full-precision tokens.
         scaling: softmax scale, ``D ** -0.5`` by default.
@@ -89,11 +87,12 @@ def decode_attention(
         sliding_window: a token is seen by queries less than this many positions after it.
         s_aux: ``[H_q]``, a sink logit a head that takes part in the softmax and has no value.
         query_positions: int32 ``[B, Q]``; needed where operands carry positions.
+        output_dtype: of the output; the query's by default.
         config: launch configuration; the tuned one by default.
         splits: splits of each segment; derived from the configuration by default.
 
     Returns:
-        Output ``[B, H_q, Q, D]`` in the query's dtype (memory order ``[B, Q, H_q, D]``) and the natural
+        Output ``[B, H_q, Q, D]`` (memory order ``[B, Q, H_q, D]``) and the natural
         log-sum-exp of the scores, sinks included, float32 ``[B, H_q, Q]`` (-inf where nothing is seen).
 
     Raises:
@@ -109,18 +108,18 @@ def decode_attention(
     first = tiers[0] if tiers else None
     second = tiers[1] if len(tiers) > 1 else None
     if config is None:
-        bits, axis = (first.key_format.bits, first.key_format.axis) if first else (4, "token")
-        held = sum(t.max_tiles * t.key_format.tile for t in tiers) or 64
-        config = lookup(bits, axis, dim, columns, groups, held)
+        fmt = first.key_format if first else PackedFormat(4, dim)
+        held = _next_power_of_2(sum(t.max_tiles * t.key_format.tile for t in tiers) or WINDOW_SHARE)
+        config = lookup(Case(fmt.bits, fmt.axis, fmt.tile, dim, columns, groups, held))
     if splits is None:
         splits = plan_splits(tiers, window, groups, multiprocessors(query.device) * config.resident)
     if not splits.total:
         raise InputError("decode_attention was given nothing to attend to: no packed tier and no window")
 
-    interpret = os.environ.get("TRITON_INTERPRET") == "1"
+    interpret = interpreted()
     padded_columns = max(8, _next_power_of_2(columns))
     padded_dim = max(64, _next_power_of_2(dim))
-    out = torch.empty(rows, q_len, heads, dim, dtype=query.dtype, device=query.device).transpose(1, 2)
+    out = torch.empty(rows, q_len, heads, dim, dtype=output_dtype or query.dtype, device=query.device).transpose(1, 2)
     lse = torch.empty(rows, heads, q_len, dtype=torch.float32, device=query.device)
     part = torch.empty(groups, splits.total, columns, dim, dtype=torch.float32, device=query.device)
     part_lse = torch.empty(groups, splits.total, columns, dtype=torch.float32, device=query.device)
@@ -129,7 +128,7 @@ def decode_attention(
         stream = torch.cuda.current_stream(query.device).cuda_stream if query.is_cuda else 0
         arrived = _arrivals(query.device, stream, _next_power_of_2(groups))
     overlap = config.overlap and not config.fused and not interpret
-    options: dict[str, object] = {"num_warps": config.warps}
+    options: dict[str, Any] = {"num_warps": config.warps}
     if config.registers and not interpret:
         options["maxnreg"] = config.registers
     chunk = 16
@@ -213,14 +212,16 @@ def _check(
     if query.dim() != 4 or query.stride(3) != 1:
         raise InputError(f"query must be [B, H_q, Q, D] with contiguous channels; found {tuple(query.shape)}")
     rows, heads, q_len, dim = query.shape
-    if query.dtype not in (torch.float16, torch.bfloat16):
-        raise InputError(f"query dtype {query.dtype}; the Triton decode kernel takes float16 and bfloat16")
+    if query.dtype not in (torch.float16, torch.bfloat16) and (query.dtype != torch.float32 or window is not None):
+        raise InputError(
+            f"query dtype {query.dtype}; the Triton decode kernel takes float16 and bfloat16, without a window float32"
+        )
     if dim not in HEAD_DIMS:
         raise InputError(f"head_dim {dim}; the Triton decode kernel takes {', '.join(map(str, HEAD_DIMS))}")
-    if not 1 <= q_len <= 8:
-        raise InputError(f"{q_len} query tokens; the Triton decode kernel takes 1 to 8")
-    if len(tiers) > 2:
-        raise InputError(f"{len(tiers)} packed tiers; the Triton decode kernel takes at most 2")
+    if not 1 <= q_len <= MAX_QUERIES:
+        raise InputError(f"{q_len} query tokens; the Triton decode kernel takes 1 to {MAX_QUERIES}")
+    if len(tiers) > MAX_TIERS:
+        raise InputError(f"{len(tiers)} packed tiers; the Triton decode kernel takes at most {MAX_TIERS}")
     if softcap is not None and not softcap > 0:
         raise InputError(f"softcap={softcap} must be positive")
     shapes = [tuple(tier.count.shape) for tier in tiers] + ([tuple(window.keys.shape[:2])] if window else [])
@@ -272,7 +273,7 @@ def _tier_pointers(tier: PackedTier | None) -> tuple[Tensor | None, ...]:
     )
 
 
-def _tier_constants(tier: PackedTier | None, name: str) -> dict[str, object]:
+def _tier_constants(tier: PackedTier | None, name: str) -> dict[str, Any]:
     return {
         f"{name}_BITS": tier.key_format.bits if tier else 0,
         f"{name}_KEY_CHANNEL": tier.key_format.axis == "channel" if tier else False,

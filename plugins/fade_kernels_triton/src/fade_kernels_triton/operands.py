@@ -6,14 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from fade_core.errors import InputError
 from fade_core.packed import PackedFormat
-from torch import Tensor
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 PACKED_BITS = (2, 4)
 MAX_COLUMNS = 128
 """Query heads of a KV head times query tokens."""
+
+MAX_QUERIES = 8
+MAX_TIERS = 2
 
 
 def unsupported_format(fmt: PackedFormat | None, side: str) -> str:
@@ -36,6 +40,21 @@ def unsupported_format(fmt: PackedFormat | None, side: str) -> str:
         return "values with per-channel scales (it reads per-token value scales)"
     if fmt.head_dim not in HEAD_DIMS:
         return f"head_dim {fmt.head_dim} (it reads {', '.join(map(str, HEAD_DIMS))})"
+    return ""
+
+
+def unsupported_pair(keys: PackedFormat | None, values: PackedFormat | None, head_dim: int) -> str:
+    """Why the decode kernel cannot read a tier of these two formats; empty if it can."""
+    if reason := unsupported_format(keys, "key") or unsupported_format(values, "value"):
+        return reason
+    assert keys is not None and values is not None
+    if (keys.bits, keys.tile) != (values.bits, values.tile):
+        return (
+            f"keys of {keys.bits} bits in tiles of {keys.tile} beside values of {values.bits} bits in tiles of "
+            f"{values.tile} (it reads one width and tile a tier)"
+        )
+    if (keys.head_dim, values.head_dim) != (head_dim, head_dim):
+        return f"codes of {keys.head_dim} and {values.head_dim} channels beside a query of {head_dim}"
     return ""
 
 
@@ -63,14 +82,8 @@ class PackedTier:
     positions: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for side, fmt in (("key", self.key_format), ("value", self.value_format)):
-            if reason := unsupported_format(fmt, side):
-                raise InputError(f"the Triton decode kernel cannot read {reason}")
-        if (self.key_format.bits, self.key_format.tile) != (self.value_format.bits, self.value_format.tile):
-            raise InputError(
-                f"keys of {self.key_format.bits} bits in tiles of {self.key_format.tile} beside values of "
-                f"{self.value_format.bits} bits in tiles of {self.value_format.tile}; one tier has one width and tile"
-            )
+        if reason := unsupported_pair(self.key_format, self.value_format, self.key_format.head_dim):
+            raise InputError(f"the Triton decode kernel cannot read {reason}")
         lead = 1 if self.table is not None else 3
         for side, fmt, fields in (
             ("key", self.key_format, self.keys),

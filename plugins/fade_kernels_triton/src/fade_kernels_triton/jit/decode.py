@@ -170,9 +170,7 @@ def decode_kernel(
 
     column = tl.arange(0, N)
     channel = tl.arange(0, DP)
-    query = load_query(
-        QUERY, row, kv_head, query_stride_b, query_stride_h, query_stride_q, HEADS, Q_LEN, D, DP, N
-    )
+    query = load_query(QUERY, row, kv_head, query_stride_b, query_stride_h, query_stride_q, HEADS, Q_LEN, D, DP, N)
     query_token = column // HEADS
     if QUERY_POSITION is not None:
         query_position = tl.load(QUERY_POSITION + row * Q_LEN + query_token, mask=column < COLUMNS, other=0)

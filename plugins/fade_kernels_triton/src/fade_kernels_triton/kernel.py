@@ -1,0 +1,200 @@
+"""FADE's ``decode_attention`` op, run by the Triton kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fade_core import AttentionOutput, FullSegment, PackedSegment
+from fade_core.errors import InputError
+from fade_core.interfaces import Kernel, Op, Quantizer, Support
+from fade_core.packed import PackedFormat
+from fade_kernels_triton.decode import decode_attention
+from fade_kernels_triton.device import DTYPES, interpreted, unusable
+from fade_kernels_triton.operands import (
+    HEAD_DIMS,
+    MAX_COLUMNS,
+    MAX_QUERIES,
+    MAX_TIERS,
+    PackedTier,
+    Window,
+    unsupported_format,
+    unsupported_pair,
+)
+
+Segment = FullSegment | PackedSegment
+
+
+class TritonDecodeAttention(Kernel):
+    """``decode_attention`` over packed tiers and window, read in place.
+
+    Tiers whose quantizers rotate are launched one by one, with a query of their own, and merged by log-sum-exp; all
+    others and the window share a launch. Probabilities are not given: the core asks ``attention_mass`` for them.
+    """
+
+    name: ClassVar[str] = "triton"
+    op: ClassVar[Op] = "decode_attention"
+    priority: ClassVar[int] = -10 if interpreted() else 10  # interpreted it checks, and serves nobody unasked
+
+    def supports(self, format: PackedFormat | None, head_dim: int, device: torch.device, dtype: torch.dtype) -> Support:
+        reason = unusable(device) or _unsupported(head_dim, dtype) or unsupported_format(format, "key")
+        return Support(not reason, reason)
+
+    def accepts(
+        self,
+        query: Tensor,
+        segments: Sequence[Segment],
+        scaling: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        probabilities: bool = False,
+    ) -> Support:
+        reason = _unsupported(query.shape[-1], query.dtype) or _refusal(query, segments, softcap)
+        return Support(not reason, reason)
+
+    def __call__(
+        self,
+        query: Tensor,
+        segments: Sequence[Segment],
+        scaling: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        probabilities: bool = False,
+    ) -> AttentionOutput:
+        """As the oracle, ``fade_core.kernels.attention.decode_attention``, without probabilities.
+
+        Raises:
+            InputError: for what ``accepts`` refuses.
+        """
+        if refused := self.accepts(query, segments, scaling, softcap).reason:
+            raise InputError(f"the Triton decode kernel does not take this call: {refused}")
+        query = query if query.stride(3) == 1 else query.contiguous()
+        packed = [s for s in segments if isinstance(s, PackedSegment)]
+        moved = [s for s in packed if _moves(s.store.tier.keys) or _moves(s.store.tier.values)]
+        tiers = [_tier(s) for s in packed if s not in moved]
+        window = next((_window(s, query) for s in segments if isinstance(s, FullSegment)), None)
+        softcap = softcap or None
+        wide = torch.float32 if moved else None
+        parts = []
+        if tiers or window is not None:
+            parts.append(
+                decode_attention(query, tiers, window, scaling=scaling, softcap=softcap, s_aux=sinks, output_dtype=wide)
+            )
+            sinks = None
+        for segment in moved:
+            parts.append(_attend_moved(query, segment, scaling, softcap, sinks))
+            sinks = None
+        output, lse = parts[0] if len(parts) == 1 else merged(parts)
+        return AttentionOutput(output.to(query.dtype), lse)
+
+
+def merged(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Merge normalised outputs ``[B, H_q, Q, D]`` by their log-sum-exps ``[B, H_q, Q]``; -inf is an empty part."""
+    lses = torch.stack([lse for _, lse in parts])
+    lse = torch.logsumexp(lses, 0)
+    shares = torch.exp(lses - lse.clamp_min(torch.finfo(lse.dtype).min))
+    output = sum(out * share[..., None] for (out, _), share in zip(parts, shares, strict=True))
+    return torch.as_tensor(output), lse
+
+
+def _attend_moved(
+    query: Tensor, segment: PackedSegment, scaling: float, softcap: float | None, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of one tier whose codes live in a space of their own, in the model's space."""
+    keys, values = segment.store.tier.keys, segment.store.tier.values
+    rows, heads, queries, _ = query.shape
+    grouped = (query.float() * scaling).reshape(rows, segment.store.heads, -1, query.shape[-1])
+    turned = keys.transform_query(grouped).reshape(rows, heads, queries, -1).contiguous()
+    bias = keys.query_bias(grouped)
+    output, lse = decode_attention(turned, [_tier(segment)], scaling=1.0, softcap=softcap)
+    if bias is not None:
+        lse = lse + bias.reshape(lse.shape)
+    back = output.reshape(rows, segment.store.heads, -1, output.shape[-1])
+    output = values.transform_output(back, torch.ones_like(back[..., :1])).reshape(rows, heads, queries, -1)
+    return (output, lse) if sinks is None else _with_sinks(output, lse, sinks)
+
+
+def _with_sinks(output: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Let the sink logits ``[H_q]`` take their share of the mass."""
+    whole = torch.logaddexp(lse, sinks.float().view(1, -1, 1))
+    return output * torch.exp(lse - whole)[..., None], whole
+
+
+def _moves(quantizer: Quantizer) -> bool:
+    """Whether queries and outputs have to be taken to the space of the codes and back."""
+    own = type(quantizer)
+    return (
+        own.transform_query is not Quantizer.transform_query
+        or own.query_bias is not Quantizer.query_bias
+        or own.transform_output is not Quantizer.transform_output
+    )
+
+
+def _tier(segment: PackedSegment) -> PackedTier:
+    store = segment.store
+    book, fields = store.device_book(), store.pool.fields
+    keys, values = store.tier.keys.format, store.tier.values.format
+    if keys is None or values is None:
+        raise InputError(f"tier {store.tier.name!r} has no packed format")
+    return PackedTier(
+        keys,
+        values,
+        {name: fields[f"k.{name}"] for name in keys.field_shapes()},
+        {name: fields[f"v.{name}"] for name in values.field_shapes()},
+        book.used,
+        book.table,
+        book.counts,
+    )
+
+
+def _window(segment: FullSegment, query: Tensor) -> Window:
+    rows, tokens = query.shape[0], segment.keys.shape[2]
+    lengths = (tokens,) if segment.lengths is None else tuple(segment.lengths.tolist())
+    return Window(segment.keys, segment.values, _on_device(lengths, query.device).expand(rows))
+
+
+@lru_cache(maxsize=64)
+def _on_device(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Window lengths as int32; all layers of a step share them."""
+    return torch.tensor(lengths, dtype=torch.int32, device=device)
+
+
+def _unsupported(head_dim: int, dtype: torch.dtype) -> str:
+    if dtype not in DTYPES:
+        return f"{dtype} (it takes {', '.join(map(str, DTYPES))})"
+    if head_dim not in HEAD_DIMS:
+        return f"head_dim {head_dim} (it takes {', '.join(map(str, HEAD_DIMS))})"
+    return ""
+
+
+def _refusal(query: Tensor, segments: Sequence[Segment], softcap: float | None) -> str:
+    """Why the kernel cannot take these segments; empty if it can."""
+    packed = [s for s in segments if isinstance(s, PackedSegment)]
+    full = [s for s in segments if isinstance(s, FullSegment)]
+    queries = query.shape[2]
+    if not segments or len(packed) > MAX_TIERS or len(full) > 1:
+        return f"{len(packed)} packed tiers and {len(full)} windows (it takes up to {MAX_TIERS} tiers and one window)"
+    if queries > MAX_QUERIES:
+        return f"{queries} query tokens (it takes 1 to {MAX_QUERIES})"
+    heads = full[0].keys.shape[1] if full else packed[0].store.heads
+    if query.shape[1] // heads * queries > MAX_COLUMNS:
+        return f"{query.shape[1] // heads * queries} query columns a KV head (it takes up to {MAX_COLUMNS})"
+    if any(s.mask is not None and not s.plain for s in segments):
+        return "a mask that hides stored tokens"
+    if any(queries > 1 and not s.plain for s in full):
+        return "several queries that see all of the window (it reads windows causally)"
+    for window in full:
+        if window.keys.shape != window.values.shape or window.keys.shape[-1] != query.shape[-1]:
+            return f"keys and values of {window.keys.shape[-1]} and {window.values.shape[-1]} channels"
+        if window.keys.dtype != query.dtype or window.values.dtype != query.dtype:
+            return f"a window of {window.keys.dtype} beside a query of {query.dtype}"
+    for tier in (s.store.tier for s in packed):
+        if reason := unsupported_pair(tier.keys.format, tier.values.format, query.shape[-1]):
+            return f"tier {tier.name!r}: {reason}"
+        if softcap and type(tier.keys).query_bias is not Quantizer.query_bias:
+            return f"tier {tier.name!r}: a soft cap over keys that are stored about a mean"
+    return ""
