@@ -16,17 +16,17 @@ SAFE: dict[str, Any] = {
 BALANCED: dict[str, Any] = {
     "n_sink": 4,
     "recent_window": 64,
-    "keys": {"kind": "uniform", "bits": 4, "axis": "channel"},
+    "keys": {"kind": "uniform", "bits": 3, "axis": "channel"},
     "values": {"kind": "uniform", "bits": 2, "axis": "token", "group": 32},
     "policy": {"kind": "position"},
 }
-"""K at 4 bits, V at 2, nothing evicted."""
+"""K at 3 bits, V at 2, nothing evicted."""
 
 AGGRESSIVE: dict[str, Any] = {
     "n_sink": 4,
     "recent_window": 64,
     "keys": {"kind": "uniform", "bits": 3, "axis": "channel"},
-    "values": {"kind": "uniform", "bits": 2, "axis": "token", "group": 32},
-    "policy": {"kind": "h2o", "budget": 0.6},
+    "values": {"kind": "uniform", "bits": 2, "axis": "token"},
+    "policy": {"kind": "h2o", "budget": 0.5},
 }
-"""K at 3 bits, V at 2, two fifths of the context evicted."""
+"""K at 3 bits, V at 2, half of the context evicted."""
