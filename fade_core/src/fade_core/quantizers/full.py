@@ -37,6 +37,8 @@ class FullQuantizer(Quantizer):
     def encode(self, x: Tensor) -> Packed:
         if x.dim() != 4 or x.shape[-1] != self.head_dim or not x.shape[2]:
             raise InputError(f"full precision takes [B, H_kv, T >= 1, D={self.head_dim}]; found {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise InputError(f"full precision takes floating-point tokens; found {x.dtype}")
         self.dtype = x.dtype
         length = x.shape[2]
         short = -length % self.tile

@@ -74,7 +74,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header(config: pytest.Config) -> str:
     """The seed, so that a failure can be run again."""
-    return f"FADE conformance: {', '.join(config.stash[COMPONENTS])}; --fade-seed {config.stash[SEED]}"
+    components = config.stash[COMPONENTS]
+    return f"FADE conformance: {', '.join(components)}; --fade-seed {config.stash[SEED]}"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -1,0 +1,135 @@
+"""A third party's policy, built, installed and used through a config file in a virtual environment of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "fade_policy_knorm"
+MOST_LINES = 40
+
+
+class Environment:
+    """A virtual environment that sees this one's packages, so that nothing is downloaded."""
+
+    def __init__(self, folder: Path) -> None:
+        venv.create(folder, with_pip=False, symlinks=os.name != "nt")
+        scripts = "Scripts" if os.name == "nt" else "bin"
+        self.python = folder / scripts / "python"
+        self.site = Path(self.run("-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip())
+        # addsitedir and not a plain path: editable installs are .pth files themselves
+        line = f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n"
+        (self.site / "parent.pth").write_text(line, encoding="utf-8")
+
+    def run(self, *arguments: str | Path, ok: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run its Python."""
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PIP_", "PYTEST"))}
+        found = subprocess.run(
+            [str(self.python), *map(str, arguments)],
+            env={**clean, "NO_COLOR": "1", "COLUMNS": "200", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        if ok:
+            assert found.returncode == 0, found.stdout + found.stderr
+        return found
+
+    def fade(self, *arguments: str | Path, ok: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run ``fade`` there."""
+        return self.run("-c", "from fade_core.cli import main; main()", *arguments, ok=ok)
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    if importlib.util.find_spec("hatchling") is None or importlib.util.find_spec("pip") is None:
+        pytest.skip("building the example without a network needs pip and hatchling installed here")
+    made = Environment(tmp_path_factory.mktemp("third_party") / "venv")
+    made.run("-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index", "--quiet", EXAMPLE)
+    return made
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama and a byte tokenizer, saved."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: number for number, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return folder
+
+
+def test_the_example_is_short() -> None:
+    lines = (EXAMPLE / "fade_policy_knorm.py").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= MOST_LINES
+
+
+def test_the_environment_is_its_own(environment: Environment) -> None:
+    where = environment.run("-c", "import fade_policy_knorm; print(fade_policy_knorm.__file__)").stdout
+    assert str(environment.site) in where
+    listed = json.loads(environment.fade("plugins", "--json").stdout)["plugins"]
+    (plugin,) = [p for p in listed if p["dist"] == "fade-policy-knorm"]
+    assert (plugin["status"], plugin["components"]["policies"]) == ("loaded", ["knorm"])
+
+
+def test_it_passes_the_conformance_kit(environment: Environment) -> None:
+    report = json.loads(environment.fade("check", "policies:knorm", "--json").stdout)
+    assert report["ok"]
+    assert len(report["results"]) >= 7
+    tests = environment.run(
+        *("-m", "pytest", "-q", "-p", "fade_core.testing.pytest_plugin", "-p", "no:cacheprovider"),
+        *("--fade-component", "policies:knorm", "-c", os.devnull),
+    )
+    assert "passed" in tests.stdout
+
+
+def test_it_is_used_through_a_config_file(environment: Environment, model: Path) -> None:
+    environment.fade("config", "validate", EXAMPLE / "knorm.toml")
+    prompt = "All happy families are alike; each unhappy family is unhappy in its own way. " * 3
+    arguments = ("--model", model, "--max-new-tokens", "40", "--device", "cpu", "--raw", "--json")
+    evicting = json.loads(environment.fade("generate", prompt, "--config", EXAMPLE / "knorm.toml", *arguments).stdout)
+    keeping = json.loads(environment.fade("generate", prompt, "--config", "safe", *arguments).stdout)
+    assert evicting["new_tokens"] == keeping["new_tokens"] == 40
+    assert evicting["prompt_tokens"] == len(prompt)
+    kept = sum(held for name, held in evicting["tiers"].items() if name not in ("fp16", "layer"))
+    every_token = 2 * 2 * 2 * (16 * 8 + 32) / 8  # layers, heads, K and V; 8 bits and a word of metadata a token
+    assert 0 < kept < 0.8 * every_token * (len(prompt) + 40)
+
+
+def test_a_policy_that_is_not_installed_is_named(model: Path, tmp_path: Path) -> None:
+    """Here, where the example is not installed, the same file says what is missing."""
+    from fade_core import FadeConfig
+    from fade_core.errors import FadeError
+
+    if importlib.util.find_spec("fade_policy_knorm") is not None:
+        pytest.skip("the example is installed here")
+    with pytest.raises(FadeError, match="knorm") as caught:
+        FadeConfig.from_file(EXAMPLE / "knorm.toml")
+    assert "h2o" in str(caught.value)
