@@ -2,6 +2,8 @@
 
 from fade_quant_rotated.calibrated import CalibratedConfig, CalibratedQuantizer
 from fade_quant_rotated.calibration import Calibration
+from fade_quant_rotated.codebook import PQCodebook, load_codebooks, save_codebooks
+from fade_quant_rotated.product import PQConfig, PQQuantizer
 from fade_quant_rotated.rotated import RotatedConfig, RotatedQuantizer
 from fade_quant_rotated.rotation import Rotation
 
@@ -9,7 +11,12 @@ __all__ = [
     "CalibratedConfig",
     "CalibratedQuantizer",
     "Calibration",
+    "PQCodebook",
+    "PQConfig",
+    "PQQuantizer",
     "RotatedConfig",
     "RotatedQuantizer",
     "Rotation",
+    "load_codebooks",
+    "save_codebooks",
 ]

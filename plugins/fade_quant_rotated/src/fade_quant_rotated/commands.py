@@ -1,7 +1,10 @@
-"""``fade calibrate``: learn a model's transforms from text."""
+"""``fade calibrate`` and ``fade train-codebook``: learn from text how a model's cache can be coded."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,39 +17,37 @@ from torch import Tensor
 from fade_core import load_model
 from fade_core.errors import InputError
 from fade_quant_rotated.calibrate import calibrate
+from fade_quant_rotated.codebook import save_codebooks
+from fade_quant_rotated.training import train_codebooks
 
 Texts = Annotated[list[Path], typer.Option("--text", help="UTF-8 text file; may be given several times.")]
+Model = Annotated[str, typer.Option("--model", "-m", help='Hub id, folder, .gguf file, or "smollm2".')]
+Length = Annotated[int, typer.Option(min=128, help="Tokens read at once.")]
+MaxTokens = Annotated[int, typer.Option(min=128, help="Most tokens to read; spread evenly over the text.")]
+Dtype = Annotated[str, typer.Option(help="Dtype of the weights: auto, float32, bfloat16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
 
 
 def calibrate_command(
     text: Texts,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the calibration (.safetensors).")],
-    model: Annotated[str, typer.Option("--model", "-m", help='Hub id, folder, .gguf file, or "smollm2".')] = "smollm2",
+    model: Model = "smollm2",
     bits: Annotated[float, typer.Option(help="Default average bits an element, everything counted.")] = 2.0,
     widths: Annotated[str, typer.Option(help='Default code widths; "0,2,4" suits kernels.')] = "0,1,2,3,4,5,6",
     group: Annotated[int, typer.Option(min=1, help="Default channels that share a width; 16 suits kernels.")] = 1,
-    length: Annotated[int, typer.Option(min=128, help="Tokens read at once.")] = 1024,
-    max_tokens: Annotated[int, typer.Option(min=128, help="Most tokens to read; spread evenly over the text.")] = 16384,
-    dtype: Annotated[str, typer.Option(help="Dtype of the weights: auto, float32, bfloat16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    length: Length = 1024,
+    max_tokens: MaxTokens = 16384,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
 ) -> None:
     """Learn from text how a model's keys and values can be coded in few bits: forward passes only, no gradients."""
-    console = Console(stderr=True)
     kinds = parse_widths(widths)
     texts = [read_text(path) for path in text]
-    if not output.parent.is_dir():
-        raise InputError(f"--output {output}: there is no folder {output.parent}")
+    check_folder(output)
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
     pieces = cut(tokenizer, texts, length, max_tokens)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     memory = Peak(loaded.device)
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("reading texts", total=len(pieces))
-
-        def advance(done: int, total: int) -> None:
-            memory.sample()
-            progress.update(task, completed=done, total=total)
-
+    with steps("reading texts", memory) as advance:
         found = calibrate(loaded, pieces, bits, kinds, group, progress=advance)
     found.save(output)
     plan = found.plan(bits, kinds, group)
@@ -61,6 +62,54 @@ def calibrate_command(
         markup=False,
         highlight=False,
     )
+
+
+def train_codebook_command(
+    text: Texts,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the codebooks (.safetensors).")],
+    model: Model = "smollm2",
+    sub_dim: Annotated[int, typer.Option(min=1, help="Channels of a sub-vector.")] = 4,
+    num_centroids: Annotated[int, typer.Option(help="Centroids of a sub-vector, a power of two up to 256.")] = 256,
+    length: Length = 1024,
+    max_tokens: MaxTokens = 16384,
+    seed: Annotated[int, typer.Option(help="Of the sampling and of k-means.")] = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Train product-quantization codebooks for a model's keys and values (kind = "pq")."""
+    texts = [read_text(path) for path in text]
+    check_folder(output)
+    loaded, tokenizer = load_model(model, dtype=dtype, device=device)
+    pieces = cut(tokenizer, texts, length, max_tokens)
+    memory, started = Peak(loaded.device), time.perf_counter()
+    with steps("reading texts, k-means", memory) as advance:
+        books = train_codebooks(loaded, pieces, sub_dim, num_centroids, seed=seed, progress=advance)
+    save_codebooks(books, output)
+    one = next(iter(books.values()))
+    Console().print(
+        f"{output}: {len(books)} codebooks, {sum(book.nbytes for book in books.values()) / 1e6:.1f} MB, from "
+        f"{sum(len(piece) for piece in pieces):,} tokens in {time.perf_counter() - started:.0f} s, peak memory "
+        f"{memory.peak / 1e9:.2f} GB (model included). {(one.num_centroids.bit_length() - 1) / one.sub_dim:g} bits an "
+        f"element. Use it with\n"
+        f'  keys = {{ kind = "pq", file = "{output}", sub_dim = {sub_dim}, num_centroids = {num_centroids} }}',
+        soft_wrap=True,
+        markup=False,
+        highlight=False,
+    )
+
+
+@contextmanager
+def steps(what: str, memory: Peak) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr for the length of the block, sampling memory as it moves."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=None)
+
+        def advance(done: int, total: int) -> None:
+            memory.sample()
+            progress.update(task, completed=done, total=total)
+
+        yield advance
 
 
 class Peak:
@@ -112,6 +161,12 @@ def parse_widths(widths: str) -> tuple[int, ...]:
         return tuple(int(part) for part in widths.split(","))
     except ValueError as error:
         raise InputError(f"--widths {widths!r} must be whole numbers separated by commas, such as 0,2,4") from error
+
+
+def check_folder(output: Path) -> None:
+    """Raises ``InputError`` if ``output`` cannot be written for want of a folder."""
+    if not output.parent.is_dir():
+        raise InputError(f"--output {output}: there is no folder {output.parent}")
 
 
 def read_text(path: Path) -> str:

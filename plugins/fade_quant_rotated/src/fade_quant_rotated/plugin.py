@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fade_core import hookimpl
-from fade_core.interfaces import QuantizerConfig
+from fade_core.interfaces import QuantizerConfig, TierConfig
 from fade_quant_rotated.calibrated import CalibratedConfig
+from fade_quant_rotated.product import PQConfig, PQTier
 from fade_quant_rotated.rotated import RotatedConfig
 
 if TYPE_CHECKING:
@@ -16,11 +17,17 @@ if TYPE_CHECKING:
 
 @hookimpl
 def fade_quantizers() -> Sequence[type[QuantizerConfig]]:
-    return [RotatedConfig, CalibratedConfig]
+    return [RotatedConfig, CalibratedConfig, PQConfig]
+
+
+@hookimpl
+def fade_tiers() -> Sequence[type[TierConfig]]:
+    return [PQTier]
 
 
 @hookimpl
 def fade_commands(app: typer.Typer) -> None:
-    from fade_quant_rotated.commands import calibrate_command
+    from fade_quant_rotated.commands import calibrate_command, train_codebook_command
 
     app.command("calibrate")(calibrate_command)
+    app.command("train-codebook")(train_codebook_command)
