@@ -7,15 +7,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 from transformers.configuration_utils import PreTrainedConfig
 
 from fade_core import attention, checkpoint
 from fade_core.config import FadeConfig
 from fade_core.errors import ConfigError, InputError, UnsupportedModelError
+from fade_core.incoming import check_finite, check_room, check_tokens
 from fade_core.interfaces import Event, Kernel, Op, Quantizer, QuantizerContext, TelemetrySink, Tier
 from fade_core.kernels.selection import choose_kernel
 from fade_core.ladder import Ladder, describe
@@ -42,6 +42,10 @@ def create_tiered_cache(
         ConfigError: a configuration that cannot work on this model.
         UnsupportedModelError: a model without attention that FADE can compress; says what to do.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"model must be a PreTrainedModel of transformers, found {type(model).__name__}; load_model takes names and paths"
+        )
     config = FadeConfig.safe() if config is None else config
     if not isinstance(config, FadeConfig):
         raise ConfigError(f"config must be a FadeConfig, found {type(config).__name__}; see FadeConfig.from_file or .safe()")
@@ -61,12 +65,13 @@ class TieredKVCache(Cache):
     """
 
     def __init__(self, model: PreTrainedModel, config: FadeConfig, max_cache_len: int | None = None) -> None:
-        if max_cache_len is not None and (isinstance(max_cache_len, bool) or max_cache_len < 1):
+        if max_cache_len is not None and (type(max_cache_len) is not int or max_cache_len < 1):
             raise ConfigError(f"max_cache_len={max_cache_len!r} must be a positive number of tokens or None")
         text = model.config.get_text_config(decoder=True)
-        types, arguments = _layer_plan(model, text)
+        own_layers = _own_layers(model, text)
         self.config, self.model_config, self.length_limit = config, text, max_cache_len
         self.sinks: list[TelemetrySink] = [sink.build() for sink in config.telemetry]
+        self._emit = _emitter(self.sinks)
         self.refusals: dict[str, list[tuple[str, str]]] = {}
         mode = _attention_mode(model, config)
         policy = config.policy.build()
@@ -76,12 +81,12 @@ class TieredKVCache(Cache):
             config.observation_window,
         )
         layers: list[Any] = []
-        for index, (kind, kwargs) in enumerate(zip(types, arguments, strict=True)):
-            if kind != "full_attention":
-                layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs))
+        for index, plain in enumerate(own_layers):
+            if type(plain) is not DynamicLayer:
+                layers.append(plain)
                 continue
-            own = config.for_layer(index, len(types))
-            ladder = self._ladder(own, text, index, len(types), model)
+            own = config.for_layer(index, len(own_layers))
+            ladder = self._ladder(own, text, index, len(own_layers), model)
             if mode == "stock" and ladder.bounded:
                 raise ConfigError(
                     f"{type(model).__name__} keeps its own attention here, which cannot leave evicted tokens out; use a "
@@ -90,7 +95,7 @@ class TieredKVCache(Cache):
             kernels = {op: self._kernel(op, own, ladder, text, model) for op in ("decode_attention", "attention_mass")}
             plan = LayerPlan(
                 index,
-                len(types),
+                len(own_layers),
                 ladder,
                 policy,
                 config.policy.every,
@@ -100,10 +105,13 @@ class TieredKVCache(Cache):
                 kernels["decode_attention"],
                 kernels["attention_mass"],
                 self._emit,
-                self._roll_back,
+                _weakly(self._roll_back),
             )
             layers.append(TieredLayer(plan, max_cache_len))
         super().__init__(layers=layers)
+        self._last = max(i for i, layer in enumerate(layers) if isinstance(layer, TieredLayer) or _replaces_tensors(layer))
+        self._before: dict[int, dict[str, Any]] = {}
+        self._overwritten: set[int] = set()
         self.attention = mode
         self._detach = _attach(model, self) if mode == "fade" else lambda: None
 
@@ -131,13 +139,36 @@ class TieredKVCache(Cache):
         """Hand new tokens ``[B, H_kv, Q, D]`` to a layer. Raises ``InputError`` for a layer that does not exist."""
         if not 0 <= layer_idx < len(self.layers):
             raise InputError(f"layer {layer_idx} does not exist: the cache was built for {len(self.layers)} layers")
+        layer = self.layers[layer_idx]
+        if _replaces_tensors(layer):
+            key_states, value_states = self._admitted(layer, layer_idx, key_states, value_states)
+            self._before[layer_idx] = dict(vars(layer))
         found: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if layer_idx == self._last:
+            self._commit()  # no layer can refuse this pass any more
         return found
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Hand a linear layer its convolution's state, which it writes over: that cannot be taken back."""
+        self._overwritten.add(layer_idx)
+        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Likewise its recurrent state."""
+        self._overwritten.add(layer_idx)
+        return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+
+    def reset(self) -> None:
+        """Forget everything and free it; the cache can be used again."""
+        self._before.clear()
+        self._overwritten.clear()
+        super().reset()
 
     def settle(self) -> None:
         """Finish what an interrupted forward pass or stock attention left pending."""
         for layer in self.tiered:
             layer.settle()
+        self._commit()
 
     def rank(self) -> None:
         """Re-score every token of every layer and re-fill the ladder now."""
@@ -250,34 +281,78 @@ class TieredKVCache(Cache):
         self.refusals[op] = refusals
         return kernel
 
-    def _emit(self, event: Event) -> None:
-        for sink in self.sinks:
-            sink.emit(event)
+    def _admitted(self, layer: DynamicLayer, index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """New tokens that a layer of transformers' own can take. Raises ``InputError``."""
+        length = layer.get_seq_length()
+        try:
+            check_tokens(index, keys, values, (layer.keys, layer.values) if length else None)
+            check_room(index, length, keys.shape[2], self.length_limit)
+            return check_finite(index, keys, values, length, self.config.on_nonfinite)
+        except InputError as error:
+            raise type(error)(f"{error} {self._roll_back(index, length)}") from None
 
-    def _roll_back(self, failed: TieredLayer) -> None:
-        """Undo the unfinished forward pass in the layers before ``failed``."""
-        for layer in self.layers:
-            if layer is failed or not hasattr(layer, "crop"):
-                continue
-            ahead = layer.get_seq_length() - failed.logical if hasattr(layer, "get_seq_length") else 0
-            if ahead <= 0:
-                continue
-            if not failed.logical:
-                layer.reset()
-                continue
-            try:
-                layer.crop(-ahead)
-            except RuntimeError as error:
-                self.reset()
-                raise InputError(
-                    "a layer of a fixed window could not be rolled back after bad input, so the whole cache was reset"
-                ) from error
-        self._emit(Event("rollback", failed.index, detail={"length": failed.logical}))
+    def _commit(self) -> None:
+        """The forward pass can no longer fail: what it replaced is freed."""
+        self._before.clear()
+        self._overwritten.clear()
+        for layer in self.tiered:
+            layer.commit()
+
+    def _roll_back(self, failed: int, length: int) -> str:
+        """Take the layers before ``failed`` back to ``length`` tokens; says what became of the cache."""
+        lost = [index for index in range(failed) if not self._took_back(index, length)]
+        self._emit(Event("rollback", failed, detail={"length": 0 if lost else length}))
+        if lost:
+            self.reset()
+            return (
+                f"Layer {lost[0]} ({type(self.layers[lost[0]]).__name__}) cannot be taken back a step, so the whole cache "
+                "was emptied: start again from the first token."
+            )
+        return "The cache is as it was before this step."
+
+    def _took_back(self, index: int, length: int) -> bool:
+        layer = self.layers[index]
+        if isinstance(layer, TieredLayer):
+            if layer.logical > length:
+                layer.go_back()
+            return layer.logical <= length
+        if index in self._before:
+            vars(layer).update(self._before.pop(index))
+        elif index in self._overwritten:
+            layer.reset()
+            return not length
+        return True
 
     def __repr__(self) -> str:
         tiered = self.tiered
         ladder = describe(tiered[0].plan.ladder.tiers) if tiered else "nothing"
         return f"TieredKVCache({len(tiered)} of {len(self.layers)} layers tiered, fp16 > {ladder}, {self.get_seq_length()} tokens)"
+
+
+def _emitter(sinks: list[TelemetrySink]) -> Callable[[Event], None]:
+    """Sends an event to whatever is among ``sinks`` by then; does not keep the cache alive."""
+
+    def emit(event: Event) -> None:
+        for sink in sinks:
+            sink.emit(event)
+
+    return emit
+
+
+def _weakly(method: Callable[[int, int], str]) -> Callable[[int, int], str]:
+    """Calls ``method`` without keeping its object alive: a cache is freed as soon as its last user lets go of it."""
+    reference = weakref.WeakMethod(method)
+
+    def call(index: int, length: int) -> str:
+        found = reference()
+        return "" if found is None else found(index, length)
+
+    return call
+
+
+def _replaces_tensors(layer: Any) -> bool:
+    """Whether a layer of transformers' own makes new tensors at each update, so that the old ones can be gone back to."""
+    return isinstance(layer, DynamicLayer) and not isinstance(layer, LinearAttentionCacheLayerMixin)
 
 
 def _head_dim(text: PreTrainedConfig, index: int) -> int:
@@ -287,8 +362,8 @@ def _head_dim(text: PreTrainedConfig, index: int) -> int:
     return int(found or text.hidden_size // text.num_attention_heads)
 
 
-def _layer_plan(model: PreTrainedModel, text: PreTrainedConfig) -> tuple[list[str], list[dict[str, Any]]]:
-    """Layer types and arguments of the model's decoder. Raises ``UnsupportedModelError`` where nothing can be done."""
+def _own_layers(model: PreTrainedModel, text: PreTrainedConfig) -> list[Any]:
+    """The layers that transformers' own cache would have. Raises ``UnsupportedModelError`` where none can be tiered."""
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
@@ -301,13 +376,14 @@ def _layer_plan(model: PreTrainedModel, text: PreTrainedConfig) -> tuple[list[st
         )
     if not getattr(text, "num_attention_heads", None):
         raise UnsupportedModelError(f"{name} has no attention layers, so it has no KV cache to compress; generate without FADE")
-    types, arguments = get_layer_types_and_kwargs(text)
-    if "full_attention" not in types:
+    layers: list[Any] = DynamicCache(config=text).layers
+    if not any(type(layer) is DynamicLayer for layer in layers):
+        kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none"
         raise UnsupportedModelError(
-            f"{name} has no full-attention layer (found: {', '.join(sorted(set(types)))}); the caches of the others are already "
-            "bounded. Use transformers' DynamicCache."
+            f"{name} has no full-attention layer (found: {kinds}); the caches of the others are already bounded. "
+            "Use transformers' DynamicCache."
         )
-    return types, arguments
+    return layers
 
 
 def _attention_mode(model: PreTrainedModel, config: FadeConfig) -> str:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from fade_core.errors import InputError, NonFiniteError
+from fade_core.errors import InputError
 from fade_core.handle import Handle
+from fade_core.incoming import check_finite, check_room, check_tokens
 from fade_core.interfaces import EvictionPolicy, Event, Kernel, LayerView
 from fade_core.kernels.attention import FullSegment, PackedSegment, Segment, TorchAttentionMass, TorchDecodeAttention
 from fade_core.ladder import Ladder, lowest, whole
@@ -43,7 +44,8 @@ class LayerPlan:
         kernel: implementation of ``decode_attention``.
         mass_kernel: implementation of ``attention_mass``, for kernels that give no probabilities.
         emit: where events go.
-        on_failure: called with the layer when input is refused in the middle of a forward pass.
+        on_failure: called with the layer's index and length when it refuses input in the middle of a forward pass; says
+            what became of the cache.
     """
 
     index: int
@@ -57,7 +59,16 @@ class LayerPlan:
     kernel: Kernel = field(default_factory=TorchDecodeAttention)
     mass_kernel: Kernel = field(default_factory=TorchAttentionMass)
     emit: Callable[[Event], None] = lambda event: None
-    on_failure: Callable[[TieredLayer], None] = lambda layer: None
+    on_failure: Callable[[int, int], str] = lambda index, length: ""
+
+
+@dataclass(frozen=True)
+class _Before:
+    """Where a layer stood before the forward pass that is under way."""
+
+    logical: int
+    since_ranking: int
+    padding: Tensor
 
 
 class TieredLayer(CacheLayerMixin):
@@ -81,7 +92,6 @@ class TieredLayer(CacheLayerMixin):
         self.plan, self.index, self.max_length = plan, plan.index, max_length
         self.logical = 0
         self.record_past = False
-        self._refused: set[tuple[str, str]] = set()
         self._blank()
 
     def _blank(self) -> None:
@@ -93,6 +103,7 @@ class TieredLayer(CacheLayerMixin):
         self.since_ranking = 0
         self.logical = 0
 
+        self._before: _Before | None = None
     # --- what transformers asks ---
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for the batch size, heads, dtype and device of the first tokens ``[B, H_kv, T, D]``."""
@@ -121,17 +132,21 @@ class TieredLayer(CacheLayerMixin):
         """Take the new tokens ``[B, H_kv, Q, D]`` and return what attention should read.
 
         Raises:
-            InputError: wrong shape, dtype, device or batch size; nothing has changed then.
-            NonFiniteError: NaN or infinity; layers before this one have been rolled back.
+            InputError: wrong shape, dtype, device or batch size.
+            NonFiniteError: NaN or infinity.
+                Nothing has changed then: layers before this one have been taken back.
         """
-        self._check(key_states, value_states)
-        key_states, value_states = self._finite(key_states, value_states)
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+        self.commit()
+        try:
+            key_states, value_states = self._admitted(key_states, value_states)
+        except InputError as error:
+            outcome = self.plan.on_failure(self.index, self.logical)
+            raise type(error)(f"{error} {outcome}".rstrip()) from None
         self.settle()
         if self.record_past:
             self.demote()  # whatever the last verification rejected has been cropped by now
         window, queries = self._window(), key_states.shape[2]
+        self._hold()
         first = self.logical == 0
         position = self.logical
         self.logical += queries
@@ -151,7 +166,13 @@ class TieredLayer(CacheLayerMixin):
         return self.logical
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Masks span the logical length; attention gathers from them by position."""
+        """Masks span the logical length; attention gathers from them by position.
+
+        Raises:
+            InputError: if the tokens would pass ``max_length``. The model asks before its first layer runs, whose own
+                state (a convolution's, say) could not be taken back.
+        """
+        check_room(self.index, self.logical, int(query_length), self.max_length)
         return self.logical + int(query_length), 0
 
     def get_max_length(self) -> int:
@@ -169,6 +190,7 @@ class TieredLayer(CacheLayerMixin):
         if not self.is_initialized:
             return
         if tokens_to_remove:
+        self.commit()
             if self.pending is not None:
                 self.settle()
             self.logical = max(0, self.logical + tokens_to_remove)
@@ -195,6 +217,7 @@ class TieredLayer(CacheLayerMixin):
             return
         self.settle()
         if indices.dtype == torch.bool:
+        self.commit()
             indices = indices.nonzero().flatten()
         self._window().select_rows(indices)
         for store in self.stores:
@@ -219,16 +242,15 @@ class TieredLayer(CacheLayerMixin):
 
     def segments(self, mask: Tensor | None, queries: int) -> list[Segment]:
         """Everything stored, finest last, each with its share of ``mask`` (bool ``[B, 1, Q, logical]`` or ``None``)."""
-        window, plain = self._window(), mask is None
+        window = self._window()
         found: list[Segment] = []
         for store in self.stores:
             if store.tiles:
                 valid = store.valid()
-                found.append(PackedSegment(store, self._gathered(mask, store.positions, valid, queries), plain))
+                found.append(PackedSegment(store, self._gathered(mask, store.positions, valid, queries)))
         if window.longest:
             keys, values = window.live()
-            seen = self._gathered(mask, window.positions, window.valid(), queries)
-            found.append(FullSegment(keys, values, seen, plain, None if window.even else window.lengths))
+            found.append(FullSegment(keys, values, self._gathered(mask, window.positions, window.valid(), queries)))
         return found
 
     def _gathered(
@@ -244,13 +266,6 @@ class TieredLayer(CacheLayerMixin):
             index = where.clamp_min(0)[:, :, None].expand(-1, -1, mask.shape[2], -1)
             seen = mask.expand(-1, where.shape[1], -1, -1).gather(3, index)
         return seen & (where >= 0)[:, :, None]
-
-    def fall_back(self, kernel: Kernel, reason: str) -> None:
-        """Say, once a reason, that the oracle computes what ``kernel`` refused."""
-        if (kernel.op, reason) not in self._refused:
-            self._refused.add((kernel.op, reason))
-            detail = {"op": kernel.op, "kernel": kernel.name, "reason": reason}
-            self.plan.emit(Event("fallback", self.index, detail=detail))
 
     def statistics(self) -> list[dict[str, Tensor]]:
         """Statistics of each of ``segments``' tokens, in the same order: views, updated in place."""
@@ -269,6 +284,38 @@ class TieredLayer(CacheLayerMixin):
             statistics: what attention observed of the pending tokens, float32 ``[B, H_kv, Q]`` a name.
         """
         if self.pending is not None:
+    # --- a forward pass that may fail in a later layer ---
+    def _hold(self) -> None:
+        self._before = _Before(self.logical, self.since_ranking, self.padding)
+        if self.logical:
+            self._window().hold()
+            for store in self.stores:
+                store.hold()
+
+    def commit(self) -> None:
+        """The forward pass can no longer fail: what it replaced is freed."""
+        if self._before is None:
+            return
+        self._before = None
+        if self.window is not None:
+            self.window.let_go()
+        for store in self.stores:
+            store.let_go()
+
+    def go_back(self) -> None:
+        """Be again as before the forward pass that is under way; nothing happens if none is."""
+        before, self._before = self._before, None
+        if before is None:
+            return
+        if not before.logical:
+            self._blank()
+            return
+        self.pending = None
+        self.logical, self.since_ranking, self.padding = before.logical, before.since_ranking, before.padding
+        self._window().go_back()
+        for store in self.stores:
+            store.go_back()
+
             self._absorb(padding, statistics or {})
         elif self.is_initialized and not self.record_past:
             self.demote()
@@ -449,56 +496,15 @@ class TieredLayer(CacheLayerMixin):
             raise InputError(f"layer {self.index} is empty: it has not seen a token yet")
         return self.window
 
-    def _check(self, keys: Tensor, values: Tensor) -> None:
-        if keys.dim() != 4 or values.dim() != 4 or keys.shape[:3] != values.shape[:3]:
-            raise InputError(
-                f"layer {self.index}: keys {tuple(keys.shape)} and values {tuple(values.shape)} must both be [B, H_kv, T, D]"
-            )
-        if not keys.is_floating_point() or keys.dtype != values.dtype:
-            raise InputError(
-                f"layer {self.index}: keys are {keys.dtype} and values {values.dtype}; both must be one floating type"
-            )
-        if self.max_length is not None and self.logical + keys.shape[2] > self.max_length:
-            raise InputError(
-                f"layer {self.index}: {self.logical} tokens are cached and {keys.shape[2]} more would pass "
-                f"max_cache_len={self.max_length}; create the cache with a larger max_cache_len"
-            )
-        if self.window is None:
-            return
-        held = self.window.keys
-        if keys.shape[0] != held.shape[0]:
-            raise InputError(
-                f"layer {self.index}: the batch has {keys.shape[0]} rows, the cache holds {held.shape[0]}; use "
-                "batch_select_indices or batch_repeat_interleave to change rows, or a fresh cache"
-            )
-        if keys.shape[1] != held.shape[1] or keys.shape[3] != held.shape[3]:
-            raise InputError(
-                f"layer {self.index}: keys have {keys.shape[1]} heads of {keys.shape[3]}; the cache holds {held.shape[1]} heads "
-                f"of {held.shape[3]}"
-            )
-        if keys.dtype != held.dtype or keys.device != held.device:
-            raise InputError(
-                f"layer {self.index}: keys are {keys.dtype} on {keys.device}; the cache holds {held.dtype} on {held.device}"
-            )
-
-    def _finite(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        if bool(torch.isfinite(keys.sum() + values.sum())):
-            return keys, values
-        bad_k, bad_v = ~torch.isfinite(keys), ~torch.isfinite(values)
-        bad = (bad_k.any(-1) | bad_v.any(-1)).any(1)  # [B, Q]
-        if not bool(bad.any()):  # finite, but the sum overflowed
-            return keys, values
-        if self.plan.on_nonfinite == "zero":
-            return keys.masked_fill(bad_k, 0), values.masked_fill(bad_v, 0)
-        row, column = (int(i) for i in bad.nonzero()[0])
-        side = "keys" if bool(bad_k[row, :, column].any()) else "values"
-        start = self.logical
-        self.plan.on_failure(self)
-        raise NonFiniteError(
-            f"layer {self.index}: NaN or infinity in the {side} at position {start + column} of row {row} "
-            f"({int(bad.sum())} tokens concerned). The cache is as it was before this step. Look for an overflow in the "
-            "model (float16 is the usual cause), or set on_nonfinite = 'zero' to store zeros instead."
-        )
+    def _admitted(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """New tokens that this layer can take, buffers ready for them. Raises ``InputError``."""
+        held = (self.window.keys, self.window.values) if self.window is not None else None
+        check_tokens(self.index, keys, values, held)
+        check_room(self.index, self.logical, keys.shape[2], self.max_length)
+        keys, values = check_finite(self.index, keys, values, self.logical, self.plan.on_nonfinite)
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        return keys, values
 
     def _due(self, lengths: Tensor) -> Tensor:
         """Tokens that rows of ``lengths`` full-precision tokens send down, int64 ``[B]``, whole tiles."""

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from fade_core.memory import live_bytes
+from fade_core.memory import StorageKey, live_storages
 
 if TYPE_CHECKING:
     from fade_core.cache import TieredKVCache
@@ -18,8 +16,9 @@ class MemoryRow:
     """Bytes of one kind of tensor.
 
     Attributes:
-        layer: layer index.
-        tier: tier name, "fp16" for sinks and window, "other" for layers that FADE leaves to transformers.
+        layer: layer index, -1 for what all layers share.
+        tier: tier name, "fp16" for sinks and window, "other" for layers that FADE leaves to transformers and for what
+            belongs to no tier (a learned policy's weights).
         kind: "keys", "values", "k.codes4", "v.meta", "positions", "statistic.mass", ...
         nbytes: bytes of the storage.
     """
@@ -77,11 +76,11 @@ def measure(cache: TieredKVCache) -> MemoryReport:
     from fade_core.layer import TieredLayer
 
     rows: list[MemoryRow] = []
-    seen: set[tuple[torch.device, int]] = set()
+    seen: set[StorageKey] = set()
     baseline = baseline16 = 0
     for index, layer in enumerate(cache.layers):
         if not isinstance(layer, TieredLayer):
-            held = live_bytes(layer)
+            held = _unseen(layer, seen)
             if held:
                 rows.append(MemoryRow(index, "other", "tensors", held))
             baseline += held
@@ -101,4 +100,14 @@ def measure(cache: TieredKVCache) -> MemoryReport:
                 elements = batch * heads * tokens * dim
                 baseline += elements * layer.dtype.itemsize
                 baseline16 += elements * 2
+    shared = _unseen(cache, seen)
+    if shared:
+        rows.append(MemoryRow(-1, "other", "shared", shared))
     return MemoryReport(tuple(rows), baseline, baseline16, cache.get_seq_length())
+
+
+def _unseen(owner: object, seen: set[StorageKey]) -> int:
+    """Bytes reachable from ``owner`` that were not ``seen`` before; they are now."""
+    new = {key: nbytes for key, nbytes in live_storages(owner).items() if key not in seen}
+    seen.update(new)
+    return sum(new.values())

@@ -1,0 +1,79 @@
+"""What a layer accepts: new keys and values are refused here, before anything has changed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fade_core.errors import InputError, NonFiniteError
+
+
+def check_room(layer: int, cached: int, new: int, limit: int | None) -> None:
+    """Refuse tokens past ``max_cache_len``. Raises ``InputError``."""
+    if limit is not None and cached + new > limit:
+        raise InputError(
+            f"layer {layer}: {cached} tokens are cached and {new} more would pass max_cache_len={limit}; "
+            "create the cache with a larger max_cache_len"
+        )
+
+
+def check_tokens(layer: int, keys: Tensor, values: Tensor, held: tuple[Tensor, Tensor] | None) -> None:
+    """Refuse new tokens that are not ``[B, H_kv, T >= 1, D]`` or do not fit the keys and values that are held.
+
+    Raises:
+        InputError: wrong shape, dtype, device, batch size, heads or channels.
+    """
+    if keys.dim() != 4 or values.dim() != 4 or keys.shape[:3] != values.shape[:3] or not keys.numel():
+        raise InputError(
+            f"layer {layer}: keys {tuple(keys.shape)} and values {tuple(values.shape)} must both be "
+            "[B, H_kv, T, D], with at least one token"
+        )
+    if not keys.is_floating_point() or keys.dtype != values.dtype:
+        raise InputError(f"layer {layer}: keys are {keys.dtype} and values {values.dtype}; both must be one floating type")
+    if held is None:
+        return
+    if keys.shape[0] != held[0].shape[0]:
+        raise InputError(
+            f"layer {layer}: the batch has {keys.shape[0]} rows, the cache holds {held[0].shape[0]}; use "
+            "batch_select_indices or batch_repeat_interleave to change rows, or a fresh cache"
+        )
+    for side, new, old in (("keys", keys, held[0]), ("values", values, held[1])):
+        if new.shape[1] != old.shape[1] or new.shape[3] != old.shape[3]:
+            raise InputError(
+                f"layer {layer}: {side} have {new.shape[1]} heads of {new.shape[3]} channels; the cache holds "
+                f"{old.shape[1]} heads of {old.shape[3]}"
+            )
+    if keys.dtype != held[0].dtype or keys.device != held[0].device:
+        raise InputError(
+            f"layer {layer}: keys are {keys.dtype} on {keys.device}; the cache holds {held[0].dtype} on {held[0].device}"
+        )
+
+
+def check_finite(layer: int, keys: Tensor, values: Tensor, start: int, on_nonfinite: str) -> tuple[Tensor, Tensor]:
+    """Keys and values without NaN and infinity: as they are, with zeros in their place, or refused.
+
+    Args:
+        layer: layer index.
+        keys: ``[B, H_kv, Q, D]``.
+        values: likewise.
+        start: logical position of the first token.
+        on_nonfinite: "raise" or "zero".
+
+    Raises:
+        NonFiniteError: says where the first one is.
+    """
+    if bool(torch.isfinite(keys.sum() + values.sum())):
+        return keys, values
+    bad_keys, bad_values = ~torch.isfinite(keys), ~torch.isfinite(values)
+    bad = (bad_keys.any(-1) | bad_values.any(-1)).any(1)  # [B, Q]
+    if not bool(bad.any()):  # every element is finite; only their sum overflowed
+        return keys, values
+    if on_nonfinite == "zero":
+        return keys.masked_fill(bad_keys, 0), values.masked_fill(bad_values, 0)
+    row, column = (int(i) for i in bad.nonzero()[0])
+    side = "keys" if bool(bad_keys[row, :, column].any()) else "values"
+    raise NonFiniteError(
+        f"layer {layer}: NaN or infinity in the {side} at position {start + column} of row {row} "
+        f"({int(bad.sum())} tokens concerned). Look for an overflow in the model (float16 is the usual cause), or set "
+        "on_nonfinite = 'zero' to store zeros instead."
+    )
