@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from fade_core import hookimpl
 
 if TYPE_CHECKING:
+    import typer
+
     from fade_core.interfaces import Kernel
 
 
@@ -16,3 +18,10 @@ def fade_kernels() -> Sequence[type[Kernel]]:
     from fade_kernels_triton.kernel import TritonDecodeAttention
 
     return [TritonDecodeAttention]
+
+
+@hookimpl
+def fade_commands(app: typer.Typer) -> None:
+    from fade_kernels_triton.commands import check_kernels_command
+
+    app.command("check-kernels")(check_kernels_command)
