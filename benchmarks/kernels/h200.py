@@ -4,9 +4,9 @@
 
 Parity comes first: the relative error to float64 attention over the dequantised values must stay within twice that of
 bf16 attention over the same values. Only formats that pass are timed. A time is that of one layer inside a CUDA graph
-that runs as many layers, each with buffers of its own, as it takes to move several times the L2 cache; the baseline (the
-faster of torch's flash and cuDNN attention, bf16) is timed the same way. Results are printed, and written as JSON lines
-under ``$OUT`` if that is set. ``--tune`` tries launch configurations instead of taking the tuned ones.
+that runs as many layers, each with buffers of its own, as it takes to move several times the L2 cache; the baseline
+(the faster of torch's flash and cuDNN attention, bf16) is timed the same way. Results are printed, and written as JSON
+lines under ``$OUT`` if that is set. ``--tune`` tries launch configurations instead of taking the tuned ones.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.rows}x{self.context} {self.heads}/{self.kv_heads} d{self.dim} int{self.bits}-{self.axis}-{self.tile}"
+        shape = f"{self.rows}x{self.context} {self.heads}/{self.kv_heads} d{self.dim}"
+        return f"{shape} int{self.bits}-{self.axis}-{self.tile}"
 
 
 @dataclass
@@ -345,7 +346,7 @@ def warm(job: tuple[Case, DecodeConfig]) -> str:
     try:
         build(case).run(config)
         torch.cuda.synchronize()
-    except Exception as error:  # a worker's failure is reported, and met again in the main process
+    except Exception as error:  # noqa: BLE001 (reported, and met again in the main process)
         return f"{case.name} {config}: {type(error).__name__}: {str(error)[:300]}"
     return ""
 
@@ -364,7 +365,7 @@ def run_parity(emit: Emit, deadline: float) -> set[tuple[int, str, int]]:
                 green = mine <= 2 * reference
                 row |= {label: f"{mine:.2e}", "bf16": f"{reference:.2e}", f"{label}_worst_ratio": round(worst, 2)}
                 row["green"] = bool(row.get("green", True)) and green
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (one red case must not hide the others)
             row |= {"green": False, "error": f"{type(error).__name__}: {str(error)[:300]}"}
         if not row["green"]:
             if "error" not in row:
@@ -411,7 +412,7 @@ def time_case(case: Case, best_bf16: float, tune: bool, deadline: float) -> dict
             break
         try:
             tried.append((kernel_time(problems, config, 5 if tune else 15), config))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (a configuration that cannot run is one candidate less)
             failures[str(config)] = f"{type(error).__name__}: {str(error)[:160]}"
     if not tried:
         return {"time": case.name, "failures": failures}

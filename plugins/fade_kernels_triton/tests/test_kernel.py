@@ -112,7 +112,7 @@ def generate(model, kernel, ids, *, tiers="one", **options):
 
 
 def agree(found, wanted, prompt: int) -> None:
-    """Logits agree, and tokens too, up to a step at which the oracle's own choice is within the tolerance of another."""
+    """Logits agree, and tokens too, up to a step where the oracle's best two are within the tolerance."""
     for row in range(found[0].shape[0]):
         for step in range(wanted[1].shape[1]):
             mine, theirs = found[1][row, step], wanted[1][row, step]

@@ -53,7 +53,7 @@ def plan_splits(tiers: Sequence[PackedTier], window: Window | None, groups: int,
 
 @cache
 def _arrivals(device: torch.device, stream: int, size: int) -> Tensor:
-    """Zeroed counters that every fused launch leaves zeroed; one set a stream, because launches on one never overlap."""
+    """Zeroed counters that every fused launch leaves zeroed; one set a stream, whose launches never overlap."""
     return torch.zeros(size, dtype=torch.int32, device=device)
 
 
@@ -209,17 +209,7 @@ def _check(
     query_positions: Tensor | None,
 ) -> int:
     """Refuse what the kernel cannot take; the number of KV heads."""
-    if query.dim() != 4 or query.stride(3) != 1:
-        raise InputError(f"query must be [B, H_q, Q, D] with contiguous channels; found {tuple(query.shape)}")
-    rows, heads, q_len, dim = query.shape
-    if query.dtype not in (torch.float16, torch.bfloat16) and (query.dtype != torch.float32 or window is not None):
-        raise InputError(
-            f"query dtype {query.dtype}; the Triton decode kernel takes float16 and bfloat16, without a window float32"
-        )
-    if dim not in HEAD_DIMS:
-        raise InputError(f"head_dim {dim}; the Triton decode kernel takes {', '.join(map(str, HEAD_DIMS))}")
-    if not 1 <= q_len <= MAX_QUERIES:
-        raise InputError(f"{q_len} query tokens; the Triton decode kernel takes 1 to {MAX_QUERIES}")
+    rows, heads, q_len, dim = _check_query(query, window)
     if len(tiers) > MAX_TIERS:
         raise InputError(f"{len(tiers)} packed tiers; the Triton decode kernel takes at most {MAX_TIERS}")
     if softcap is not None and not softcap > 0:
@@ -242,6 +232,33 @@ def _check(
         raise InputError(
             f"window of {window.keys.dtype} {tuple(window.keys.shape)} beside a query of {query.dtype} head_dim {dim}"
         )
+    _check_positions(rows, q_len, tiers, window, sliding_window, query_positions)
+    return int(shapes[0][1])
+
+
+def _check_query(query: Tensor, window: Window | None) -> tuple[int, int, int, int]:
+    if query.dim() != 4 or query.stride(3) != 1:
+        raise InputError(f"query must be [B, H_q, Q, D] with contiguous channels; found {tuple(query.shape)}")
+    rows, heads, q_len, dim = query.shape
+    if query.dtype not in (torch.float16, torch.bfloat16) and (query.dtype != torch.float32 or window is not None):
+        raise InputError(
+            f"query dtype {query.dtype}; the Triton decode kernel takes float16 and bfloat16, without a window float32"
+        )
+    if dim not in HEAD_DIMS:
+        raise InputError(f"head_dim {dim}; the Triton decode kernel takes {', '.join(map(str, HEAD_DIMS))}")
+    if not 1 <= q_len <= MAX_QUERIES:
+        raise InputError(f"{q_len} query tokens; the Triton decode kernel takes 1 to {MAX_QUERIES}")
+    return rows, heads, q_len, dim
+
+
+def _check_positions(
+    rows: int,
+    q_len: int,
+    tiers: Sequence[PackedTier],
+    window: Window | None,
+    sliding_window: int | None,
+    query_positions: Tensor | None,
+) -> None:
     positioned = [tier.positions is not None for tier in tiers] + (
         [window.positions is not None] if window is not None else []
     )
@@ -255,7 +272,6 @@ def _check(
         or not query_positions.is_contiguous()
     ):
         raise InputError(f"query_positions must be a contiguous int32 [B, Q]; found {tuple(query_positions.shape)}")
-    return int(shapes[0][1])
 
 
 def _tier_pointers(tier: PackedTier | None) -> tuple[Tensor | None, ...]:

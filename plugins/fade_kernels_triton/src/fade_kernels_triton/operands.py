@@ -47,7 +47,8 @@ def unsupported_pair(keys: PackedFormat | None, values: PackedFormat | None, hea
     """Why the decode kernel cannot read a tier of these two formats; empty if it can."""
     if reason := unsupported_format(keys, "key") or unsupported_format(values, "value"):
         return reason
-    assert keys is not None and values is not None
+    if keys is None or values is None:
+        return "no packed format"
     if (keys.bits, keys.tile) != (values.bits, values.tile):
         return (
             f"keys of {keys.bits} bits in tiles of {keys.tile} beside values of {values.bits} bits in tiles of "
@@ -84,7 +85,7 @@ class PackedTier:
     def __post_init__(self) -> None:
         if reason := unsupported_pair(self.key_format, self.value_format, self.key_format.head_dim):
             raise InputError(f"the Triton decode kernel cannot read {reason}")
-        lead = 1 if self.table is not None else 3
+        lead, outer = (1, "pool_tiles") if self.table is not None else (3, "B, H_kv, max_tiles")
         for side, fmt, fields in (
             ("key", self.key_format, self.keys),
             ("value", self.value_format, self.values),
@@ -96,7 +97,7 @@ class PackedTier:
                 if field.dim() != lead + len(shape) or tuple(field.shape[lead:]) != shape or field.dtype != dtype:
                     raise InputError(
                         f"{side} field {name!r} is {field.dtype} {tuple(field.shape)}; {dtype} "
-                        f"{'[pool_tiles' if lead == 1 else '[B, H_kv, max_tiles'}, {', '.join(map(str, shape))}] is read"
+                        f"[{outer}, {', '.join(map(str, shape))}] is read"
                     )
                 if not field.is_contiguous():
                     raise InputError(f"{side} field {name!r} of shape {tuple(field.shape)} is not contiguous")

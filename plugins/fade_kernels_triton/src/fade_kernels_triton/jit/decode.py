@@ -159,6 +159,7 @@ def decode_kernel(
     PDL: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
+    """One split of one row and KV head; see the module for the grid and ``decode.py`` for the arguments."""
     split = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
     row = bh // kv_heads

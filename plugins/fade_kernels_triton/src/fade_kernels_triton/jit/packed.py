@@ -255,7 +255,7 @@ def attend_packed(
 
 @triton.jit
 def _largest(raw, BITS: tl.constexpr, SUBNORMAL: tl.constexpr):
-    """Element-wise largest of all fields' products in codes; fields of one place are compared before they are scaled."""
+    """Element-wise largest of all fields' products, in codes; fields of one place are compared unscaled."""
     PLACES: tl.constexpr = 8 // BITS
     for j in tl.static_range(PLACES):
         both = tl.maximum(raw[j], raw[j + PLACES]) * unit(BITS, j, SUBNORMAL)

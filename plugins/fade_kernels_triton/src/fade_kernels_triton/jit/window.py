@@ -10,7 +10,7 @@ from fade_kernels_triton.jit.packed import LOWEST, tanh
 
 @triton.jit
 def dot16(a, b, INTERPRET: tl.constexpr):
-    """``tl.dot`` of 16-bit operands; the interpreter multiplies bf16 bit patterns, so there it goes by way of float32."""
+    """``tl.dot`` of 16-bit operands; by way of float32 in the interpreter, which would multiply bf16 bit patterns."""
     if INTERPRET:
         product = tl.dot(a.to(tl.float32), b.to(tl.float32))
     else:
