@@ -92,6 +92,7 @@ class TieredLayer(CacheLayerMixin):
         self.plan, self.index, self.max_length = plan, plan.index, max_length
         self.logical = 0
         self.record_past = False
+        self._refused: set[tuple[str, str]] = set()
         self._blank()
 
     def _blank(self) -> None:
@@ -102,8 +103,8 @@ class TieredLayer(CacheLayerMixin):
         self.padding = torch.zeros(0, dtype=torch.long)
         self.since_ranking = 0
         self.logical = 0
-
         self._before: _Before | None = None
+
     # --- what transformers asks ---
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for the batch size, heads, dtype and device of the first tokens ``[B, H_kv, T, D]``."""
@@ -145,8 +146,8 @@ class TieredLayer(CacheLayerMixin):
         self.settle()
         if self.record_past:
             self.demote()  # whatever the last verification rejected has been cropped by now
-        window, queries = self._window(), key_states.shape[2]
         self._hold()
+        window, queries = self._window(), key_states.shape[2]
         first = self.logical == 0
         position = self.logical
         self.logical += queries
@@ -189,8 +190,8 @@ class TieredLayer(CacheLayerMixin):
             raise InputError(f"crop takes a count of tokens to remove, as a negative number; found {tokens_to_remove}")
         if not self.is_initialized:
             return
-        if tokens_to_remove:
         self.commit()
+        if tokens_to_remove:
             if self.pending is not None:
                 self.settle()
             self.logical = max(0, self.logical + tokens_to_remove)
@@ -216,8 +217,8 @@ class TieredLayer(CacheLayerMixin):
         if not self.is_initialized:
             return
         self.settle()
-        if indices.dtype == torch.bool:
         self.commit()
+        if indices.dtype == torch.bool:
             indices = indices.nonzero().flatten()
         self._window().select_rows(indices)
         for store in self.stores:
@@ -242,15 +243,16 @@ class TieredLayer(CacheLayerMixin):
 
     def segments(self, mask: Tensor | None, queries: int) -> list[Segment]:
         """Everything stored, finest last, each with its share of ``mask`` (bool ``[B, 1, Q, logical]`` or ``None``)."""
-        window = self._window()
+        window, plain = self._window(), mask is None
         found: list[Segment] = []
         for store in self.stores:
             if store.tiles:
                 valid = store.valid()
-                found.append(PackedSegment(store, self._gathered(mask, store.positions, valid, queries)))
+                found.append(PackedSegment(store, self._gathered(mask, store.positions, valid, queries), plain))
         if window.longest:
             keys, values = window.live()
-            found.append(FullSegment(keys, values, self._gathered(mask, window.positions, window.valid(), queries)))
+            seen = self._gathered(mask, window.positions, window.valid(), queries)
+            found.append(FullSegment(keys, values, seen, plain, None if window.even else window.lengths))
         return found
 
     def _gathered(
@@ -267,6 +269,13 @@ class TieredLayer(CacheLayerMixin):
             seen = mask.expand(-1, where.shape[1], -1, -1).gather(3, index)
         return seen & (where >= 0)[:, :, None]
 
+    def fall_back(self, kernel: Kernel, reason: str) -> None:
+        """Say, once a reason, that the oracle computes what ``kernel`` refused."""
+        if (kernel.op, reason) not in self._refused:
+            self._refused.add((kernel.op, reason))
+            detail = {"op": kernel.op, "kernel": kernel.name, "reason": reason}
+            self.plan.emit(Event("fallback", self.index, detail=detail))
+
     def statistics(self) -> list[dict[str, Tensor]]:
         """Statistics of each of ``segments``' tokens, in the same order: views, updated in place."""
         window = self._window()
@@ -275,15 +284,6 @@ class TieredLayer(CacheLayerMixin):
             found.append({n: t[:, :, : window.longest] for n, t in window.statistics.items()})
         return found
 
-    # --- compression ---
-    def settle(self, padding: Tensor | None = None, statistics: Mapping[str, Tensor] | None = None) -> None:
-        """Take in what ``update`` left pending and demote what is due. Called right after attention.
-
-        Args:
-            padding: leading columns of the pending chunk that are padding, int64 ``[B]`` (CPU), for rows still empty.
-            statistics: what attention observed of the pending tokens, float32 ``[B, H_kv, Q]`` a name.
-        """
-        if self.pending is not None:
     # --- a forward pass that may fail in a later layer ---
     def _hold(self) -> None:
         self._before = _Before(self.logical, self.since_ranking, self.padding)
@@ -316,6 +316,15 @@ class TieredLayer(CacheLayerMixin):
         for store in self.stores:
             store.go_back()
 
+    # --- compression ---
+    def settle(self, padding: Tensor | None = None, statistics: Mapping[str, Tensor] | None = None) -> None:
+        """Take in what ``update`` left pending and demote what is due. Called right after attention.
+
+        Args:
+            padding: leading columns of the pending chunk that are padding, int64 ``[B]`` (CPU), for rows still empty.
+            statistics: what attention observed of the pending tokens, float32 ``[B, H_kv, Q]`` a name.
+        """
+        if self.pending is not None:
             self._absorb(padding, statistics or {})
         elif self.is_initialized and not self.record_past:
             self.demote()
@@ -323,7 +332,7 @@ class TieredLayer(CacheLayerMixin):
     def demote(self) -> None:
         """Encode window tiles that are full and re-rank when it is time."""
         window, ladder = self._window(), self.plan.ladder
-        if ladder.tiers:
+        if ladder.tiers and window.longest >= ladder.n_sink + ladder.recent_window + ladder.tile:
             due = self._due(window.lengths)
             if bool(due.any()):
                 started, before = time.perf_counter(), self.nbytes()

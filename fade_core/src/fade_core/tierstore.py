@@ -33,6 +33,21 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class DeviceBook:
+    """The book as kernels read it: int32, on the tokens' device.
+
+    Attributes:
+        table: pool ids ``[B, H_kv, tiles]``, the used ones first.
+        used: tiles in use, ``[B, H_kv]``.
+        counts: live tokens of each tile, ``[B, H_kv, tiles]``; ``None`` if every used tile is full.
+    """
+
+    table: Tensor
+    used: Tensor
+    counts: Tensor | None
+
+
+@dataclass(frozen=True)
 class _Book:
     """Whose tiles are whose, at one moment."""
 
@@ -155,6 +170,18 @@ class TierStore:
             self._ids = self.table.where(self.table >= 0, live).to(self.device)
         return self._ids
 
+    def device_book(self) -> DeviceBook:
+        """Tables for kernels, made once a change of the book."""
+        if self._device_book is None:
+            live = self.table >= 0
+            full = bool(((self.counts == self.tile) | ~live).all())
+
+            def there(book: Tensor) -> Tensor:
+                return book.to(self.device, torch.int32).contiguous()
+
+            self._device_book = DeviceBook(there(self.table), there(live.sum(-1)), None if full else there(self.counts))
+        return self._device_book
+
     def decoded(self) -> tuple[Tensor, Tensor]:
         """All tokens in full precision: keys and values ``[B, H_kv, tiles * tile, D]``."""
         keys, values = self.packed()
@@ -170,6 +197,10 @@ class TierStore:
             held["ids"] = self._ids
         if self._valid is not None:
             held["valid"] = self._valid
+        if self._device_book is not None:
+            held["device.table"], held["device.used"] = self._device_book.table, self._device_book.used
+            if self._device_book.counts is not None:
+                held["device.counts"] = self._device_book.counts
         held.update({f"statistic.{name}": t for name, t in self.statistics.items()})
         return held
 
@@ -439,6 +470,7 @@ class TierStore:
     def _book_changed(self) -> None:
         self._ids: Tensor | None = None
         self._valid: Tensor | None = None
+        self._device_book: DeviceBook | None = None
 
 
 def _without_slack(tokens: Tokens) -> Tokens:
