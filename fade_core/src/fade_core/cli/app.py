@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -39,11 +39,7 @@ def build_app() -> typer.Typer:
         pretty_exceptions_show_locals=False,
     )
 
-    @app.callback()
-    def root(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
-        if version:
-            out.print(f"fade-core {__version__}")
-            raise typer.Exit
+    app.callback()(_root)
 
     app.command("demo")(demo.demo)
     app.command("generate")(generate.generate)
@@ -55,6 +51,20 @@ def build_app() -> typer.Typer:
     app.command("check")(check.check)
     _add_plugin_commands(app)
     return app
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"fade-core {__version__}", highlight=False)
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options before the command; ``_version`` has acted on the only one."""
 
 
 def _add_plugin_commands(app: typer.Typer) -> None:
