@@ -226,7 +226,6 @@ def test_a_plugin_enters_the_schema_and_leaves_it() -> None:
         {"layers": {"first": {"n_sink": 3}}},
         {"observation_window": "some"},
         {"kernel": {"kind": "nowhere"}},
-        {"rope": {"kind": "yarn"}},
         {"telemetry": [{"kind": "jsonl"}]},
     ],
 )
@@ -348,7 +347,6 @@ def test_json_text_that_is_not_a_configuration_is_refused_too() -> None:
         ({"keys": {"kind": "h2"}}, "uniform"),
         ({"ladder": [{"tier": "int5"}]}, "evicted, fp16, int2, int4, packed"),
         ({"telemetry": [{"kind": "x"}]}, "jsonl"),
-        ({"rope": {"kind": "yarn"}}, "none"),
         ({"kernel": {"kind": "triton"}}, "torch"),
     ],
 )

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from fade_core import flat, presets
-from fade_core.components import AnyPolicy, AnyQuantizer, AnyRope, AnySink, AnyTier
+from fade_core.components import AnyPolicy, AnyQuantizer, AnySink, AnyTier
 from fade_core.configfile import read_table, write_table
 from fade_core.errors import ConfigError, FadeError
 from fade_core.interfaces import ComponentConfig, QuantizerConfig, TierConfig
@@ -91,7 +91,6 @@ class FadeConfig(CheckedModel):
         ladder: rungs from finest to coarsest; empty for one unbounded rung made of ``keys`` and ``values``.
         policy: ranks the tokens; its ``budget`` bounds what is kept.
         kernel: implementation of each op.
-        rope: RoPE scheme; ``None`` to detect it from the model, where a plugin provides one.
         layers: overrides by layer ("0", "-1", ":2"); no two may name the same layer.
         observation_window: last queries of a prefill whose attention the policy's statistics see, or "all".
         attention: "fade" reads packed tiers in place, "stock" leaves the model's attention, "auto" takes "fade" where
@@ -113,7 +112,6 @@ class FadeConfig(CheckedModel):
     ladder: tuple[AnyTier, ...] = ()
     policy: AnyPolicy = PositionConfig()
     kernel: KernelSelection = KernelSelection()
-    rope: AnyRope | None = None
     layers: Annotated[
         dict[Annotated[str, Field(pattern=LAYER_KEY), BeforeValidator(_layer_key)], LayerOverride],
         BeforeValidator(_text_keys),
