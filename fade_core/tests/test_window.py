@@ -32,14 +32,15 @@ def content(window: Window) -> Rows:
 
 
 def poison(window: Window) -> None:
-    """NaN into the slack behind each row."""
-    slots = torch.arange(window.capacity)
-    for row, length in enumerate(window.lengths.tolist()):
-        for held in (window.keys, window.values, *window.statistics.values()):
-            held[row, :, slots >= length] = torch.nan
+    """NaN into the slack."""
+    for held in (window.keys, window.values, *window.statistics.values()):
+        held[:, :, window.longest :] = torch.nan
 
 
 def assert_same(window: Window, rows: Rows) -> None:
+    assert all(
+        bool(torch.isfinite(held).all()) for held in window.live()
+    )  # shorter rows too: weight 0 times NaN is NaN
     assert window.lengths.tolist() == [len(row) for row in rows]
     assert window.longest == max(len(row) for row in rows)
     valid = window.valid()

@@ -86,11 +86,17 @@ class Window:
             for held in self.statistics.values():
                 held[:, :, start:end] = 0
         else:
+            for held in (self.keys, self.values):
+                held[:, :, self.longest : self.longest + count] = (
+                    0  # attention reads shorter rows up to there, with weight 0
+                )
             slots = (self.lengths[:, None] + torch.arange(count)).to(keys.device)
             rows = torch.arange(keys.shape[0], device=keys.device)[:, None]
             self.keys.transpose(1, 2)[rows, slots] = keys.transpose(1, 2)
             self.values.transpose(1, 2)[rows, slots] = values.transpose(1, 2)
-            self.offsets[rows, slots] = torch.arange(position, position + count, device=keys.device).int().expand_as(slots)
+            self.offsets[rows, slots] = (
+                torch.arange(position, position + count, device=keys.device).int().expand_as(slots)
+            )
             for held in self.statistics.values():
                 held.transpose(1, 2)[rows, slots] = 0
         self._set_lengths(self.lengths + count)

@@ -1,0 +1,77 @@
+"""Attention statistics against loops over queries."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import fresh_seed
+from torch import Tensor
+
+from fade_core.errors import ConfigError
+from fade_core.tracker import STATISTICS, AttentionTracker
+
+B, H, Q, T = 2, 3, 7, 11
+
+
+@pytest.fixture
+def probabilities() -> Tensor:
+    torch.manual_seed(fresh_seed())
+    return torch.randn(B, H, Q, T).softmax(-1)
+
+
+def zeros() -> dict[str, Tensor]:
+    return {name: torch.zeros(B, H, T) for name in STATISTICS}
+
+
+def test_statistics_are_what_their_names_say(probabilities: Tensor) -> None:
+    visible = torch.rand(B, 1, Q, T) < 0.6
+    held = zeros()
+    AttentionTracker(STATISTICS, decay=0.9).observe(held, probabilities, visible)
+    mass, ema, seen = torch.zeros(3, B, H, T, dtype=torch.float64)
+    for query in range(Q):
+        given = probabilities[:, :, query].double()
+        mass, ema, seen = mass + given, 0.9 * ema + given, seen + visible[:, :, query]
+    torch.testing.assert_close(held["mass"].double(), mass, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(held["ema"].double(), ema, rtol=1e-5, atol=1e-6)
+    assert torch.equal(held["seen"].double(), seen)
+    assert torch.equal(held["last"], probabilities[:, :, -1])
+
+
+@pytest.mark.parametrize("cut", [1, 3, 6])
+def test_two_calls_are_one(probabilities: Tensor, cut: int) -> None:
+    tracker = AttentionTracker(STATISTICS, decay=0.8)
+    together, apart = zeros(), zeros()
+    tracker.observe(together, probabilities)
+    tracker.observe(apart, probabilities[:, :, :cut])
+    tracker.observe(apart, probabilities[:, :, cut:])
+    for name in STATISTICS:
+        torch.testing.assert_close(apart[name], together[name], rtol=1e-5, atol=1e-6)
+    assert bool((together["seen"] == Q).all())
+
+
+def test_statistics_are_updated_in_place_and_only_those_that_are_held(probabilities: Tensor) -> None:
+    buffer = torch.zeros(B, H, 2 * T)
+    AttentionTracker(("mass",)).observe({"mass": buffer[..., :T]}, probabilities)
+    assert torch.equal(buffer[..., :T], probabilities.sum(2))
+    assert not bool(buffer[..., T:].any())
+
+
+def test_the_observation_window_is_the_last_queries() -> None:
+    assert AttentionTracker(observation_window=5).observed(3) == 3
+    assert AttentionTracker(observation_window=5).observed(9) == 5
+    assert AttentionTracker(observation_window="all").observed(900) == 900
+    assert AttentionTracker(()).active is False
+    assert AttentionTracker(("ema",)).active is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"statistics": ("mass", "norm")}, r"unknown statistics \['norm'\]; the tracker keeps mass, seen, ema, last"),
+        ({"decay": 0.0}, "decay=0.0 must lie in"),
+        ({"decay": 1.5}, "decay=1.5 must lie in"),
+    ],
+)
+def test_what_cannot_be_tracked_is_refused(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        AttentionTracker(**arguments)  # type: ignore[arg-type]
