@@ -38,7 +38,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     | {
         "policy": {"kind": "h2o", "every": 4},
         "keys": {"kind": "uniform", "bits": 4},
-        "ladder": [{"tier": "fp16", "capacity": 16}, {"tier": "int4", "capacity": 32}, {"tier": "int2", "capacity": 48}],
+        "ladder": [
+            {"tier": "fp16", "capacity": 16},
+            {"tier": "int4", "capacity": 32},
+            {"tier": "int2", "capacity": 48},
+        ],
     },
     "oldest": SMALL | {"policy": {"kind": "position", "budget": 70, "every": 7}},
     "stock": SMALL | {"attention": "stock"},
@@ -400,9 +404,7 @@ def test_a_configuration_that_cannot_work_is_refused_by_field(fields: dict[str, 
         ("g.toml", "n_snk = 4", "unknown field 'n_snk'"),
     ],
 )
-def test_a_file_that_is_no_configuration_is_refused_by_name(
-    tmp_path: Path, name: str, text: str, message: str
-) -> None:
+def test_a_file_that_is_no_configuration_is_refused_by_name(tmp_path: Path, name: str, text: str, message: str) -> None:
     path = tmp_path / name
     path.write_text(text)
     with pytest.raises(ConfigError, match=message) as found:
@@ -462,7 +464,12 @@ def t5() -> Any:
 
 def all_sliding() -> Any:
     config = MistralConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, sliding_window=8
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        sliding_window=8,
     )
     config.num_key_value_heads = 2
     return MistralForCausalLM(config)
@@ -472,7 +479,10 @@ def all_sliding() -> Any:
     ("build", "message"),
     [
         (mamba, "MambaForCausalLM has no attention layers, so it has no KV cache to compress; generate without FADE"),
-        (deepseek, "DeepseekV3ForCausalLM uses multi-head latent attention .kv_lora_rank=16.*Use transformers' Dynamic"),
+        (
+            deepseek,
+            "DeepseekV3ForCausalLM uses multi-head latent attention .kv_lora_rank=16.*Use transformers' Dynamic",
+        ),
         (t5, "T5ForConditionalGeneration is an encoder-decoder model.*Use transformers' EncoderDecoderCache"),
         (all_sliding, "MistralForCausalLM has no full-attention layer"),
     ],

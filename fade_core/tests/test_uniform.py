@@ -67,7 +67,9 @@ def test_every_element_is_within_half_a_step(bits: int, axis: str, kind: str) ->
     bound = steps(quantizer, packed) * (0.5 + 2**bits * 2.0**-19) + 4 * FP32 * x.abs()
     assert bool((error <= bound).all()), float((error - bound).max())
     spread = x.unflatten(-1, (-1, 16)).amax(-1) - x.unflatten(-1, (-1, 16)).amin(-1) if axis == "token" else None
-    if kind == "normal" and spread is not None:  # and the step itself is what the spread asks for, fp16's rounding apart
+    if (
+        kind == "normal" and spread is not None
+    ):  # and the step itself is what the spread asks for, fp16's rounding apart
         step = steps(quantizer, packed)[..., ::16]
         assert torch.allclose(step, spread / (2**bits - 1), rtol=2.0**-7)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -51,13 +51,13 @@ def fade_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if not is_handle(key):
         if not softcap and s_aux is None:
-            return sdpa_attention_forward(
+            plain: tuple[Tensor, None] = sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
             )
+            return plain
         output = blocked_attention(query, key, value, attention_mask, scaling, softcap, s_aux).output
         return output.transpose(1, 2).contiguous(), None
-    assert isinstance(key, Handle)
-    layer = key.layer
+    layer = cast(Handle, key).layer
     mask = _as_bool(attention_mask)
     if layer.pending is not None:
         output = _chunk_attention(module, layer, query, mask, scaling, softcap, s_aux)
@@ -101,17 +101,17 @@ def _chunk_attention(
     sinks: Tensor | None,
 ) -> Tensor:
     """A prompt, or a chunk of one: exact among its own tokens, over the packed past before it."""
-    assert layer.pending is not None
-    keys, values = layer.pending
+    keys, values = cast(tuple[Tensor, Tensor], layer.pending)
     chunk = keys.shape[2]
     padding = _leading_padding(mask, chunk) if mask is not None and bool((layer.lengths == chunk).any()) else None
     segments = layer.segments(mask, query.shape[2]) if layer.logical > chunk else []
     if segments:
-        parts = [
-            (s.keys, s.values) if isinstance(s, FullSegment) else s.store.decoded() for s in segments
-        ]
+        parts = [(s.keys, s.values) if isinstance(s, FullSegment) else s.store.decoded() for s in segments]
         own = _own_mask(mask, chunk, query)
-        masks = [s.mask if s.mask is not None else own.new_ones(1, 1, 1, p[0].shape[2]) for s, p in zip(segments, parts, strict=True)]
+        masks = [
+            s.mask if s.mask is not None else own.new_ones(1, 1, 1, p[0].shape[2])
+            for s, p in zip(segments, parts, strict=True)
+        ]
         masks.append(own)
         heads = max(m.shape[1] for m in masks)
         shape = (query.shape[0], heads, query.shape[2])
@@ -152,10 +152,14 @@ def _observe(
         part = slice(start, min(start + _BLOCK, query.shape[2]))
         visible = _visible(mask, part, query.shape[2], keys.shape[2], query.device)
         found = decode_attention(
-            query[:, :, part], [FullSegment(keys, values[..., :1], visible)], scaling, softcap, sinks, probabilities=True
+            query[:, :, part],
+            [FullSegment(keys, values[..., :1], visible)],
+            scaling,
+            softcap,
+            sinks,
+            probabilities=True,
         ).probabilities
-        assert found is not None
-        split = found[0].split(sizes, dim=3)
+        split = cast(list[Tensor], found)[0].split(sizes, dim=3)
         seen = visible.expand(-1, -1, -1, keys.shape[2]).split(sizes, dim=3)
         for statistics, probabilities, saw in zip([*held, own], split, seen, strict=True):
             tracker.observe(statistics, probabilities, saw)

@@ -16,12 +16,14 @@ from fade_core import attention, checkpoint
 from fade_core.config import FadeConfig
 from fade_core.errors import ConfigError, InputError, UnsupportedModelError
 from fade_core.incoming import check_finite, check_room, check_tokens
-from fade_core.interfaces import Event, Kernel, Op, Quantizer, QuantizerContext, TelemetrySink, Tier
+from fade_core.interfaces import Event, Kernel, Op, Quantizer, QuantizerContext, Side, TelemetrySink, Tier
 from fade_core.kernels.selection import choose_kernel
 from fade_core.ladder import Ladder, describe
 from fade_core.layer import LayerPlan, TieredLayer
 from fade_core.report import MemoryReport, measure
 from fade_core.tracker import AttentionTracker
+
+SIDES: tuple[Side, Side] = ("key", "value")
 
 
 def create_tiered_cache(
@@ -48,7 +50,9 @@ def create_tiered_cache(
         )
     config = FadeConfig.safe() if config is None else config
     if not isinstance(config, FadeConfig):
-        raise ConfigError(f"config must be a FadeConfig, found {type(config).__name__}; see FadeConfig.from_file or .safe()")
+        raise ConfigError(
+            f"config must be a FadeConfig, found {type(config).__name__}; see FadeConfig.from_file or .safe()"
+        )
     return TieredKVCache(model, config.with_overrides(**overrides) if overrides else config, max_cache_len)
 
 
@@ -109,7 +113,9 @@ class TieredKVCache(Cache):
             )
             layers.append(TieredLayer(plan, max_cache_len))
         super().__init__(layers=layers)
-        self._last = max(i for i, layer in enumerate(layers) if isinstance(layer, TieredLayer) or _replaces_tensors(layer))
+        self._last = max(
+            i for i, layer in enumerate(layers) if isinstance(layer, TieredLayer) or _replaces_tensors(layer)
+        )
         self._before: dict[int, dict[str, Any]] = {}
         self._overwritten: set[int] = set()
         self.attention = mode
@@ -203,9 +209,11 @@ class TieredKVCache(Cache):
                         known[f"{layer.index}.{side}.{name}"] = (quantizer, {})
         unknown = [name for name in codebooks if name not in known]
         if unknown:
-            raise InputError(f"no quantizer takes {unknown[:3]}; this configuration knows {sorted(known)[:6] or 'none'}")
+            raise InputError(
+                f"no quantizer takes {unknown[:3]}; this configuration knows {sorted(known)[:6] or 'none'}"
+            )
         for name, tensor in codebooks.items():
-            quantizer, state = known[name]
+            quantizer, _ = known[name]
             quantizer.load_state_dict({**quantizer.state_dict(), name.rsplit(".", 1)[1]: tensor})
 
     # --- what is held ---
@@ -263,11 +271,11 @@ class TieredKVCache(Cache):
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         tiers = []
         for rung in config.resolved_ladder():
-            quantizers = [
+            keys, values = (
                 quantizer.build(QuantizerContext(head_dim, side, config.tile, index, layers, heads, model.device))
-                for side, quantizer in (("key", rung.keys), ("value", rung.values))
-            ]
-            tiers.append(Tier(rung.name, rung.capacity, *quantizers))
+                for side, quantizer in zip(SIDES, (rung.keys, rung.values), strict=True)
+            )
+            tiers.append(Tier(rung.name, rung.capacity, keys, values))
         return Ladder(tuple(tiers), config.n_sink, config.recent_window, config.policy.budget, config.tile)
 
     def _kernel(
@@ -326,7 +334,8 @@ class TieredKVCache(Cache):
     def __repr__(self) -> str:
         tiered = self.tiered
         ladder = describe(tiered[0].plan.ladder.tiers) if tiered else "nothing"
-        return f"TieredKVCache({len(tiered)} of {len(self.layers)} layers tiered, fp16 > {ladder}, {self.get_seq_length()} tokens)"
+        held = f"{len(tiered)} of {len(self.layers)} layers tiered, fp16 > {ladder}"
+        return f"TieredKVCache({held}, {self.get_seq_length()} tokens)"
 
 
 def _emitter(sinks: list[TelemetrySink]) -> Callable[[Event], None]:
@@ -375,7 +384,9 @@ def _own_layers(model: PreTrainedModel, text: PreTrainedConfig) -> list[Any]:
             "latent, and the value slot holds rotary keys, which must not be quantized. Use transformers' DynamicCache."
         )
     if not getattr(text, "num_attention_heads", None):
-        raise UnsupportedModelError(f"{name} has no attention layers, so it has no KV cache to compress; generate without FADE")
+        raise UnsupportedModelError(
+            f"{name} has no attention layers, so it has no KV cache to compress; generate without FADE"
+        )
     layers: list[Any] = DynamicCache(config=text).layers
     if not any(type(layer) is DynamicLayer for layer in layers):
         kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none"
@@ -387,7 +398,7 @@ def _own_layers(model: PreTrainedModel, text: PreTrainedConfig) -> list[Any]:
 
 
 def _attention_mode(model: PreTrainedModel, config: FadeConfig) -> str:
-    """ "fade" or "stock", as the configuration asks and the model allows."""
+    """Either "fade" or "stock", as the configuration asks and the model allows."""
     if config.attention == "stock":
         return "stock"
     before = model.config._attn_implementation
@@ -402,7 +413,9 @@ def _attention_mode(model: PreTrainedModel, config: FadeConfig) -> str:
     took = model.config.get_text_config(decoder=True)._attn_implementation == attention.NAME
     model.set_attn_implementation(before)
     if not took and config.attention == "fade":
-        raise UnsupportedModelError(f"{type(model).__name__} ignores attn_implementation='fade'; use attention = 'auto' or 'stock'")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} ignores attn_implementation='fade'; use attention = 'auto' or 'stock'"
+        )
     return "fade" if took else "stock"
 
 
@@ -430,6 +443,3 @@ def _attach(model: PreTrainedModel, cache: TieredKVCache) -> Callable[[], Any]:
             held.set_attn_implementation(original)
 
     return weakref.finalize(cache, let_go)
-
-
-

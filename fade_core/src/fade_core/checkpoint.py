@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +18,7 @@ from fade_core.config import FadeConfig
 from fade_core.errors import CheckpointError, FadeError
 from fade_core.layer import TieredLayer
 from fade_core.packed import FORMAT_VERSION
+from fade_core.window import Window
 
 if TYPE_CHECKING:
     from fade_core.cache import TieredKVCache
@@ -27,7 +28,15 @@ _KIND = "fade-kv-cache"
 
 def fingerprint(model_config: Any) -> str:
     """A short hash of what decides a cache's shape: architecture, layers, heads, dimensions."""
-    names = ("model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "head_dim", "vocab_size")
+    names = (
+        "model_type",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "hidden_size",
+        "head_dim",
+        "vocab_size",
+    )
     facts = {name: getattr(model_config, name, None) for name in names}
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -61,14 +70,20 @@ def restore(cache: TieredKVCache, state: Mapping[str, Any]) -> None:
     """
     header, tensors = _checked(state)
     if header["model"] != fingerprint(cache.model_config):
-        raise CheckpointError("the saved cache belongs to a model of another shape; load it with the model that filled it")
+        raise CheckpointError(
+            "the saved cache belongs to a model of another shape; load it with the model that filled it"
+        )
     if header["config"] != cache.config.to_dict():
-        raise CheckpointError("the saved cache was made with another configuration; TieredKVCache.load restores both together")
+        raise CheckpointError(
+            "the saved cache was made with another configuration; TieredKVCache.load restores both together"
+        )
     staged = []
     for index, saved in header["layers"].items():
         layer = cache.layers[int(index)]
         try:
-            staged.append((layer, saved, {n[len(index) + 1 :]: t for n, t in tensors.items() if n.startswith(f"{index}.")}))
+            staged.append(
+                (layer, saved, {n[len(index) + 1 :]: t for n, t in tensors.items() if n.startswith(f"{index}.")})
+            )
             if isinstance(layer, TieredLayer) and saved.get("initialized"):
                 _check_layer(layer, saved, staged[-1][2])
         except (KeyError, RuntimeError) as error:
@@ -136,7 +151,7 @@ def dump_debug(cache: TieredKVCache, path: str | Path) -> None:
     Path(path).write_text(json.dumps(snapshot, indent=2), encoding="utf-8")
 
 
-def _checked(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _checked(state: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     header = state.get("header") if isinstance(state, Mapping) else None
     if not isinstance(header, Mapping) or header.get("kind") != _KIND or "tensors" not in state:
         raise CheckpointError("this is not a saved FADE cache (cache_state_dict and save make them)")
@@ -179,8 +194,7 @@ def _fill(layer: TieredLayer, saved: Mapping[str, Any], own: Mapping[str, Tensor
         return
     keys, values = own["window.keys"], own["window.values"]
     layer.lazy_initialization(keys[:, :, :0], values[:, :, :0])
-    assert layer.window is not None
-    layer.window.load({n[7:]: t for n, t in own.items() if n.startswith("window.")})
+    cast(Window, layer.window).load({n[7:]: t for n, t in own.items() if n.startswith("window.")})
     layer.padding = own["padding"].cpu().clone()
     layer.logical, layer.since_ranking = saved["logical"], saved["since_ranking"]
     for i, store in enumerate(layer.stores):

@@ -25,7 +25,7 @@ class Handle(Tensor):
     @staticmethod
     def __new__(cls, layer: TieredLayer, side: str) -> Handle:
         """A handle on ``layer``'s "key" or "value" tokens."""
-        handle: Handle = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        handle: Handle = Tensor._make_wrapper_subclass(
             cls, layer.dense_shape(side), dtype=layer.dtype, device=layer.device
         )
         handle.layer, handle.side = layer, side
@@ -35,11 +35,13 @@ class Handle(Tensor):
         """The dequantised tokens, a plain tensor of the handle's shape."""
         return self.layer.dense(self.side)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Handle({self.side}s of layer {self.layer.index}, shape={tuple(self.shape)})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         def plain(value: Any) -> Any:
             return value.materialise() if isinstance(value, Handle) else value
 

@@ -29,7 +29,9 @@ def check_tokens(layer: int, keys: Tensor, values: Tensor, held: tuple[Tensor, T
             "[B, H_kv, T, D], with at least one token"
         )
     if not keys.is_floating_point() or keys.dtype != values.dtype:
-        raise InputError(f"layer {layer}: keys are {keys.dtype} and values {values.dtype}; both must be one floating type")
+        raise InputError(
+            f"layer {layer}: keys are {keys.dtype} and values {values.dtype}; both must be one floating type"
+        )
     if held is None:
         return
     if keys.shape[0] != held[0].shape[0]:

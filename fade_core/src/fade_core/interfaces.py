@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fade_core.errors import InputError
+from fade_core.errors import CheckpointError, InputError
 from fade_core.packed import Packed, PackedFormat
-from fade_core.validation import Capacity as Capacity
-from fade_core.validation import CheckedModel, Count, Share
+from fade_core.validation import Capacity, CheckedModel, Count, Share
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -106,6 +105,8 @@ class Quantizer(ABC):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over what ``state_dict`` gave. Raises ``CheckpointError`` if it does not fit."""
+        if state:
+            raise CheckpointError(f"quantizer {self.kind!r} keeps no state; found {sorted(state)}")
 
     def state_bytes(self) -> int:
         """Bytes of ``state_dict``: counted by the memory report."""
@@ -262,9 +263,7 @@ class Kernel(ABC):
     priority: ClassVar[int] = 0
 
     @abstractmethod
-    def supports(
-        self, format: PackedFormat | None, head_dim: int, device: torch.device, dtype: torch.dtype
-    ) -> Support:
+    def supports(self, format: PackedFormat | None, head_dim: int, device: torch.device, dtype: torch.dtype) -> Support:
         """Whether this case can run here, with the reason if not. Asked once, when a cache is built."""
 
     def accepts(self, *args: Any, **kwargs: Any) -> Support:
@@ -411,7 +410,7 @@ class TelemetrySink(ABC):
     def emit(self, event: Event) -> None:
         """Take one event."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (nothing to release is a good answer)
         """Flush and release what is held."""
 
 

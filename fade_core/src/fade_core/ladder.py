@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fade_core.interfaces import Capacity, Tier
+from fade_core.interfaces import Tier
+from fade_core.validation import Capacity
 
 UNBOUNDED = torch.iinfo(torch.int64).max // 4
 

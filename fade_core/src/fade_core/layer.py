@@ -14,7 +14,7 @@ from transformers.cache_utils import CacheLayerMixin
 from fade_core.errors import InputError
 from fade_core.handle import Handle
 from fade_core.incoming import check_finite, check_room, check_tokens
-from fade_core.interfaces import EvictionPolicy, Event, Kernel, LayerView
+from fade_core.interfaces import Event, EvictionPolicy, Kernel, LayerView
 from fade_core.kernels.attention import FullSegment, PackedSegment, Segment, TorchAttentionMass, TorchDecodeAttention
 from fade_core.ladder import Ladder, lowest, whole
 from fade_core.tierstore import TierStore, Tokens
@@ -120,9 +120,7 @@ class TieredLayer(CacheLayerMixin):
         ranked = ladder.bounded and not self.plan.policy.positional
         statistics = tracker.statistics if ladder.bounded else ()
         slots = ladder.n_sink + ladder.recent_window + ladder.tile
-        self.window = Window(
-            batch, heads, key_dim, value_states.shape[-1], slots, self.dtype, self.device, statistics
-        )
+        self.window = Window(batch, heads, key_dim, value_states.shape[-1], slots, self.dtype, self.device, statistics)
         self.stores = tuple(
             TierStore(tier, batch, heads, self.device, self.dtype, ranked, statistics) for tier in ladder.tiers
         )
@@ -337,7 +335,14 @@ class TieredLayer(CacheLayerMixin):
             if bool(due.any()):
                 started, before = time.perf_counter(), self.nbytes()
                 keys, values = window.live()
-                self._send_down(keys, values, window.positions(), {n: t[:, :, : window.longest] for n, t in window.statistics.items()}, due, 0)
+                self._send_down(
+                    keys,
+                    values,
+                    window.positions(),
+                    {n: t[:, :, : window.longest] for n, t in window.statistics.items()},
+                    due,
+                    0,
+                )
                 window.take_out(ladder.n_sink, due)
                 window.shrink(ladder.n_sink + ladder.recent_window + ladder.tile)
                 self._report("encode", int(due.sum()) * window.keys.shape[1], before, started)
@@ -390,14 +395,18 @@ class TieredLayer(CacheLayerMixin):
         window = self._window()
         shape = (self.batch_size, window.keys.shape[1], self.logical)
         if tuple(tiers.shape) != shape:
-            raise InputError(f"layer {self.index}: tiers have shape {tuple(tiers.shape)}; [B, H_kv, T] = {shape} is needed")
+            raise InputError(
+                f"layer {self.index}: tiers have shape {tuple(tiers.shape)}; [B, H_kv, T] = {shape} is needed"
+            )
         if bool((tiers < -1).any()) or bool((tiers > len(self.stores)).any()):
             raise InputError(
                 f"layer {self.index}: tiers must be -1 (evicted), 0 (full precision) or 1..{len(self.stores)} "
                 f"({', '.join(s.tier.name for s in self.stores)}); found {int(tiers.min())}..{int(tiers.max())}"
             )
         depth = len(self.stores) + 1
-        wanted = tiers.to(self.device).where(tiers.to(self.device) >= 0, torch.full_like(tiers, depth, device=self.device))
+        wanted = tiers.to(self.device).where(
+            tiers.to(self.device) >= 0, torch.full_like(tiers, depth, device=self.device)
+        )
         now = self.tier_map().where(self.tier_map() >= 0, torch.full_like(tiers, depth, device=self.device))
         if bool((wanted < now).any()):
             raise InputError(
@@ -443,7 +452,8 @@ class TieredLayer(CacheLayerMixin):
             return {}
         held = {f"fp16/{n}": t for n, t in self.window.tensors().items()}
         for store in self.stores:
-            held.update({f"{store.tier.name}/{n}": t for n, t in store.tensors().items()})
+            tiled = "tiles." if store.tier.name == "fp16" else ""  # beside the window, which is fp16 too
+            held.update({f"{store.tier.name}/{tiled}{n}": t for n, t in store.tensors().items()})
             for side, quantizer in (("k", store.tier.keys), ("v", store.tier.values)):
                 held.update({f"{store.tier.name}/{side}.state.{n}": t for n, t in quantizer.state_dict().items()})
         held["layer/padding"] = self.padding
@@ -470,8 +480,10 @@ class TieredLayer(CacheLayerMixin):
         """
         pending = self.pending
         total = int((self.lengths * self._window().keys.shape[1]).sum())
-        stored = [self._window(), *self.stores]
-        have = int(self._window().lengths.sum()) * self._window().keys.shape[1] + sum(int(s.lengths.sum()) for s in self.stores)
+        stored: list[Window | TierStore] = [self._window(), *self.stores]
+        have = int(self._window().lengths.sum()) * self._window().keys.shape[1] + sum(
+            int(s.lengths.sum()) for s in self.stores
+        )
         have += pending[0].shape[0] * pending[0].shape[1] * pending[0].shape[2] if pending is not None else 0
         if have < total:
             raise InputError(
@@ -533,7 +545,9 @@ class TieredLayer(CacheLayerMixin):
         dropped = torch.zeros_like(window.lengths) if padding is None else padding.clamp_max(chunk) * empty
         self.padding = self.padding + dropped
         positions = torch.arange(start, self.logical, device=self.device).expand(keys.shape[0], -1)
-        observed = {n: statistics.get(n, keys.new_zeros(keys.shape[:3], dtype=torch.float32)) for n in window.statistics}
+        observed = {
+            n: statistics.get(n, keys.new_zeros(keys.shape[:3], dtype=torch.float32)) for n in window.statistics
+        }
         lengths = window.lengths + chunk - dropped
         if window.longest or bool(dropped.any()):
             keys, values, positions, observed = self._joined(keys, values, positions, observed, dropped)
@@ -591,7 +605,13 @@ class TieredLayer(CacheLayerMixin):
             self.since_ranking = self.plan.every  # a chunk can overflow a tier at once
 
     def _pour(
-        self, moving: Tokens, keys: Tensor, values: Tensor, positions: Tensor, observed: Mapping[str, Tensor], due: Tensor
+        self,
+        moving: Tokens,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        observed: Mapping[str, Tensor],
+        due: Tensor,
     ) -> None:
         """Place the prompt's tokens directly: the best into the first tier, the next into the second, and so on."""
         ladder, policy = self.plan.ladder, self.plan.policy
@@ -611,7 +631,9 @@ class TieredLayer(CacheLayerMixin):
                 where, self.logical, self.index, self.plan.num_layers, dict(observed), keys.float, values.float, lengths
             )
             scores = self._checked(policy.score(view), where.shape)[:, :, ladder.n_sink : ladder.n_sink + width]
-        rank = torch.argsort(torch.argsort(scores.masked_fill(~live, -torch.inf), dim=-1, descending=True, stable=True), dim=-1)
+        rank = torch.argsort(
+            torch.argsort(scores.masked_fill(~live, -torch.inf), dim=-1, descending=True, stable=True), dim=-1
+        )
         upper = torch.zeros_like(due)
         for store, take in zip(self.stores, takes, strict=True):
             lower, upper = upper, upper + take
@@ -626,12 +648,20 @@ class TieredLayer(CacheLayerMixin):
             self.plan.emit(Event("evict", self.index, evicted))
 
     def _keep_in_window(
-        self, keys: Tensor, values: Tensor, positions: Tensor, observed: Mapping[str, Tensor], lengths: Tensor, due: Tensor
+        self,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        observed: Mapping[str, Tensor],
+        lengths: Tensor,
+        due: Tensor,
     ) -> None:
         window, ladder = self._window(), self.plan.ladder
         kept = lengths - due
         slots = torch.arange(int(kept.max()))
-        source = torch.where(slots < ladder.n_sink, slots, slots + due[:, None]).clamp_max(keys.shape[2] - 1).to(self.device)
+        source = (
+            torch.where(slots < ladder.n_sink, slots, slots + due[:, None]).clamp_max(keys.shape[2] - 1).to(self.device)
+        )
         wide = source[:, None, :, None]
         new_k = keys.gather(2, wide.expand(-1, keys.shape[1], -1, keys.shape[3]))
         new_v = values.gather(2, wide.expand(-1, values.shape[1], -1, values.shape[3]))
@@ -647,7 +677,9 @@ class TieredLayer(CacheLayerMixin):
         parts = [window.positions().expand(-1, heads, -1), *(s.positions().expand(-1, heads, -1) for s in self.stores)]
         sizes = [p.shape[2] for p in parts]
         statistics = {
-            n: torch.cat([window.statistics[n][:, :, : window.longest], *(s.statistics[n].flatten(2) for s in self.stores)], 2)
+            n: torch.cat(
+                [window.statistics[n][:, :, : window.longest], *(s.statistics[n].flatten(2) for s in self.stores)], 2
+            )
             for n in window.statistics
         }
 
@@ -713,7 +745,9 @@ class TieredLayer(CacheLayerMixin):
 
     def _report(self, kind: str, tokens: int, before: int, started: float) -> None:
         self.plan.emit(
-            Event(kind, self.index, tokens, before, self.nbytes(), time.perf_counter() - started, {"length": self.logical})
+            Event(
+                kind, self.index, tokens, before, self.nbytes(), time.perf_counter() - started, {"length": self.logical}
+            )
         )
 
 

@@ -35,7 +35,9 @@ class JsonlExporter(TelemetrySink):
         try:
             self._file = self.path.open("a", encoding="utf-8")
         except OSError as error:
-            raise ConfigError(f"telemetry cannot write to {self.path}: {error.strerror}; name a writable file") from error
+            raise ConfigError(
+                f"telemetry cannot write to {self.path}: {error.strerror}; name a writable file"
+            ) from error
 
     def emit(self, event: Event) -> None:
         self._file.write(json.dumps(asdict(event)) + "\n")

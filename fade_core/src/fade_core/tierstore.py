@@ -97,6 +97,9 @@ class TierStore:
         explicit: bool,
         statistics: tuple[str, ...] = (),
     ) -> None:
+        self._ids: Tensor | None = None
+        self._valid: Tensor | None = None
+        self._device_book: DeviceBook | None = None
         self.tier, self.device, self.dtype, self.explicit = tier, device, dtype, explicit
         self.tile, self.heads = tier.keys.tile, heads
         self.names = statistics
@@ -223,7 +226,9 @@ class TierStore:
             part = slice(first * self.tile, min((first + block) * self.tile, width))
             packed_k = self.tier.keys.encode(tokens.keys[:, :, part])
             packed_v = self.tier.values.encode(tokens.values[:, :, part])
-            fields = {f"k.{n}": f for n, f in packed_k.fields.items()} | {f"v.{n}": f for n, f in packed_v.fields.items()}
+            fields = {f"k.{n}": f for n, f in packed_k.fields.items()} | {
+                f"v.{n}": f for n, f in packed_v.fields.items()
+            }
             statistics = {n: t[:, :, part] for n, t in tokens.statistics.items()}
             self._enter(rows, filled[..., first : first + block], fields, tokens.positions[:, :, part], statistics)
 
@@ -390,7 +395,9 @@ class TierStore:
         self.table = self.table.gather(2, order).masked_fill(dropped, -1)
         self.counts = self.counts.gather(2, order).masked_fill(dropped, 0)
         self.starts = self.starts.gather(2, order)
-        self.offsets = self.offsets.gather(2, slots[..., None].expand_as(self.offsets)) if self.explicit else self.offsets
+        self.offsets = (
+            self.offsets.gather(2, slots[..., None].expand_as(self.offsets)) if self.explicit else self.offsets
+        )
         self.statistics = {n: t.gather(2, slots[..., None].expand_as(t)) for n, t in self.statistics.items()}
         self._trim()
         self._book_changed()
@@ -468,9 +475,9 @@ class TierStore:
             self._book_changed()
 
     def _book_changed(self) -> None:
-        self._ids: Tensor | None = None
-        self._valid: Tensor | None = None
-        self._device_book: DeviceBook | None = None
+        self._ids = None
+        self._valid = None
+        self._device_book = None
 
 
 def _without_slack(tokens: Tokens) -> Tokens:

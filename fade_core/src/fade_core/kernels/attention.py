@@ -124,8 +124,7 @@ def decode_attention(
     if sinks is not None:
         total = total + torch.exp(extra - peak)
     safe = total.clamp_min(torch.finfo(torch.float32).tiny)
-    output = sum(part * (share / safe) for (part, _, _, _), share in zip(parts, shares, strict=True))
-    assert isinstance(output, Tensor)
+    output = torch.stack([part * (share / safe) for (part, _, _, _), share in zip(parts, shares, strict=True)]).sum(0)
     lse = (peak + total.log()).view(batch, heads, queries)
     found = None
     if probabilities:
@@ -140,7 +139,7 @@ def attention_mass(
     query: Tensor, segment: Segment, lse: Tensor, scaling: float, softcap: float | None = None
 ) -> Tensor:
     """Probabilities ``[B, H_kv, Q, T]`` of one segment's tokens, given the ``lse`` ``[B, H_q, Q]`` over all of them."""
-    batch, heads, queries, _ = query.shape
+    batch, _, queries, _ = query.shape
     kv_heads = _kv_heads(segment)
     grouped = (_wide(query) * scaling).reshape(batch, kv_heads, -1, query.shape[-1])
     logits = _masked(_capped(segment.scores(grouped), softcap), segment.mask, queries)
@@ -175,9 +174,7 @@ class TorchDecodeAttention(Kernel):
     name: ClassVar[str] = "torch"
     op: ClassVar[Op] = "decode_attention"
 
-    def supports(
-        self, format: PackedFormat | None, head_dim: int, device: torch.device, dtype: torch.dtype
-    ) -> Support:
+    def supports(self, format: PackedFormat | None, head_dim: int, device: torch.device, dtype: torch.dtype) -> Support:
         return Support(True)
 
     def __call__(self, *args: Any, **kwargs: Any) -> AttentionOutput:
@@ -190,9 +187,7 @@ class TorchAttentionMass(Kernel):
     name: ClassVar[str] = "torch"
     op: ClassVar[Op] = "attention_mass"
 
-    def supports(
-        self, format: PackedFormat | None, head_dim: int, device: torch.device, dtype: torch.dtype
-    ) -> Support:
+    def supports(self, format: PackedFormat | None, head_dim: int, device: torch.device, dtype: torch.dtype) -> Support:
         return Support(True)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -33,7 +33,8 @@ def to_tiles(x: Tensor, tile: int) -> Tensor:
     short = -length % tile
     if short:
         x = torch.cat([x, x[:, :, -1:].expand(-1, -1, short, -1)], dim=2)
-    return x.unflatten(2, (-1, tile))
+    tiles: Tensor = x.unflatten(2, (-1, tile))
+    return tiles
 
 
 def half_below(x: Tensor) -> Tensor:
@@ -134,8 +135,8 @@ class UniformQuantizer(Quantizer):
         else:
             grouped = codes.unflatten(-2, (fmt.groups, fmt.group))
             x = grouped * scale[..., None, :] + minimum[..., None, :]
-        x = x.reshape(*codes.shape).flatten(2, 3)
-        return x[:, :, : packed.length].to(packed.dtype)
+        tokens: Tensor = x.reshape(*codes.shape).flatten(2, 3)
+        return tokens[:, :, : packed.length].to(packed.dtype)
 
     def select(self, packed: Packed, index: Tensor) -> Packed:
         if not self.moves_tokens:
@@ -179,12 +180,16 @@ class UniformQuantizer(Quantizer):
             weights = torch.nn.functional.pad(weights, (0, short))
         codes = self._codes(packed, weights.dtype)
         scale, minimum = unpack_meta(packed.fields["meta"])
-        scale, minimum = scale.to(weights.dtype).flatten(2)[:, :, None], minimum.to(weights.dtype).flatten(2)[:, :, None]
+        scale, minimum = (
+            scale.to(weights.dtype).flatten(2)[:, :, None],
+            minimum.to(weights.dtype).flatten(2)[:, :, None],
+        )
         scaled = weights * scale
         offset = (weights * minimum).sum(-1, keepdim=True)
         if fmt.layout == "channel":  # [B, H, n, D, tile]
             tiles = scaled.unflatten(-1, (-1, self.tile)).transpose(2, 3)  # [B, H, n, N, tile]
-            return (tiles @ codes.transpose(-1, -2)).sum(2) + offset
+            combined: Tensor = (tiles @ codes.transpose(-1, -2)).sum(2) + offset
+            return combined
         return scaled @ codes.flatten(2, 3) + offset
 
     def _pack(self, codes: Tensor) -> dict[str, Tensor]:
