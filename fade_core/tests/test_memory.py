@@ -103,6 +103,16 @@ def test_peak_counts_temporaries_that_are_gone() -> None:
     assert last.numel() == kept.numel()
 
 
+def test_stopping_early_ends_the_measurement() -> None:
+    with PeakTracker() as tracker:
+        small = floats(4)
+        tracker.stop()
+        large = floats(400)
+        tracker.stop()
+    assert tracker.peak == 4 * KIB
+    assert small.numel() < large.numel()
+
+
 def test_peak_sees_growth_by_resizing_and_ignores_views() -> None:
     with PeakTracker() as tracker:
         tensor = floats(4)

@@ -129,6 +129,7 @@ class PeakTracker:
         self._mode = _AllocationMode()
         self._start = 0
         self._cuda_peak = 0
+        self._running = False
 
     @property
     def peak(self) -> int:
@@ -137,7 +138,19 @@ class PeakTracker:
             return self._mode.peak
         return max(self._cuda_peak, 0)
 
+    def stop(self) -> None:
+        """End the measurement before the block does; calling it again does nothing."""
+        if not self._running:
+            return
+        self._running = False
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            self._cuda_peak = torch.cuda.max_memory_allocated(self.device) - self._start
+        else:
+            self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
     def __enter__(self) -> Self:
+        self._running = True
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -149,11 +162,7 @@ class PeakTracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            self._cuda_peak = torch.cuda.max_memory_allocated(self.device) - self._start
-        else:
-            self._mode.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        self.stop()
 
 
 class _AllocationMode(TorchDispatchMode):

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fade_core.cli.console import errors, out, rows, size, table, working
+from fade_core.cli.console import Advance, errors, out, rows, size, table, working
 from fade_core.cli.generate import run_generate
 from fade_core.cli.options import EXACT, PRESETS, Caches, Device, Dtype, Model, named_caches, open_model
-from fade_core.errors import InputError
+from fade_core.errors import FadeError, InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,7 +67,6 @@ def demo(
     from fade_core.cli.picture import draw
     from fade_core.cli.prompts import document_ids
     from fade_core.eval.caches import tiered_factory
-    from fade_core.loading import exact_cache
 
     text, asked = _subject(document, question)
     caches = named_caches(config)
@@ -78,86 +77,102 @@ def demo(
     runner = _Runner(loaded, tokenizer, ids, max_new_tokens)
     results, pictures = {}, {}
     with working("exact cache") as advance:
-        results[EXACT], run = runner.exact(exact_cache, advance)
+        results[EXACT], run = runner.exact(advance)
     for name, cache in caches.items():
         with working(f"{name} cache") as advance:
             results[name], pictures[name] = runner.compressed(tiered_factory(cache), run, advance)  # type: ignore[arg-type]
     if pictures:
         draw(pictures, output_dir / "tiers.png")
-    _print(results, loaded, ids.shape[1], runner.compared)
+    _print(results, loaded, ids.shape[1])
     _save(results, pictures, output_dir / "demo.json", model, ids.shape[1])
     out.print(f"picture: {output_dir / 'tiers.png'}   figures: {output_dir / 'demo.json'}", markup=False)
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """What ``generate()`` gave: token ids, text, rate, bytes held, peak while the prompt was read, and the picture."""
+
+    tokens: list[int]
+    text: str
+    rate: float | None
+    held: int
+    peak: int
+    picture: TierPicture | None
+
+    def shown(self, kl: float, top1: float) -> Shown:
+        return Shown(self.held, self.peak, self.rate, self.text, kl, top1)
+
+
 class _Runner:
-    """Runs every cache over the same prompt and the same continuation."""
+    """Runs every cache over the same prompt and, from there, over the same tokens."""
 
     def __init__(self, model: Any, tokenizer: Any, ids: Tensor, max_new_tokens: int) -> None:
         self.model, self.tokenizer, self.ids, self.max_new_tokens = model, tokenizer, ids, max_new_tokens
-        self.compared = CHECKED
 
-    def exact(self, factory: CacheFactory, advance: Callable[[int, int], None]) -> tuple[Shown, ExactRun]:
-        """The exact cache's line, and its run over its own answer and the text that follows."""
+    def exact(self, advance: Advance) -> tuple[Shown, ExactRun]:
+        """The exact cache's line, and its run over its own answer and a text that follows."""
         import torch
 
-        from fade_core.eval.kl import run_exact
+        from fade_core.eval.caches import opened
+        from fade_core.eval.kl import follow_exact, run_exact
         from fade_core.eval.tokens import token_rows
-        from fade_core.memory import PeakTracker
+        from fade_core.loading import exact_cache
 
-        tokens, held, rate, _ = self._answer(factory)
-        answer = torch.tensor([tokens], device=self.ids.device)
-        (follows,) = token_rows(None, self.tokenizer, CHECKED, self.ids.device, limit=1)
-        row = torch.cat([self.ids, answer, follows], dim=1)[:, : self.ids.shape[1] + CHECKED + 1]
-        peak = PeakTracker(self.model.device)
-        run = run_exact(
-            self.model,
-            row,
-            self.ids.shape[1],
-            steps_per_forward=STEPS_PER_FORWARD,
-            advance=_counting(advance),
-            around_prompt=peak,
-        )
-        return Shown(held, peak.peak, rate, self._text(tokens), 0.0, 1.0), run
+        prompt = self.ids.shape[1]
+        with opened(exact_cache, self.model) as cache:
+            answer = self._answer(cache)
+            tokens = torch.tensor([answer.tokens], device=self.ids.device)
+            (follows,) = token_rows(None, self.tokenizer, CHECKED, self.ids.device, limit=1)
+            row = torch.cat([self.ids, tokens, follows], dim=1)[:, : prompt + CHECKED + 1]
+            options: dict[str, Any] = {"steps_per_forward": STEPS_PER_FORWARD, "advance": _counting(advance)}
+            if self._rewound(cache):
+                return answer.shown(0.0, 1.0), follow_exact(self.model, cache, row, prompt, **options)
+        return answer.shown(0.0, 1.0), run_exact(self.model, row, prompt, **options)
 
-    def compressed(
-        self, factory: CacheFactory, run: ExactRun, advance: Callable[[int, int], None]
-    ) -> tuple[Shown, TierPicture]:
+    def compressed(self, factory: CacheFactory, run: ExactRun, advance: Advance) -> tuple[Shown, TierPicture]:
         """A compressed cache's line and picture."""
-        from fade_core.eval.kl import compare
-        from fade_core.memory import PeakTracker
+        from fade_core.eval.caches import opened
+        from fade_core.eval.kl import compare, follow
 
-        tokens, held, rate, picture = self._answer(factory)
-        if picture is None:
+        found = None
+        options: dict[str, Any] = {"steps_per_forward": STEPS_PER_FORWARD, "advance": _counting(advance)}
+        with opened(factory, self.model) as cache:
+            answer = self._answer(cache)
+            if self._rewound(cache):
+                found = follow(self.model, cache, run, **options)
+        found = found or compare(self.model, factory, run, **options)
+        if answer.picture is None:
             raise InputError("this cache cannot say which tier a token lives in")
-        peak = PeakTracker(self.model.device)
-        found = compare(
-            self.model,
-            factory,
-            run,
-            steps_per_forward=STEPS_PER_FORWARD,
-            advance=_counting(advance),
-            around_prompt=peak,
-        )
-        same = float(found.same.double().mean())
-        return Shown(held, peak.peak, rate, self._text(tokens), float(found.kl.mean()), same), picture
+        return answer.shown(float(found.kl.mean()), float(found.same.double().mean())), answer.picture
 
-    def _answer(self, factory: CacheFactory) -> tuple[list[int], int, float | None, TierPicture | None]:
+    def _answer(self, cache: Any) -> _Answer:
         from fade_core.cli.picture import TierPicture
         from fade_core.cli.streaming import TokenWatch
-        from fade_core.eval.caches import opened
-        from fade_core.memory import live_bytes
+        from fade_core.memory import PeakTracker, live_bytes
 
-        watch = TokenWatch()
-        with opened(factory, self.model) as cache:
+        peak = PeakTracker(self.model.device)
+        watch = TokenWatch(on_first=peak.stop)  # tracking slows every operation; the answer is timed
+        with peak:
             tokens = run_generate(self.model, self.tokenizer, self.ids, cache, self.max_new_tokens, watch)
-            picture = TierPicture.of(cache) if hasattr(cache, "tier_names") else None
-            return tokens, live_bytes(cache, exclude=self.model), watch.tokens_per_second, picture
+        return _Answer(
+            tokens,
+            str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip(),
+            watch.tokens_per_second,
+            live_bytes(cache, exclude=self.model),
+            peak.peak,
+            TierPicture.of(cache) if hasattr(cache, "tier_names") else None,
+        )
 
-    def _text(self, tokens: list[int]) -> str:
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+    def _rewound(self, cache: Any) -> bool:
+        """Forget the answer, so that the prompt need not be read again; false if a layer of this model cannot."""
+        try:
+            cache.crop(self.ids.shape[1] - cache.get_seq_length())
+        except (RuntimeError, ValueError, NotImplementedError, FadeError):
+            return False
+        return bool(cache.get_seq_length() == self.ids.shape[1])
 
 
-def _counting(advance: Callable[[int, int], None]) -> Callable[[int], None]:
+def _counting(advance: Advance) -> Callable[[int], None]:
     done = 0
 
     def add(count: int) -> None:
@@ -198,7 +213,7 @@ def _limit(model: Any, prompt_tokens: int | None, max_new_tokens: int) -> int | 
     return prompt_tokens or room
 
 
-def _print(results: dict[str, Shown], model: Any, prompt_tokens: int, compared: int) -> None:
+def _print(results: dict[str, Shown], model: Any, prompt_tokens: int) -> None:
     exact = results[EXACT]
     sixteen = exact.held * 2 / model.dtype.itemsize
     lines = [
@@ -215,7 +230,7 @@ def _print(results: dict[str, Shown], model: Any, prompt_tokens: int, compared: 
         )
         for name, line in results.items()
     ]
-    title = f"{prompt_tokens} prompt tokens, {model.dtype} on {model.device}; KL and top-1 over {compared} steps"
+    title = f"{prompt_tokens} prompt tokens, {model.dtype} on {model.device}; KL and top-1 over {CHECKED} steps"
     columns = (
         *("cache", ">bytes held", ">to exact", ">to 16 bits", ">peak reading"),
         *(">tokens/s", ">top-1", ">KL", "answer"),

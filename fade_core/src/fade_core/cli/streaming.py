@@ -15,13 +15,19 @@ class TokenWatch:
     Args:
         tokenizer: decodes the text, or ``None`` to keep only times.
         on_text: called with each new piece of text.
+        on_first: called when the first new token is there: the prompt has been read.
 
     Attributes:
         times: ``time.perf_counter()`` of every new token.
     """
 
-    def __init__(self, tokenizer: Any = None, on_text: Callable[[str], None] | None = None) -> None:
-        self.tokenizer, self.on_text = tokenizer, on_text
+    def __init__(
+        self,
+        tokenizer: Any = None,
+        on_text: Callable[[str], None] | None = None,
+        on_first: Callable[[], None] | None = None,
+    ) -> None:
+        self.tokenizer, self.on_text, self.on_first = tokenizer, on_text, on_first
         self.times: list[float] = []
         self._ids: list[int] = []
         self._shown = ""
@@ -32,6 +38,8 @@ class TokenWatch:
         if not self._prompt_seen:
             self._prompt_seen = True
             return
+        if not self.times and self.on_first is not None:
+            self.on_first()
         self.times.append(time.perf_counter())
         self._ids += value.reshape(-1).tolist()
         self._show(final=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,7 +182,6 @@ def run_exact(
     *,
     steps_per_forward: int = 1,
     advance: Callable[[int], None] | None = None,
-    around_prompt: AbstractContextManager[Any] | None = None,
 ) -> ExactRun:
     """Decode one text ``[1, T]`` with the exact cache. Its last token is only predicted, never fed.
 
@@ -193,18 +191,28 @@ def run_exact(
         prompt_tokens: tokens fed at once.
         steps_per_forward: tokens a forward pass after the prompt.
         advance: called with the tokens of each forward pass.
-        around_prompt: entered while the prompt is read (a ``PeakTracker``).
     """
-    logits = []
     with opened(exact_cache, model) as cache:
-        with around_prompt or nullcontext():
-            prefill(model, ids[:, :prompt_tokens], cache)
-        for step in feed(model, ids[:, prompt_tokens:-1], cache, steps_per_forward):
-            logits.append(step)
-            if advance is not None:
-                advance(step.shape[0])
-        held = live_bytes(cache, exclude=model)
-    return ExactRun(ids, prompt_tokens, torch.cat(logits), held)
+        prefill(model, ids[:, :prompt_tokens], cache)
+        return follow_exact(model, cache, ids, prompt_tokens, steps_per_forward=steps_per_forward, advance=advance)
+
+
+def follow_exact(
+    model: Any,
+    cache: Any,
+    ids: Tensor,
+    prompt_tokens: int,
+    *,
+    steps_per_forward: int = 1,
+    advance: Callable[[int], None] | None = None,
+) -> ExactRun:
+    """As ``run_exact``, on an exact cache that holds the first ``prompt_tokens`` tokens already."""
+    logits = []
+    for step in feed(model, ids[:, prompt_tokens:-1], cache, steps_per_forward):
+        logits.append(step)
+        if advance is not None:
+            advance(step.shape[0])
+    return ExactRun(ids, prompt_tokens, torch.cat(logits), live_bytes(cache, exclude=model))
 
 
 def compare(
@@ -214,27 +222,36 @@ def compare(
     *,
     steps_per_forward: int = 1,
     advance: Callable[[int], None] | None = None,
-    around_prompt: AbstractContextManager[Any] | None = None,
 ) -> Steps:
     """Decode the same text with another cache and compare step by step; no logits are kept. Arguments as above."""
+    with opened(factory, model) as cache:
+        prefill(model, run.ids[:, : run.prompt_tokens], cache)
+        return follow(model, cache, run, steps_per_forward=steps_per_forward, advance=advance)
+
+
+def follow(
+    model: Any,
+    cache: Any,
+    run: ExactRun,
+    *,
+    steps_per_forward: int = 1,
+    advance: Callable[[int], None] | None = None,
+) -> Steps:
+    """As ``compare``, on a cache that holds the run's prompt already."""
     kl, same, nll, exact_nll, done = [], [], [], [], 0
     targets = run.ids[0, run.prompt_tokens + 1 :]
-    with opened(factory, model) as cache:
-        with around_prompt or nullcontext():
-            prefill(model, run.ids[:, : run.prompt_tokens], cache)
-        for logits in feed(model, run.ids[:, run.prompt_tokens : -1], cache, steps_per_forward):
-            here = slice(done, done + logits.shape[0])
-            wanted = run.logits[here].log_softmax(-1)
-            found = logits.log_softmax(-1)
-            kl.append((wanted.exp() * (wanted - found)).sum(-1, dtype=torch.float64).clamp(min=0).cpu())
-            same.append((wanted.argmax(-1) == found.argmax(-1)).cpu())
-            nll.append(-found.gather(1, targets[here, None]).squeeze(1).double().cpu())
-            exact_nll.append(-wanted.gather(1, targets[here, None]).squeeze(1).double().cpu())
-            done = here.stop
-            if advance is not None:
-                advance(logits.shape[0])
-        held = live_bytes(cache, exclude=model)
-    sizes = HeldBytes.of(held, run.bytes_held, model.dtype.itemsize)
+    for logits in feed(model, run.ids[:, run.prompt_tokens : -1], cache, steps_per_forward):
+        here = slice(done, done + logits.shape[0])
+        wanted = run.logits[here].log_softmax(-1)
+        found = logits.log_softmax(-1)
+        kl.append((wanted.exp() * (wanted - found)).sum(-1, dtype=torch.float64).clamp(min=0).cpu())
+        same.append((wanted.argmax(-1) == found.argmax(-1)).cpu())
+        nll.append(-found.gather(1, targets[here, None]).squeeze(1).double().cpu())
+        exact_nll.append(-wanted.gather(1, targets[here, None]).squeeze(1).double().cpu())
+        done = here.stop
+        if advance is not None:
+            advance(logits.shape[0])
+    sizes = HeldBytes.of(live_bytes(cache, exclude=model), run.bytes_held, model.dtype.itemsize)
     return Steps(torch.cat(kl), torch.cat(same), torch.cat(nll), torch.cat(exact_nll), sizes)
 
 
