@@ -29,7 +29,7 @@ $(CORE): constraints.txt fade_core/pyproject.toml
 	@touch $@
 
 $(ALL): $(CORE) $(addsuffix /pyproject.toml,$(PLUGINS))
-	$(PIP) install --quiet $(addprefix -e ./,$(PLUGINS)) 'fade-kernels-triton[test]' import-linter mypy ruff types-PyYAML
+	$(PIP) install --quiet $(foreach p,$(PLUGINS),-e './$(p)[test]') import-linter mypy ruff types-PyYAML
 	@touch $@
 
 demo: $(ALL)
