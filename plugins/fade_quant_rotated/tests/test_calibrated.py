@@ -10,7 +10,7 @@ from fade_core.errors import CheckpointError, ConfigError, InputError
 from fade_core.interfaces import QuantizerContext
 from fade_core.testing import check_quantizer
 from fade_quant_rotated import CalibratedConfig, CalibratedQuantizer, Calibration
-from fade_quant_rotated.allocation import water_fill
+from fade_quant_rotated.allocation import WIDTHS, water_fill
 from fade_quant_rotated.calibration import SideCalibration, load_calibration
 from fade_quant_rotated.klt import weighted_klt
 from fade_quant_rotated.lloyd_max import gaussian_distortion
@@ -76,7 +76,7 @@ def test_klt_is_uncorrelated_and_measures_errors_in_the_metric(seed: int) -> Non
     torch.testing.assert_close(inside, outside, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize(("widths", "group"), [((0, 1, 2, 3, 4, 5, 6), 1), ((0, 2, 4), 16), ((0, 1, 3), 4)])
+@pytest.mark.parametrize(("widths", "group"), [(WIDTHS, 1), ((0, 2, 4), 16), ((0, 1, 3), 4)])
 def test_water_filling_is_the_best_of_many_and_keeps_to_its_budget(widths: tuple, group: int, seed: int) -> None:
     worth = torch.rand(2, 3, 64).exp2().pow(12).sort(-1, descending=True)[0]
     for bits in (0.5, 1.3, 2.0):
@@ -117,7 +117,7 @@ def test_water_filling_refuses_what_it_cannot_do() -> None:
 @pytest.mark.parametrize("layout", ["token", "channel"])
 @pytest.mark.parametrize("tile", [64, 16])
 def test_streams_return_every_code_of_every_width(layout: str, tile: int, seed: int) -> None:
-    widths = torch.randint(0, 7, (HEADS, DIM)).sort(-1, descending=True)[0]
+    widths = torch.tensor(WIDTHS)[torch.randint(len(WIDTHS), (HEADS, DIM))].sort(-1, descending=True)[0]
     widths[1, 3:] = 0
     stream = StreamLayout(widths, tile, layout)
     shape = (2, 4, tile, len(stream.channels))

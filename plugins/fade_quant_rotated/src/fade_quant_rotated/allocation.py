@@ -11,7 +11,8 @@ from fade_core.errors import ConfigError
 from fade_core.packed import planes_of
 from fade_quant_rotated.lloyd_max import gaussian_distortion
 
-MAX_WIDTH = 8
+WIDTHS = (0, 1, 2, 3, 4, 5, 6, 8)
+"""Every width that can be packed: without 8, the loudest channels are clipped."""
 
 
 def check_widths(widths: Sequence[int]) -> tuple[int, ...]:
@@ -24,7 +25,7 @@ def check_widths(widths: Sequence[int]) -> tuple[int, ...]:
     return found
 
 
-def water_fill(worth: Tensor, bits: float, widths: Sequence[int] = tuple(range(7)), group: int = 1) -> Tensor:
+def water_fill(worth: Tensor, bits: float, widths: Sequence[int] = WIDTHS, group: int = 1) -> Tensor:
     """Widths that minimise the expected error at an average of at most ``bits``, over all channels at once.
 
     The error of a channel is its worth times the distortion of a Gaussian at its width; on the lower convex hull of

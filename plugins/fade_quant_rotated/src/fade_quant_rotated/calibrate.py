@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fade_core.errors import InputError, UnsupportedModelError
 from fade_core.interfaces import Side
-from fade_quant_rotated.allocation import check_widths
+from fade_quant_rotated.allocation import WIDTHS, check_widths
 from fade_quant_rotated.calibration import Calibration, SideCalibration
 from fade_quant_rotated.klt import weighted_klt
 from fade_quant_rotated.statistics import PROJECTIONS, Collector, LayerMoments
@@ -36,7 +36,7 @@ def calibrate(
     model: PreTrainedModel,
     texts: Sequence[Tensor],
     bits: float = 2.0,
-    widths: Sequence[int] = (0, 1, 2, 3, 4, 5, 6),
+    widths: Sequence[int] = WIDTHS,
     group: int = 1,
     sinks: int = 4,
     window: int = 64,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fade_core import load_model
 from fade_core.errors import InputError
+from fade_quant_rotated.allocation import WIDTHS
 from fade_quant_rotated.calibrate import calibrate
 from fade_quant_rotated.codebook import save_codebooks
 from fade_quant_rotated.training import train_codebooks
@@ -33,7 +34,9 @@ def calibrate_command(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the calibration (.safetensors).")],
     model: Model = "smollm2",
     bits: Annotated[float, typer.Option(help="Default average bits an element, everything counted.")] = 2.0,
-    widths: Annotated[str, typer.Option(help='Default code widths; "0,2,4" suits kernels.')] = "0,1,2,3,4,5,6",
+    widths: Annotated[str, typer.Option(help='Default code widths; "0,2,4" suits kernels.')] = ",".join(
+        map(str, WIDTHS)
+    ),
     group: Annotated[int, typer.Option(min=1, help="Default channels that share a width; 16 suits kernels.")] = 1,
     length: Length = 1024,
     max_tokens: MaxTokens = 16384,
