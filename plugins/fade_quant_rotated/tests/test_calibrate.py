@@ -150,7 +150,7 @@ def test_refusals_say_what_to_do(seed: int) -> None:
     with pytest.raises(InputError, match="no text"):
         calibrate(model, [])
     with pytest.raises(ConfigError, match="widths"):
-        calibrate(model, texts(), bits=7.9)
+        calibrate(model, texts(), bits=4, widths=(0, 2))
     with torch.no_grad():
         model.model.layers[1].self_attn.k_proj.weight[0, 0] = torch.nan
     before = model.config._attn_implementation
