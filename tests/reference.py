@@ -1,0 +1,302 @@
+"""Dense references: the same quantised values through a plain masked softmax, written without FADE's attention.
+
+``dense_cache`` keeps every token at its place in one dense tensor and decides by itself which tokens are quantised
+(for ladders that nothing bounds). ``Recording`` and ``replay_cache`` take over from a run of a tiered cache which
+tokens were stored at each step, and with which values; everything else (masks, order of rows, attention) is dense.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+from fade_core import FadeConfig, Quantizer, TieredKVCache
+from fade_core.interfaces import QuantizerContext
+from fade_core.layer import TieredLayer
+from fade_core.packed import Packed
+from fade_core.tierstore import TierStore
+
+DENSE = "dense_reference"
+
+
+# --- attention -----------------------------------------------------------------------------------------------------
+
+
+def dense_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Softmax attention in float64, nothing clever; ``key.hidden`` (bool ``[B, H_kv, T]``) marks tokens that are gone."""
+    queries, tokens, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
+    seen = attention_mask
+    if seen is None:
+        seen = torch.ones(queries, tokens, dtype=torch.bool).tril(tokens - queries)[None, None]
+    elif seen.dtype != torch.bool:
+        seen = seen == 0
+    hidden = getattr(key, "hidden", None)
+    if hidden is not None:
+        seen = seen & ~hidden.repeat_interleave(groups, 1)[:, :, None]
+    keys, values = (t.double().repeat_interleave(groups, 1) for t in (key, value))
+    logits = query.double() @ keys.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap:
+        logits = torch.tanh(logits / softcap) * softcap
+    logits = logits.masked_fill(~seen, -torch.inf)
+    if s_aux is not None:
+        sink = s_aux.double().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+        logits = torch.cat([logits, sink], -1)
+    weights = logits.softmax(-1).nan_to_num(0)[..., :tokens]
+    return (weights @ values).to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(DENSE, dense_attention)
+AttentionMaskInterface.register(DENSE, sdpa_mask)
+
+
+@contextlib.contextmanager
+def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Run ``model`` with the attention ``name`` inside the block."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+# --- a dense cache that quantises by itself ---------------------------------------------------------------------------
+
+
+class DenseLayer(DynamicLayer):
+    """All tokens at their columns; those old enough are replaced by their quantised selves, tile by tile.
+
+    A row is its padding, ``n_sink`` exact tokens, then quantised ones up to the column ``edge``, then exact ones.
+    While past states are recorded (assisted decoding) nothing is quantised before the rejected tokens are cropped.
+    """
+
+    def __init__(self, config: FadeConfig, keys: Quantizer, values: Quantizer, padding: Tensor | None) -> None:
+        super().__init__()
+        self.config, self.quantizers, self.padding = config, (keys, values), padding
+        self.record_past = False
+        self.edge = torch.zeros(0, dtype=torch.long)
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            padding = self.padding if self.padding is not None else torch.zeros(len(key_states), dtype=torch.long)
+            self.edge = padding.repeat_interleave(len(key_states) // len(padding)) + self.config.n_sink
+        self.quantise()
+        seen = super().update(key_states, value_states)
+        if not self.record_past:
+            self.quantise()
+        return seen
+
+    def quantise(self) -> None:
+        if not self.get_seq_length():
+            return
+        tile, window = self.config.tile, self.config.recent_window
+        self.keys, self.values = self.keys.clone(), self.values.clone()  # what attention holds stays as it is
+        for row in range(len(self.edge)):
+            while self.get_seq_length() - int(self.edge[row]) >= window + tile:
+                part = (slice(row, row + 1), slice(None), slice(int(self.edge[row]), int(self.edge[row]) + tile))
+                for held, quantizer in zip((self.keys, self.values), self.quantizers, strict=True):
+                    held[part] = quantizer.decode(quantizer.encode(held[part]))
+                self.edge[row] += tile
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        self.edge = self.edge.clamp_max(self.get_seq_length())
+        self.quantise()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.edge = self.edge[indices]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.edge = self.edge.repeat_interleave(repeats)
+
+    @property
+    def quantised(self) -> int:
+        """Tokens of the first row that are quantised."""
+        return int(self.edge[0]) - self.config.n_sink - (int(self.padding[0]) if self.padding is not None else 0)
+
+
+def dense_cache(model: PreTrainedModel, config: FadeConfig, padding: Tensor | None = None) -> DynamicCache:
+    """A ``DynamicCache`` whose full-attention layers hold what a tiered cache of ``config`` would.
+
+    Args:
+        model: the model that will run with ``DENSE`` attention.
+        config: one unbounded rung.
+        padding: leading columns of each row that are padding, int64 ``[B]``.
+    """
+    (rung,) = config.resolved_ladder()
+    assert rung.capacity == "rest"
+    assert config.policy.budget is None
+    cache = DynamicCache(config=model.config)
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            head_dim = _head_dim(model)
+            quantizers = (
+                side.build(QuantizerContext(head_dim, name, config.tile, index, len(cache.layers)))  # type: ignore[arg-type]
+                for side, name in ((rung.keys, "key"), (rung.values, "value"))
+            )
+            cache.layers[index] = DenseLayer(config, *quantizers, padding)
+    return cache
+
+
+def _head_dim(model: PreTrainedModel) -> int:
+    text = model.config.get_text_config()
+    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+
+
+# --- what a tiered layer stores, read by a second reader -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Tokens of a layer at their logical positions.
+
+    Attributes:
+        keys: ``[B, H_kv, logical, D]``, zeros where nothing is stored.
+        values: likewise.
+        tier: int64 ``[B, H_kv, logical]``: 0 full precision, ``i`` the ladder's ``i``-th tier, -1 nowhere.
+    """
+
+    keys: Tensor
+    values: Tensor
+    tier: Tensor
+
+
+def stored(layer: TieredLayer) -> Stored:
+    """Read a layer slot by slot. A position stored twice, or beyond the logical length, is an ``AssertionError``."""
+    window = layer.window
+    assert window is not None
+    batch, heads, _, dim = window.keys.shape
+    keys = window.keys.new_zeros(batch, heads, layer.logical, dim)
+    values = window.values.new_zeros(batch, heads, layer.logical, window.values.shape[-1])
+    tier = torch.full((batch, heads, layer.logical), -1)
+
+    def put(rows: Tensor, heads_: Tensor, positions: Tensor, level: int, k: Tensor, v: Tensor) -> None:
+        at = (rows, heads_, positions.long())
+        assert bool(((at[2] >= 0) & (at[2] < layer.logical)).all()), (layer.index, level, positions.tolist())
+        assert bool((tier[at] == -1).all()), f"layer {layer.index}: a token of tier {level} is in a finer tier too"
+        assert len(torch.stack(at).unique(dim=1).T) == len(rows), f"layer {layer.index}: tier {level} has a token twice"
+        tier[at], keys[at], values[at] = level, k, v
+
+    slots = torch.arange(window.keys.shape[2]).expand(batch, heads, -1)
+    rows, heads_, slot = (slots < window.lengths[:, None, None]).nonzero(as_tuple=True)
+    at = (rows, heads_, slot)
+    put(rows, heads_, window.offsets[rows, slot], 0, window.keys[at], window.values[at])
+    for level, store in enumerate(layer.stores, start=1):
+        if not store.table.numel():
+            continue
+        rows, heads_, n = (store.table >= 0).nonzero(as_tuple=True)
+        pool_keys, pool_values = _whole_pool(store)
+        tiles, counts = store.table[rows, heads_, n], store.counts[rows, heads_, n]
+        live = torch.arange(store.tile) < counts[:, None]
+        if store.explicit:
+            where = store.offsets[rows, heads_, n]
+        else:
+            where = store.starts[rows, heads_, n][:, None] + torch.arange(store.tile)
+        row, head = (t[:, None].expand_as(where)[live] for t in (rows, heads_))
+        put(row, head, where[live], level, pool_keys[tiles][live], pool_values[tiles][live])
+    return Stored(keys, values, tier)
+
+
+def _whole_pool(store: TierStore) -> tuple[Tensor, Tensor]:
+    """Every tile of the pool decoded, ``[capacity, tile, D]``; free ones decode to anything."""
+    sides = []
+    for prefix, quantizer in (("k.", store.tier.keys), ("v.", store.tier.values)):
+        fields = {n[2:]: t[None, None] for n, t in store.pool.fields.items() if n.startswith(prefix)}
+        tiles = store.pool.capacity
+        if not tiles:
+            sides.append(torch.zeros(0, store.tile, quantizer.head_dim))
+            continue
+        decoded = quantizer.decode(Packed(fields, tiles * store.tile, store.dtype))
+        sides.append(decoded[0, 0].unflatten(0, (tiles, store.tile)))
+    return sides[0], sides[1]
+
+
+# --- replaying the schedule of a tiered run ---------------------------------------------------------------------------
+
+
+class Recording:
+    """Notes what each tiered layer of a cache holds right before every ``update``."""
+
+    def __init__(self, cache: TieredKVCache) -> None:
+        self.steps: list[list[Stored]] = [[] for _ in cache.layers]
+        update = cache.update
+
+        def recorded(keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            layer = cache.layers[layer_idx]
+            if isinstance(layer, TieredLayer) and layer.is_initialized:
+                layer.settle()
+                if layer.record_past:
+                    layer.demote()
+                self.steps[layer_idx].append(stored(layer))
+            return update(keys, values, layer_idx, *args, **kwargs)
+
+        cache.update = recorded  # type: ignore[method-assign]
+
+
+class ReplayLayer(DynamicLayer):
+    """Shows attention the recorded past beside the exact new tokens; keeps the exact past to compare the record with.
+
+    Args:
+        steps: what the tiered layer held before each update but the first.
+        errors: largest error a stored token of each tier may have, relative to a token's mean norm (the window's first).
+    """
+
+    def __init__(self, steps: list[Stored], errors: tuple[float, ...]) -> None:
+        super().__init__()
+        self.steps, self.errors = iter(steps), errors
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            return super().update(key_states, value_states)
+        past = next(self.steps)
+        self.compare(past)
+        super().update(key_states, value_states)
+        keys = torch.cat([past.keys, key_states], 2)
+        keys.hidden = torch.cat([past.tier < 0, torch.zeros(key_states.shape[:3], dtype=torch.bool)], 2)  # type: ignore[attr-defined]
+        return keys, torch.cat([past.values, value_states], 2)
+
+    def compare(self, past: Stored) -> None:
+        """Every stored token must be the exact one of its position, up to what its tier loses."""
+        assert past.keys.shape == self.keys.shape
+        for held, exact in ((past.keys, self.keys), (past.values, self.values)):
+            error = (held - exact).norm(dim=-1) / exact.norm(dim=-1).mean(-1, keepdim=True)
+            for tier, bound in enumerate(self.errors):
+                found = error[past.tier == tier]
+                assert not len(found) or float(found.max()) <= bound, (tier, float(found.max()))
+
+
+def replay_cache(model: PreTrainedModel, recording: Recording, errors: tuple[float, ...]) -> Cache:
+    """A cache that replays ``recording`` on ``model`` under ``DENSE`` attention."""
+    cache = DynamicCache(config=model.config)
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[index] = ReplayLayer(recording.steps[index], errors)
+    return cache
