@@ -66,7 +66,7 @@ def test_uniform_quantizers_conform(bits: int, axis: Any, group: int) -> None:
     "component",
     [
         *("policies:h2o", "policies:ema", "policies:position", "quantizers:uniform"),
-        *("kernels:decode_attention:torch", "kernels:attention_mass:torch"),
+        *("kernels:decode_attention:torch", "kernels:attention_mass:torch", "telemetry:jsonl"),
     ],
 )
 def test_built_in_components_conform(component: str) -> None:
@@ -642,7 +642,7 @@ def test_unknown_names_and_fields_are_explained() -> None:
         check_component("policies:h20")
     with pytest.raises(FadeError, match="say which op"):
         check_component("kernels:torch")
-    with pytest.raises(ConfigError, match="decay"):
+    with pytest.raises(ConfigError, match=r"policies:ema: decay.*--set FIELD=VALUE"):
         check_component("policies:ema", fields={"decay": 3})
     with pytest.raises(InputError, match="no fields"):
         check_component("kernels:decode_attention:torch", fields={"x": 1})

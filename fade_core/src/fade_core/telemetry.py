@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fade_core.errors import ConfigError
+from fade_core.errors import ConfigError, InputError
 from fade_core.interfaces import Event, TelemetrySink, TelemetrySinkConfig
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ class JsonlExporter(TelemetrySink):
             ) from error
 
     def emit(self, event: Event) -> None:
+        if self._file.closed:
+            raise InputError(f"telemetry to {self.path} is closed; attach a new exporter")
         self._file.write(json.dumps(asdict(event)) + "\n")
         self._file.flush()
 

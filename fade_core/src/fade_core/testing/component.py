@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fade_core.components import resolve
-from fade_core.errors import InputError
+from fade_core.errors import ConfigError, InputError
 from fade_core.plugins import default_registry
 from fade_core.testing.checks import CheckReport, CheckResult, Suite, fresh_seed
 from fade_core.testing.kernel import KERNEL_CHECKS, check_kernel
@@ -113,7 +113,10 @@ def _check(
     component = default_registry().get(group, name)
     if group == "telemetry_sinks" and "path" in component.model_fields:
         fields.setdefault("path", str(folder / "events"))
-    config: Any = resolve(group, {"kind": name, **fields})
+    try:
+        config: Any = resolve(group, {"kind": name, **fields})
+    except ConfigError as error:
+        raise ConfigError(f"{group}:{name}: {error} (give fields with --set FIELD=VALUE, or fields={{...}})") from error
     if group == "quantizers":
         return check_quantizer(config, **common)
     if group == "policies":
