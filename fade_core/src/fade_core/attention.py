@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,7 @@ from fade_core.kernels.attention import AttentionOutput, FullSegment, TorchDecod
 from fade_core.layer import TieredLayer
 
 NAME = "fade"
-_BLOCK = 256  # queries that torch attends at once where a fused kernel cannot be used
+_OBSERVED = 16  # queries whose attention the tracker sees at once
 _ORACLE = TorchDecodeAttention()
 
 
@@ -102,31 +103,31 @@ def _chunk_attention(
 ) -> Tensor:
     """A prompt, or a chunk of one: exact among its own tokens, over the packed past before it."""
     keys, values = cast(tuple[Tensor, Tensor], layer.pending)
-    chunk = keys.shape[2]
+    chunk, queries = keys.shape[2], query.shape[2]
     padding = _leading_padding(mask, chunk) if mask is not None and bool((layer.lengths == chunk).any()) else None
-    segments = layer.segments(mask, query.shape[2]) if layer.logical > chunk else []
-    if segments:
-        parts = [(s.keys, s.values) if isinstance(s, FullSegment) else s.store.decoded() for s in segments]
-        own = _own_mask(mask, chunk, query)
-        masks = [
-            s.mask if s.mask is not None else own.new_ones(1, 1, 1, p[0].shape[2])
-            for s, p in zip(segments, parts, strict=True)
-        ]
-        masks.append(own)
+    past = layer.logical > chunk
+    if past:
+        keys, values = layer.dense_with_past()
+
+    def visible(part: slice) -> Tensor:
+        rows = _visible(mask, part, queries, layer.logical, query.device)
+        if not past:
+            return rows
+        masks = [cast(Tensor, s.mask) for s in layer.segments(rows, rows.shape[2])] + [rows[..., -chunk:]]
         heads = max(m.shape[1] for m in masks)
-        shape = (query.shape[0], heads, query.shape[2])
-        seen: Tensor | None = torch.cat([m.expand(*shape, m.shape[3]) for m in masks], dim=3)
-        all_keys = torch.cat([p[0] for p in parts] + [keys], dim=2)
-        all_values = torch.cat([p[1] for p in parts] + [values], dim=2)
+        return torch.cat([m.expand(query.shape[0], heads, -1, -1) for m in masks], dim=3)
+
+    apart = past and any(store.tiles and not store.alike for store in layer.stores)
+    if softcap or sinks is not None or apart:
+        output = _in_blocks(query, keys, values, visible, scaling, softcap, sinks).output
     else:
-        all_keys, all_values, seen = keys, values, mask
-    if softcap or sinks is not None or (seen is not None and seen.shape[1] > 1):
-        output = blocked_attention(query, all_keys, all_values, seen, scaling, softcap, sinks).output
-    else:
-        output = sdpa_attention_forward(module, query, all_keys, all_values, seen, scaling=scaling)[0].transpose(1, 2)
+        seen = visible(slice(0, queries)) if past else mask
+        output = sdpa_attention_forward(module, query, keys, values, seen, scaling=scaling)[0].transpose(1, 2)
+        del seen
     observed = None
     if layer.plan.tracker.active and layer.plan.ladder.bounded:
-        observed = _observe(layer, query, all_keys, all_values, seen, scaling, softcap, sinks)
+        observed = _observe(layer, query, keys, visible, scaling, softcap, sinks)
+    del keys, values  # the layer alone holds them now, and drops them as it packs
     layer.settle(padding, observed)
     return output
 
@@ -135,34 +136,32 @@ def _observe(
     layer: TieredLayer,
     query: Tensor,
     keys: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
+    visible: Callable[[slice], Tensor],
     scaling: float,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> dict[str, Tensor]:
     """Feed the tracker with the chunk's last queries; statistics of the chunk's own tokens are returned."""
-    tracker = layer.plan.tracker
-    count = tracker.observed(query.shape[2])
-    first = query.shape[2] - count
-    held = layer.statistics() if keys.shape[2] > query.shape[2] else []
-    own = {n: keys.new_zeros((*keys.shape[:2], query.shape[2]), dtype=torch.float32) for n in tracker.statistics}
-    sizes = [next(iter(s.values())).shape[2] for s in held] + [query.shape[2]]
-    for start in range(first, query.shape[2], _BLOCK):
-        part = slice(start, min(start + _BLOCK, query.shape[2]))
-        visible = _visible(mask, part, query.shape[2], keys.shape[2], query.device)
-        found = decode_attention(
-            query[:, :, part],
-            [FullSegment(keys, values[..., :1], visible)],
-            scaling,
-            softcap,
-            sinks,
-            probabilities=True,
-        ).probabilities
-        split = cast(list[Tensor], found)[0].split(sizes, dim=3)
-        seen = visible.expand(-1, -1, -1, keys.shape[2]).split(sizes, dim=3)
-        for statistics, probabilities, saw in zip([*held, own], split, seen, strict=True):
-            tracker.observe(statistics, probabilities, saw)
+    tracker, (heads, tokens), queries = layer.plan.tracker, keys.shape[1:3], query.shape[2]
+    groups = query.shape[1] // heads
+    chunk = cast(tuple[Tensor, Tensor], layer.pending)[0].shape[2]
+    own = {n: keys.new_zeros((*keys.shape[:2], chunk), dtype=torch.float32) for n in tracker.statistics}
+    held = [*(layer.statistics() if tokens > chunk else ()), own]
+    sizes = [next(iter(statistics.values())).shape[2] for statistics in held]
+    for start in range(queries - tracker.observed(queries), queries, _OBSERVED):
+        part = slice(start, min(start + _OBSERVED, queries))
+        seen = visible(part)
+        for head in range(heads):  # one at a time: logits of all heads would outweigh the keys
+            ours = slice(head, head + 1)
+            saw = seen if seen.shape[1] == 1 else seen[:, ours]
+            segment = FullSegment(keys[:, ours], keys[:, ours, :, :1], saw)
+            mine = slice(head * groups, (head + 1) * groups)
+            sink = None if sinks is None else sinks[mine]
+            found = decode_attention(query[:, mine, part], [segment], scaling, softcap, sink, probabilities=True)
+            split = cast(list[Tensor], found.probabilities)[0].split(sizes, dim=3)
+            shown = saw.expand(-1, -1, -1, tokens).split(sizes, dim=3)
+            for statistics, probabilities, view in zip(held, split, shown, strict=True):
+                tracker.observe({n: t[:, ours] for n, t in statistics.items()}, probabilities, view)
     return own
 
 
@@ -176,16 +175,35 @@ def blocked_attention(
     sinks: Tensor | None = None,
 ) -> AttentionOutput:
     """Exact attention in blocks of queries, with soft cap and sinks; causal where ``mask`` is ``None``."""
-    total = query.shape[2]
-    outputs, lses = [], []
     mask = _as_bool(mask)
-    for start in range(0, total, _BLOCK):
-        part = slice(start, min(start + _BLOCK, total))
-        visible = _visible(mask, part, total, key.shape[2], query.device)
-        found = decode_attention(query[:, :, part], [FullSegment(key, value, visible)], scaling, softcap, sinks)
-        outputs.append(found.output)
-        lses.append(found.lse)
-    return AttentionOutput(torch.cat(outputs, 2), torch.cat(lses, 2))
+
+    def visible(part: slice) -> Tensor:
+        return _visible(mask, part, query.shape[2], key.shape[2], query.device)
+
+    return _in_blocks(query, key, value, visible, scaling, softcap, sinks)
+
+
+def _in_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Callable[[slice], Tensor],
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> AttentionOutput:
+    """Exact attention in blocks of queries; ``visible`` gives the mask of each, ``[B or 1, H_kv or 1, block, T]``."""
+    total, block = query.shape[2], _block(query, key)
+    found = [
+        decode_attention(query[:, :, part], [FullSegment(key, value, visible(part))], scaling, softcap, sinks)
+        for part in (slice(start, min(start + block, total)) for start in range(0, total, block))
+    ]
+    return AttentionOutput(torch.cat([f.output for f in found], 2), torch.cat([f.lse for f in found], 2))
+
+
+def _block(query: Tensor, key: Tensor) -> int:
+    """Queries whose logits take no more elements than the keys do, at least 16."""
+    return max(16, key.shape[1] * key.shape[3] // query.shape[1])
 
 
 def _visible(mask: Tensor | None, part: slice, queries: int, tokens: int, device: torch.device) -> Tensor:
@@ -194,13 +212,6 @@ def _visible(mask: Tensor | None, part: slice, queries: int, tokens: int, device
         return mask[:, :, part, :tokens]
     newest = torch.arange(tokens - queries + part.start, tokens - queries + part.stop, device=device)
     return (torch.arange(tokens, device=device) <= newest[:, None])[None, None]
-
-
-def _own_mask(mask: Tensor | None, chunk: int, query: Tensor) -> Tensor:
-    """bool ``[B or 1, 1, Q, chunk]``: what the chunk's queries see of the chunk."""
-    if mask is not None:
-        return mask[..., -chunk:]
-    return torch.ones((chunk, chunk), dtype=torch.bool, device=query.device).tril()[None, None]
 
 
 def _as_bool(mask: Tensor | None) -> Tensor | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -245,8 +245,8 @@ class TieredLayer(CacheLayerMixin):
         found: list[Segment] = []
         for store in self.stores:
             if store.tiles:
-                valid = store.valid()
-                found.append(PackedSegment(store, self._gathered(mask, store.positions, valid, queries), plain))
+                seen = self._gathered(mask, store.positions, store.valid(), queries, store.alike)
+                found.append(PackedSegment(store, seen, plain))
         if window.longest:
             keys, values = window.live()
             seen = self._gathered(mask, window.positions, window.valid(), queries)
@@ -254,18 +254,41 @@ class TieredLayer(CacheLayerMixin):
         return found
 
     def _gathered(
-        self, mask: Tensor | None, positions: Callable[[], Tensor], valid: Tensor | None, queries: int
+        self,
+        mask: Tensor | None,
+        positions: Callable[[], Tensor],
+        valid: Tensor | None,
+        queries: int,
+        alike: bool = True,
     ) -> Tensor | None:
         if mask is None and queries == 1:
             return None if valid is None else valid[:, :, None]
         where = positions()
+        if alike:
+            where = where[:, :1]
         if mask is None:
             newest = torch.arange(self.logical - queries, self.logical, device=where.device)
             seen = where[:, :, None] <= newest[:, None]
         else:
             index = where.clamp_min(0)[:, :, None].expand(-1, -1, mask.shape[2], -1)
-            seen = mask.expand(-1, where.shape[1], -1, -1).gather(3, index)
+            seen = mask.expand(*where.shape[:2], -1, -1).gather(3, index)
         return seen & (where >= 0)[:, :, None]
+
+    def dense_with_past(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of ``segments``' tokens and then the pending ones, in full precision ``[B, H_kv, T, D]``."""
+        window, (keys, values) = self._window(), cast(tuple[Tensor, Tensor], self.pending)
+        sizes = [store.tiles * store.tile for store in self.stores]
+        total = sum(sizes) + window.longest + keys.shape[2]
+        both = tuple(t.new_empty((*t.shape[:2], total, t.shape[3])) for t in (keys, values))
+        start = 0
+        for store, size in zip(self.stores, sizes, strict=True):
+            if size:
+                store.decode_into(*(t[:, :, start : start + size] for t in both))
+                start += size
+        for out, held, new in zip(both, window.live(), (keys, values), strict=True):
+            out[:, :, start : start + window.longest] = held
+            out[:, :, start + window.longest :] = new
+        return both[0], both[1]
 
     def fall_back(self, kernel: Kernel, reason: str) -> None:
         """Say, once a reason, that the oracle computes what ``kernel`` refused."""
@@ -490,9 +513,8 @@ class TieredLayer(CacheLayerMixin):
                 f"layer {self.index} has evicted {total - have} tokens, which stock attention cannot leave out; "
                 "use FADE's attention (config attention = 'fade') or a ladder without eviction"
             )
-        out = torch.zeros(self.dense_shape(side), dtype=self.dtype, device=self.device)
-        flat_end = self.logical
-        padded = torch.cat([out, out[:, :, :1]], dim=2)
+        batch, heads, flat_end, dim = self.dense_shape(side)
+        padded = torch.zeros((batch, heads, flat_end + 1, dim), dtype=self.dtype, device=self.device)
         for part in stored:
             if isinstance(part, TierStore):
                 if not part.tiles:
@@ -503,7 +525,7 @@ class TieredLayer(CacheLayerMixin):
                 tokens = quantizer.decode(packed)
             else:
                 tokens = part.live()[0 if side == "key" else 1]
-            where = part.positions().expand(-1, out.shape[1], -1)
+            where = part.positions().expand(-1, heads, -1)
             where = where.where(where >= 0, torch.full_like(where, flat_end))
             padded.scatter_(2, where[..., None].expand_as(tokens), tokens)
         if pending is not None:
@@ -550,42 +572,47 @@ class TieredLayer(CacheLayerMixin):
         }
         lengths = window.lengths + chunk - dropped
         if window.longest or bool(dropped.any()):
-            keys, values, positions, observed = self._joined(keys, values, positions, observed, dropped)
+            held_k, held_v = window.live()
+            join = self._joiner(chunk, dropped)
+            keys = join(held_k, keys)  # first: the chunk's own keys are free before the values are copied
+            values = join(held_v, values)
+            observed = {n: join(window.statistics[n][:, :, : window.longest], t) for n, t in observed.items()}
+            positions = join(window.positions(), positions[:, None])[:, 0]
         held_back = REJECTABLE if self.record_past else 0
         due = self._due(lengths - held_back) if ladder.tiers else torch.zeros_like(lengths)
+        evicted = 0
         if bool(due.any()):
-            self._send_down(keys, values, positions[:, None], observed, due, chunk)
+            evicted = self._send_down(keys, values, positions[:, None], observed, due, chunk)
         self._keep_in_window(keys, values, positions, observed, lengths, due)
-        if bool(due.any()):
-            self._report("encode", int(due.sum()) * keys.shape[1], before, started)
+        encoded = int(due.sum()) * keys.shape[1] - evicted
+        for kind, tokens in (("encode", encoded), ("evict", evicted)):
+            if tokens:
+                self._report(kind, tokens, before, started)
         if self.since_ranking >= self.plan.every:
             self.rank()
 
-    def _joined(
-        self, keys: Tensor, values: Tensor, positions: Tensor, observed: Mapping[str, Tensor], dropped: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """Window and chunk as one left-aligned run of tokens a row."""
+    def _joiner(self, chunk: int, dropped: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """Makes window and chunk, ``dropped[b]`` columns of it left out, one left-aligned run of tokens a row."""
         window = self._window()
-        chunk, held = keys.shape[2], window.longest
+        held, own = window.longest, window.lengths[:, None]
         slots = torch.arange(held + chunk)
-        own = window.lengths[:, None]
-        source = torch.where(slots < own, slots, held + slots - own + dropped[:, None]).clamp_max(held + chunk - 1)
-        at = source.to(self.device)
+        at = (slots - own + dropped[:, None]).clamp(0, chunk - 1).to(self.device)
+        old_here = (slots[:held] < own).to(self.device)
 
         def join(old: Tensor, new: Tensor) -> Tensor:
-            both = torch.cat([old, new], dim=2) if held else new
-            index = at[:, None, :, None] if both.dim() == 4 else at[:, None]
-            return both.gather(2, index.expand(-1, both.shape[1], -1, *both.shape[3:]))
+            wide = at[:, None, :, None] if new.dim() == 4 else at[:, None]
+            both = new.gather(2, wide.expand(-1, new.shape[1], -1, *new.shape[3:]))
+            if held:
+                here = old_here[:, None, :, None] if new.dim() == 4 else old_here[:, None]
+                both[:, :, :held] = torch.where(here, old, both[:, :, :held])
+            return both
 
-        old_k, old_v = window.live()
-        stats = {n: join(window.statistics[n][:, :, :held], t) for n, t in observed.items()}
-        where = join(window.positions(), positions[:, None])[:, 0]
-        return join(old_k, keys), join(old_v, values), where, stats
+        return join
 
     def _send_down(
         self, keys: Tensor, values: Tensor, positions: Tensor, observed: Mapping[str, Tensor], due: Tensor, chunk: int
-    ) -> None:
-        """Encode tokens ``[n_sink, n_sink + due[b])`` of left-aligned rows into the tiers."""
+    ) -> int:
+        """Encode tokens ``[n_sink, n_sink + due[b])`` of left-aligned rows into the tiers; says how many were evicted."""
         ladder = self.plan.ladder
         width, first = int(due.max()), ladder.n_sink
         part = slice(first, first + width)
@@ -598,11 +625,11 @@ class TieredLayer(CacheLayerMixin):
             {n: t[:, :, part] for n, t in observed.items()},
         )
         if chunk and ladder.bounded and not any(s.tiles for s in self.stores):
-            self._pour(moving, keys, values, positions, observed, due)
-            return
+            return self._pour(moving, keys, values, positions, observed, due)
         self.stores[0].append(moving)
         if chunk:
             self.since_ranking = self.plan.every  # a chunk can overflow a tier at once
+        return 0
 
     def _pour(
         self,
@@ -612,8 +639,12 @@ class TieredLayer(CacheLayerMixin):
         positions: Tensor,
         observed: Mapping[str, Tensor],
         due: Tensor,
-    ) -> None:
-        """Place the prompt's tokens directly: the best into the first tier, the next into the second, and so on."""
+    ) -> int:
+        """Place the prompt's tokens directly: the best into the first tier, the next into the second, and so on.
+
+        Returns:
+            tokens that found no place, summed over rows and heads.
+        """
         ladder, policy = self.plan.ladder, self.plan.policy
         lengths = self.lengths
         window = lengths - due
@@ -642,10 +673,8 @@ class TieredLayer(CacheLayerMixin):
             bounds = lower.to(self.device)[:, None, None], upper.to(self.device)[:, None, None]
             chosen = (rank >= bounds[0]) & (rank < bounds[1]) & live
             index = torch.argsort(~chosen, dim=-1, stable=True)[..., : int(take.max())]
-            store.append(_gather(moving, index, take[:, None].expand(-1, heads).contiguous()))
-        evicted = int((due - upper).sum()) * heads
-        if evicted:
-            self.plan.emit(Event("evict", self.index, evicted))
+            store.append(replace(moving, counts=take[:, None].expand(-1, heads).contiguous()), index)
+        return int((due - upper).sum()) * heads
 
     def _keep_in_window(
         self,

@@ -99,6 +99,7 @@ class TierStore:
     ) -> None:
         self._ids: Tensor | None = None
         self._valid: Tensor | None = None
+        self._alike: bool | None = None
         self._device_book: DeviceBook | None = None
         self.tier, self.device, self.dtype, self.explicit = tier, device, dtype, explicit
         self.tile, self.heads = tier.keys.tile, heads
@@ -190,6 +191,22 @@ class TierStore:
         keys, values = self.packed()
         return self.tier.keys.decode(keys), self.tier.values.decode(values)
 
+    def decode_into(self, keys: Tensor, values: Tensor) -> None:
+        """Write ``decoded()`` into buffers ``[B, H_kv, tiles * tile, D]``, in pieces."""
+        ids, block = self.ids(), max(4, -(-self.tiles // 8))
+        for first in range(0, self.tiles, block):
+            part = slice(first * self.tile, (first + block) * self.tile)
+            for side, quantizer, out in (("k", self.tier.keys, keys), ("v", self.tier.values, values)):
+                out[:, :, part] = quantizer.decode(self._side(side, ids[..., first : first + block]))
+
+    @property
+    def alike(self) -> bool:
+        """Whether all heads of a row hold tokens of the same positions."""
+        if self._alike is None:
+            one = self.starts[:, :1].expand_as(self.starts), self.counts[:, :1].expand_as(self.counts)
+            self._alike = not self.explicit and torch.equal(self.starts, one[0]) and torch.equal(self.counts, one[1])
+        return self._alike
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor held, by what it is for."""
         held = self.pool.tensors()
@@ -208,29 +225,31 @@ class TierStore:
         return held
 
     # --- moving tokens ---
-    def append(self, tokens: Tokens) -> None:
-        """Encode ``tokens`` behind what is here. Slots past a row's count are ignored."""
+    def append(self, tokens: Tokens, index: Tensor | None = None) -> None:
+        """Encode ``tokens`` behind what is here, in pieces, so that the encoders' temporaries stay small.
+
+        Args:
+            tokens: the first ``counts[b, h]`` of each row and head are meant.
+            index: int64 ``[B, H_kv, K]``: where those are instead, in order of position.
+        """
         if not bool(tokens.counts.any()):
             return
-        rows = tokens.counts.amax(1).nonzero().flatten()
-        if len(rows) < tokens.counts.shape[0]:
-            tokens = _rows(tokens, rows)
-        width = int(tokens.counts.max())
         if bool((tokens.counts % self.tile).any()):
-            tokens = _without_slack(tokens)
+            index = _without_slack(tokens, index)
+        rows = tokens.counts.amax(1).nonzero().flatten()
+        counts = tokens.counts[rows]
+        width = int(counts.max())
         new = -(-width // self.tile)
-        filled = (tokens.counts[..., None] - torch.arange(new) * self.tile).clamp(0, self.tile)  # [b, H, new]
+        filled = (counts[..., None] - torch.arange(new) * self.tile).clamp(0, self.tile)  # [b, H, new]
         self.pool.reserve(int((filled > 0).sum()), self._alive())
-        block = max(4, -(-new // 8))  # in pieces, so that the encoders' temporaries stay small
+        block = max(4, -(-new // 8))
         for first in range(0, new, block):
             part = slice(first * self.tile, min((first + block) * self.tile, width))
-            packed_k = self.tier.keys.encode(tokens.keys[:, :, part])
-            packed_v = self.tier.values.encode(tokens.values[:, :, part])
-            fields = {f"k.{n}": f for n, f in packed_k.fields.items()} | {
-                f"v.{n}": f for n, f in packed_v.fields.items()
-            }
-            statistics = {n: t[:, :, part] for n, t in tokens.statistics.items()}
-            self._enter(rows, filled[..., first : first + block], fields, tokens.positions[:, :, part], statistics)
+            piece = _piece(tokens, index, part, rows)
+            packed_k, packed_v = self.tier.keys.encode(piece.keys), self.tier.values.encode(piece.values)
+            fields = {f"k.{n}": f for n, f in packed_k.fields.items()}
+            fields |= {f"v.{n}": f for n, f in packed_v.fields.items()}
+            self._enter(rows, filled[..., first : first + block], fields, piece.positions, piece.statistics)
 
     def split(self, moving: Tensor, decode: bool = True) -> Tokens | None:
         """Take the tokens ``moving`` (bool ``[B, H_kv, tiles * tile]``) out and close the gaps.
@@ -477,24 +496,30 @@ class TierStore:
     def _book_changed(self) -> None:
         self._ids = None
         self._valid = None
+        self._alike = None
         self._device_book = None
 
 
-def _without_slack(tokens: Tokens) -> Tokens:
-    """``tokens`` with each row's last one repeated past its count, so that nothing else has a say in a shared scale."""
-    at = torch.minimum(torch.arange(tokens.keys.shape[2]), (tokens.counts[..., None] - 1).clamp_min(0))
-    wide = at.to(tokens.keys.device)[..., None]
-    keys = tokens.keys.gather(2, wide.expand(-1, -1, -1, tokens.keys.shape[-1]))
-    values = tokens.values.gather(2, wide.expand(-1, -1, -1, tokens.values.shape[-1]))
-    return Tokens(keys, values, tokens.positions, tokens.counts, tokens.statistics)
+def _without_slack(tokens: Tokens, index: Tensor | None) -> Tensor:
+    """``index`` with each row's last token repeated past its count, so that nothing else has a say in a shared scale."""
+    width = int(tokens.counts.max())
+    at = torch.minimum(torch.arange(width), (tokens.counts[..., None] - 1).clamp_min(0)).to(tokens.keys.device)
+    return at if index is None else index.gather(2, at)
 
 
-def _rows(tokens: Tokens, rows: Tensor) -> Tokens:
-    at = rows.to(tokens.keys.device)
-    return Tokens(
-        tokens.keys[at],
-        tokens.values[at],
-        tokens.positions[at],
-        tokens.counts[rows],
-        {name: t[at] for name, t in tokens.statistics.items()},
-    )
+def _piece(tokens: Tokens, index: Tensor | None, part: slice, rows: Tensor) -> Tokens:
+    """Slots ``part`` of ``rows``: of ``tokens`` as they are, or of what ``index`` picks from them."""
+    device = tokens.keys.device
+    at = None if len(rows) == tokens.counts.shape[0] else rows.to(device)
+
+    def of(held: Tensor) -> Tensor:
+        if index is None:
+            found = held[:, :, part]
+        else:
+            chosen = index[:, :, part]
+            wide = chosen[..., None].expand(-1, -1, -1, held.shape[3]) if held.dim() == 4 else chosen
+            found = held.expand(-1, index.shape[1], *held.shape[2:]).gather(2, wide)
+        return found if at is None else found[at]
+
+    statistics = {name: of(t) for name, t in tokens.statistics.items()}
+    return Tokens(of(tokens.keys), of(tokens.values), of(tokens.positions), tokens.counts[rows], statistics)
