@@ -202,7 +202,8 @@ def stored(layer: TieredLayer) -> Stored:
         at = (rows, heads_, positions.long())
         assert bool(((at[2] >= 0) & (at[2] < layer.logical)).all()), (layer.index, level, positions.tolist())
         assert bool((tier[at] == -1).all()), f"layer {layer.index}: a token of tier {level} is in a finer tier too"
-        assert len(torch.stack(at).unique(dim=1).T) == len(rows), f"layer {layer.index}: tier {level} has a token twice"
+        flat = (rows * heads + heads_) * layer.logical + at[2]
+        assert len(flat.unique()) == len(flat), f"layer {layer.index}: tier {level} has a token twice"
         tier[at], keys[at], values[at] = level, k, v
 
     slots = torch.arange(window.keys.shape[2]).expand(batch, heads, -1)
