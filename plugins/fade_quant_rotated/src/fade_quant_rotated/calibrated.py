@@ -61,7 +61,7 @@ class CalibratedQuantizer(Quantizer):
         kept = self.layout.kept
         stored = widths > 0
         usual = (calibration.spread * stored).sum(-1) / stored.sum(-1).clamp_min(1)
-        self._state = {
+        state = {
             "mean": calibration.mean.to(device),
             "forward": calibration.transform[:, :, :kept].half().to(device),
             "inverse": calibration.inverse()[:, :kept].half().to(device),
@@ -69,6 +69,7 @@ class CalibratedQuantizer(Quantizer):
             "worth": (calibration.worth * stored)[:, :kept].to(device),  # 0: not stored, no error to weigh
             "usual": usual.clamp_min(1e-6).sqrt().log2().to(device),
         }
+        self._state = {name: tensor.contiguous() for name, tensor in state.items()}  # as a checkpoint brings them back
 
     @property
     def bits_per_element(self) -> float:
