@@ -171,8 +171,8 @@ class Calibration:
                 }
                 for side in ("key", "value")
             }
-            found = (header[n] for n in ("head_dim", "num_kv_heads", "num_layers"))
-            return cls(sides, *found, tensors["sketch"], header["defaults"], header["notes"])
+            dims = header["head_dim"], header["num_kv_heads"], header["num_layers"]
+            return cls(sides, *dims, tensors["sketch"], header["defaults"], header["notes"])
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise CheckpointError(f"{str(path)!r} is damaged: {error}; run 'fade calibrate' again") from error
 

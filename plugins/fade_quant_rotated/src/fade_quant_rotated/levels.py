@@ -19,7 +19,7 @@ from fade_core.packed import (
     unpack_codes,
     unpack_meta,
 )
-from fade_quant_rotated.lloyd_max import boundaries, gaussian_levels
+from fade_quant_rotated.lloyd_max import edges_on, gaussian_levels, levels_on
 
 ScaleRule = Literal["norm", "unbiased"]
 Metadata = Literal["fp16", "log8"]
@@ -82,7 +82,6 @@ class TokenQuantizer(Quantizer):
         self.fmt, self.rule, self.metadata = format, scale, metadata
         self.head_dim, self.tile = format.head_dim, format.tile
         self.format = format if metadata == "fp16" else None
-        self._levels = torch.tensor(format.levels or (), dtype=torch.float32)
 
     @property
     def bits_per_element(self) -> float:
@@ -118,9 +117,10 @@ class TokenQuantizer(Quantizer):
         return codes, scale.squeeze(-1), minimum.squeeze(-1)
 
     def _gaussian(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        levels = self._table(x)
+        names = self.fmt.levels or ()
+        levels, edges = levels_on(names, x.dtype, x.device), edges_on(names, x.dtype, x.device)
         scale = self._stored(x.square().mean(-1, keepdim=True).sqrt())
-        codes = torch.bucketize(x / scale.where(scale > 0, 1), boundaries(levels))
+        codes = torch.bucketize(x / scale.where(scale > 0, 1), edges)
         if self.rule == "unbiased":
             along = (x * levels[codes]).sum(-1, keepdim=True)
             scale = self._stored(x.square().sum(-1, keepdim=True) / along.where(along > 0, 1)).where(along > 0, scale)
@@ -201,13 +201,8 @@ class TokenQuantizer(Quantizer):
             values = self._codes(packed, dtype)
         else:
             codes = self._codes(packed, torch.int32)
-            values = self._table(codes).to(dtype)[codes]
+            values = levels_on(self.fmt.levels, dtype, codes.device)[codes]
         return values.transpose(-1, -2) if self.fmt.layout == "channel" else values
-
-    def _table(self, like: Tensor) -> Tensor:
-        if self._levels.device != like.device:
-            self._levels = self._levels.to(like.device)
-        return self._levels
 
 
 def gaussian_format(bits: int, head_dim: int, tile: int, group: int, layout: Layout) -> PackedFormat:

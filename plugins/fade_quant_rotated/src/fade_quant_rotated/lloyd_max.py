@@ -42,6 +42,14 @@ def gaussian_distortion(bits: int) -> float:
     return float(1 - (mass * levels.square()).sum())  # levels are centroids: E[x xhat] = E[xhat^2]
 
 
-def boundaries(levels: Tensor) -> Tensor:
-    """Midpoints between ascending ``levels``: where ``torch.bucketize`` changes code."""
-    return (levels[1:] + levels[:-1]) / 2
+@cache
+def levels_on(levels: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Ascending ``levels`` as a tensor; shared, never written to."""
+    return torch.tensor(levels, dtype=dtype, device=device)
+
+
+@cache
+def edges_on(levels: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Midpoints between ascending ``levels``: where ``torch.bucketize`` changes code; shared, never written to."""
+    exact = torch.tensor(levels, dtype=torch.float64)
+    return ((exact[1:] + exact[:-1]) / 2).to(device, dtype)

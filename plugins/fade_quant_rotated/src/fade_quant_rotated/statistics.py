@@ -182,7 +182,10 @@ class Collector:
             weight = output_projection(module, heads * group * width).detach().float()
             weight = weight.to(q.device).unflatten(1, (heads, group, width)).permute(1, 2, 0, 3)
             self._metrics[layer] = weight.transpose(-1, -2) @ weight
-            zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64, device=q.device)  # noqa: E731
+
+            def zeros(*shape: int) -> Tensor:
+                return torch.zeros(*shape, dtype=torch.float64, device=q.device)
+
             self.layers[layer] = LayerSums(
                 zeros(heads),
                 zeros(heads, dim),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fade_core.packed import WORD_BITS, Layout, pack_codes, planes_of, unpack_codes
-from fade_quant_rotated.lloyd_max import boundaries, gaussian_levels
+from fade_quant_rotated.lloyd_max import edges_on, gaussian_levels, levels_on
 
 
 class StreamLayout:
@@ -58,7 +58,7 @@ class StreamLayout:
         flat = x.permute(0, 2, 3, 1, 4).flatten(3)[..., self.channels]
         out = torch.empty(flat.shape, dtype=torch.int32, device=x.device)
         for width, start, stop in self.runs:
-            edges = boundaries(_levels(width, x))
+            edges = edges_on(gaussian_levels(width), x.dtype, x.device)
             out[..., start:stop] = torch.bucketize(flat[..., start:stop].contiguous(), edges, out_int32=True)
         return out
 
@@ -66,7 +66,9 @@ class StreamLayout:
         """Levels ``[B, H, n, tile, kept]`` of codes ``[B, n, tile, C]``; 0 where a channel is not stored."""
         out = torch.zeros(*codes.shape[:3], self.heads * self.kept, dtype=dtype, device=codes.device)
         for width, start, stop in self.runs:
-            out[..., self.channels[start:stop]] = _levels(width, out)[codes[..., start:stop]]
+            out[..., self.channels[start:stop]] = levels_on(gaussian_levels(width), dtype, codes.device)[
+                codes[..., start:stop]
+            ]
         return out.unflatten(-1, (self.heads, self.kept)).permute(0, 3, 1, 2, 4)
 
     def pack(self, codes: Tensor) -> Tensor:
@@ -103,7 +105,3 @@ class StreamLayout:
         codes = self.unpack(rows).flatten(1, 2)
         own = index[:, self.channels // self.kept].transpose(1, 2)
         return self.pack(codes.gather(1, own).unflatten(1, (-1, self.tile)))
-
-
-def _levels(width: int, like: Tensor) -> Tensor:
-    return torch.tensor(gaussian_levels(width), dtype=like.dtype, device=like.device)
