@@ -121,7 +121,7 @@ def test_statistics_equal_the_formula(seed: int) -> None:
         )
 
 
-def test_calibration_repeats_bit_for_bit_and_beats_its_own_transform_shuffled(tmp_path: Path, seed: int) -> None:
+def test_calibration_repeats_bit_for_bit(tmp_path: Path, seed: int) -> None:
     model, read = tiny(), texts()
     files = []
     for name in ("a", "b"):

@@ -5,6 +5,7 @@ import torch
 
 from fade_core.errors import CheckpointError, ConfigError, InputError
 from fade_core.interfaces import QuantizerContext
+from fade_core.testing import check_quantizer
 from fade_quant_rotated import RotatedConfig, RotatedQuantizer
 from fade_quant_rotated.levels import from_log8, to_log8
 from fade_quant_rotated.lloyd_max import gaussian_distortion, gaussian_levels
@@ -123,7 +124,7 @@ def test_log8_scales_round_to_within_a_step(seed: int) -> None:
     scale = torch.exp2(torch.rand(10_000) * 30 - 19)
     back = from_log8(to_log8(scale))
     assert float((torch.log2(back) - torch.log2(scale)).abs().max()) <= 1 / 16 + 1e-4
-    assert float(from_log8(to_log8(torch.zeros(1)))) < 1e-6
+    assert float(from_log8(to_log8(torch.zeros(1)))) == 0
 
 
 def test_config_builds_both_sides_and_refuses() -> None:
@@ -154,3 +155,17 @@ def test_wrong_shapes_are_refused() -> None:
     for bad in bad_ones:
         with pytest.raises(InputError, match="rotated"):
             quantizer.encode(bad)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        RotatedConfig(bits=4),
+        RotatedConfig(bits=2, rotation="orthogonal"),
+        RotatedConfig(bits=3, metadata="log8"),
+    ],
+    ids=str,
+)
+def test_conformance(config: RotatedConfig, seed: int) -> None:
+    results = check_quantizer(config, seed=seed)
+    assert all(result.passed for result in results), [r for r in results if not r.passed]

@@ -27,18 +27,18 @@ Metadata = Literal["fp16", "log8"]
 FP16_MAX = 65504.0
 LOG8_STEPS = 8
 LOG8_ZERO = 160
-"""An 8-bit log scale ``c`` means ``2 ** ((c - 160) / 8)``: 2^-20 to 2^11.9 in steps of 9%."""
+"""An 8-bit log scale ``c`` means ``2 ** ((c - 160) / 8)``, 2^-19.9 to 2^11.9 in steps of 9%; 0 means 0."""
 
 
 def to_log8(scale: Tensor) -> Tensor:
-    """Nearest 8-bit log scale (uint8) of positive floats; zeros become the smallest."""
-    steps = torch.log2(scale.float().clamp_min(2.0 ** (-LOG8_ZERO / LOG8_STEPS))) * LOG8_STEPS + LOG8_ZERO
+    """Nearest 8-bit log scale (uint8) of floats that are not negative; less than 2^-20 is 0."""
+    steps = torch.log2(scale.float().clamp_min(1e-30)) * LOG8_STEPS + LOG8_ZERO
     return steps.round().clamp(0, 255).to(torch.uint8)
 
 
 def from_log8(code: Tensor) -> Tensor:
     """The float32 scale of an 8-bit log code."""
-    return torch.exp2((code.float() - LOG8_ZERO) / LOG8_STEPS)
+    return torch.exp2((code.float() - LOG8_ZERO) / LOG8_STEPS).masked_fill(code == 0, 0.0)
 
 
 def to_tiles(x: Tensor, tile: int) -> Tensor:
