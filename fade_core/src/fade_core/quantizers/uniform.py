@@ -173,24 +173,22 @@ class UniformQuantizer(Quantizer):
 
     def combine(self, weights: Tensor, packed: Packed) -> Tensor:
         fmt = self.fmt
-        if fmt.groups > 1 or fmt.axis != "token":
+        if fmt.axis != "token" or (fmt.groups > 1 and fmt.layout != "channel"):
             return super().combine(weights, packed)
         short = -weights.shape[-1] % self.tile
         if short:
             weights = torch.nn.functional.pad(weights, (0, short))
         codes = self._codes(packed, weights.dtype)
-        scale, minimum = unpack_meta(packed.fields["meta"])
-        scale, minimum = (
-            scale.to(weights.dtype).flatten(2)[:, :, None],
-            minimum.to(weights.dtype).flatten(2)[:, :, None],
-        )
-        scaled = weights * scale
-        offset = (weights * minimum).sum(-1, keepdim=True)
-        if fmt.layout == "channel":  # [B, H, n, D, tile]
-            tiles = scaled.unflatten(-1, (-1, self.tile)).transpose(2, 3)  # [B, H, n, N, tile]
-            combined: Tensor = (tiles @ codes.transpose(-1, -2)).sum(2) + offset
+        scale, minimum = (m.to(weights.dtype) for m in unpack_meta(packed.fields["meta"]))  # [B, H, n, g, tile]
+        if fmt.layout == "channel":  # codes [B, H, n, D, tile]
+            tiles = weights.unflatten(-1, (-1, self.tile)).transpose(2, 3)[:, :, :, None]  # [B, H, n, 1, N, tile]
+            grouped = codes.unflatten(3, (fmt.groups, fmt.group)).transpose(-1, -2)  # [B, H, n, g, tile, G]
+            parts = (tiles * scale[..., None, :]) @ grouped + (tiles * minimum[..., None, :]).sum(-1, keepdim=True)
+            combined: Tensor = parts.sum(2).transpose(2, 3).flatten(3)  # [B, H, N, D]
             return combined
-        return scaled @ codes.flatten(2, 3) + offset
+        scale, minimum = scale.flatten(2)[:, :, None], minimum.flatten(2)[:, :, None]
+        offset = (weights * minimum).sum(-1, keepdim=True)
+        return (weights * scale) @ codes.flatten(2, 3) + offset
 
     def _pack(self, codes: Tensor) -> dict[str, Tensor]:
         fields, below = {}, self.fmt.bits
