@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from modes import MODES, Result
+from modes import MODES, Result, tiny_task
 from reference import DENSE, DenseLayer, Recording, attention, dense_cache, replay_cache
 from tinymodels import fresh_seed, tiny
 from transformers import DynamicCache, PreTrainedModel
@@ -83,20 +83,22 @@ def same(found: Result, wanted: Result) -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_full_precision_ladder_is_the_dynamic_cache(family: str, mode: str) -> None:
-    model, seed = model_of(family), fresh_seed()
-    wanted = MODES[mode](model, lambda padding: DynamicCache(config=model.config), seed)
+    model = model_of(family)
+    task = tiny_task(model, fresh_seed())
+    wanted = MODES[mode](task, lambda padding: DynamicCache(config=model.config))
     with create_tiered_cache(model, EXACT) as cache:
-        same(MODES[mode](model, lambda padding: cache, seed), wanted)
+        same(MODES[mode](task, lambda padding: cache), wanted)
     assert encoded(cache) > 0
 
 
 @pytest.mark.parametrize(("family", "packed", "mode"), each_mode([*PACKED]))
 def test_compressed_is_the_dense_reference(family: str, packed: str, mode: str) -> None:
-    model, config, seed = model_of(family), PACKED[packed], fresh_seed()
+    model, config = model_of(family), PACKED[packed]
+    task = tiny_task(model, fresh_seed())
     with create_tiered_cache(model, config) as cache:
-        found = MODES[mode](model, lambda padding: cache, seed)
+        found = MODES[mode](task, lambda padding: cache)
     with attention(model, DENSE):
-        wanted = MODES[mode](model, lambda padding: dense_cache(model, config, padding), seed)
+        wanted = MODES[mode](task, lambda padding: dense_cache(model, config, padding))
     same(found, wanted)
     quantised = [layer.quantised for layer in wanted.cache.layers if isinstance(layer, DenseLayer)]
     assert quantised == [int(layer.stores[0].lengths[0, 0]) for layer in cache.tiered]
@@ -105,12 +107,13 @@ def test_compressed_is_the_dense_reference(family: str, packed: str, mode: str) 
 
 @pytest.mark.parametrize(("family", "ladder", "mode"), each_mode([*LADDERS]))
 def test_demoted_and_evicted_is_the_dense_reference(family: str, ladder: str, mode: str) -> None:
-    model, seed = model_of(family), fresh_seed()
+    model = model_of(family)
+    task = tiny_task(model, fresh_seed())
     with create_tiered_cache(model, LADDERS[ladder]) as cache:
         recording = Recording(cache)
-        found = MODES[mode](model, lambda padding: cache, seed)
+        found = MODES[mode](task, lambda padding: cache)
     with attention(model, DENSE):
-        wanted = MODES[mode](model, lambda padding: replay_cache(model, recording, ERRORS[ladder]), seed)
+        wanted = MODES[mode](task, lambda padding: replay_cache(model, recording, ERRORS[ladder]))
     same(found, wanted)
     assert encoded(cache) > 0
     assert all(int((layer.tier_map() < 0).sum()) > evicted_by_padding(layer) for layer in cache.tiered)
