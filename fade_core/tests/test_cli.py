@@ -340,6 +340,7 @@ def test_demo_answers_measures_and_draws(
     assert caches["evicting"]["tiers"]["evicted"] > 0.3
     assert caches["small"]["tiers"]["evicted"] == 0
     assert caches["small"]["peak"] > 0
+    assert all(cache["tokens_per_second"] > 0 for cache in caches.values())
     assert (out / "tiers.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -465,7 +466,10 @@ def test_sizes_are_for_people() -> None:
 
 @pytest.mark.real_model
 @pytest.mark.slow
-def test_the_demo_on_the_real_model(fade: Callable[..., Result], tmp_path: Path) -> None:
+def test_the_demo_on_the_real_model(
+    fade: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo_module, "CHECKED", 64)
     ok(fade("demo", "--prompt-tokens", 1024, "--config", "safe", "--output-dir", tmp_path, "--max-new-tokens", 16))
     safe = json.loads((tmp_path / "demo.json").read_text())["caches"]["safe"]
     assert safe["kl"] <= 0.01

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 CHECKED = 256
 """Steps compared with the exact cache: its own answer, then a text that follows."""
 STEPS_PER_FORWARD = 8
+TIMED = 24
+"""Single-token steps that the speed is measured on, after everything else."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Shown:
     Attributes:
         held: bytes of the cache after the answer.
         peak: highest tensor bytes above the weights while the prompt is read, cache and activations.
-        tokens_per_second: of the answer.
+        tokens_per_second: of single-token steps after the prompt, from the median step.
         answer: text.
         kl: mean KL to the exact cache, nats.
         top1: share of steps with the same most likely token.
@@ -42,7 +44,7 @@ class Shown:
 
     held: int
     peak: int
-    tokens_per_second: float | None
+    tokens_per_second: float
     answer: str
     kl: float
     top1: float
@@ -90,17 +92,16 @@ def demo(
 
 @dataclass(frozen=True)
 class _Answer:
-    """What ``generate()`` gave: token ids, text, rate, bytes held, peak while the prompt was read, and the picture."""
+    """What ``generate()`` gave: token ids, text, bytes held, peak while the prompt was read, and the picture."""
 
     tokens: list[int]
     text: str
-    rate: float | None
     held: int
     peak: int
     picture: TierPicture | None
 
-    def shown(self, kl: float, top1: float) -> Shown:
-        return Shown(self.held, self.peak, self.rate, self.text, kl, top1)
+    def shown(self, rate: float, kl: float, top1: float) -> Shown:
+        return Shown(self.held, self.peak, rate, self.text, kl, top1)
 
 
 class _Runner:
@@ -115,6 +116,7 @@ class _Runner:
 
         from fade_core.eval.caches import opened
         from fade_core.eval.kl import follow_exact, run_exact
+        from fade_core.eval.speed import decode_rate
         from fade_core.eval.tokens import token_rows
         from fade_core.loading import exact_cache
 
@@ -125,25 +127,26 @@ class _Runner:
             (follows,) = token_rows(None, self.tokenizer, CHECKED, self.ids.device, limit=1)
             row = torch.cat([self.ids, tokens, follows], dim=1)[:, : prompt + CHECKED + 1]
             options: dict[str, Any] = {"steps_per_forward": STEPS_PER_FORWARD, "advance": _counting(advance)}
-            if self._rewound(cache):
-                return answer.shown(0.0, 1.0), follow_exact(self.model, cache, row, prompt, **options)
-        return answer.shown(0.0, 1.0), run_exact(self.model, row, prompt, **options)
+            rewound = self._rewound(cache)
+            run = follow_exact(self.model, cache, row, prompt, **options) if rewound else None
+            rate = decode_rate(self.model, cache, TIMED)
+        return answer.shown(rate, 0.0, 1.0), run or run_exact(self.model, row, prompt, **options)
 
     def compressed(self, factory: CacheFactory, run: ExactRun, advance: Advance) -> tuple[Shown, TierPicture]:
         """A compressed cache's line and picture."""
         from fade_core.eval.caches import opened
         from fade_core.eval.kl import compare, follow
+        from fade_core.eval.speed import decode_rate
 
-        found = None
         options: dict[str, Any] = {"steps_per_forward": STEPS_PER_FORWARD, "advance": _counting(advance)}
         with opened(factory, self.model) as cache:
             answer = self._answer(cache)
-            if self._rewound(cache):
-                found = follow(self.model, cache, run, **options)
+            found = follow(self.model, cache, run, **options) if self._rewound(cache) else None
+            rate = decode_rate(self.model, cache, TIMED)
         found = found or compare(self.model, factory, run, **options)
         if answer.picture is None:
             raise InputError("this cache cannot say which tier a token lives in")
-        return answer.shown(float(found.kl.mean()), float(found.same.double().mean())), answer.picture
+        return answer.shown(rate, float(found.kl.mean()), float(found.same.double().mean())), answer.picture
 
     def _answer(self, cache: Any) -> _Answer:
         from fade_core.cli.picture import TierPicture
@@ -157,7 +160,6 @@ class _Runner:
         return _Answer(
             tokens,
             str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip(),
-            watch.tokens_per_second,
             live_bytes(cache, exclude=self.model),
             peak.peak,
             TierPicture.of(cache) if hasattr(cache, "tier_names") else None,
@@ -205,7 +207,7 @@ def _limit(model: Any, prompt_tokens: int | None, max_new_tokens: int) -> int | 
     context = context_length(model)
     if context is None:
         return prompt_tokens
-    room = context - max(max_new_tokens, CHECKED + 1)
+    room = context - max(max_new_tokens, CHECKED + TIMED + 1)
     if prompt_tokens is not None and prompt_tokens > room:
         raise InputError(
             f"--prompt-tokens {prompt_tokens} does not fit: the model takes {context}, {room} for the prompt"
@@ -223,7 +225,7 @@ def _print(results: dict[str, Shown], model: Any, prompt_tokens: int) -> None:
             f"{line.held / exact.held:.3f}x",
             f"{line.held / sixteen:.3f}x",
             size(line.peak),
-            "-" if line.tokens_per_second is None else f"{line.tokens_per_second:.1f}",
+            f"{line.tokens_per_second:.1f}",
             "-" if name == EXACT else f"{line.top1:.1%}",
             "-" if name == EXACT else f"{line.kl:.5f}",
             line.answer,

@@ -102,6 +102,13 @@ def step_times(
         return {name: _summary(times[name], times[EXACT], cache, model) for name, cache in made.items()}
 
 
+def decode_rate(model: Any, cache: Any, steps: int) -> float:
+    """Tokens a second of single-token steps on a filled cache, from the median step; the cache grows by ``steps``."""
+    check_counts(steps=steps)
+    token = torch.zeros((1, 1), dtype=torch.int64, device=model.device)
+    return 1 / statistics.median(_timed(model, token, cache) for _ in range(steps))
+
+
 def _timed(model: Any, tokens: Tensor, cache: Any) -> float:
     _finish(model)
     start = time.perf_counter()
