@@ -199,11 +199,12 @@ class UniformQuantizer(Quantizer):
         return fields
 
     def _codes(self, packed: Packed, dtype: torch.dtype) -> Tensor:
-        widths = planes_of(self.fmt.bits)
-        codes = unpack_codes(packed.fields[f"codes{widths[0]}"], widths[0], self.fmt.layout, dtype)
-        for width in widths[1:]:
-            codes = codes * (1 << width) + unpack_codes(packed.fields[f"codes{width}"], width, self.fmt.layout, dtype)
-        return codes
+        first, *rest = planes_of(self.fmt.bits)
+        codes = unpack_codes(packed.fields[f"codes{first}"], first, self.fmt.layout, torch.int16 if rest else dtype)
+        for width in rest:  # in integers: half the bytes of floats
+            codes <<= width
+            codes |= unpack_codes(packed.fields[f"codes{width}"], width, self.fmt.layout)
+        return codes.to(dtype)
 
 
 class UniformConfig(QuantizerConfig):
