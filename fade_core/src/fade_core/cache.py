@@ -74,6 +74,7 @@ class TieredKVCache(Cache):
         text = model.config.get_text_config(decoder=True)
         own_layers = _own_layers(model, text)
         self.config, self.model_config, self.length_limit = config, text, max_cache_len
+        self.device, self.weights_mark = model.device, checkpoint.weights_mark(model)
         self.sinks: list[TelemetrySink] = [sink.build() for sink in config.telemetry]
         self._emit = _emitter(self.sinks)
         self.refusals: dict[str, list[tuple[str, str]]] = {}

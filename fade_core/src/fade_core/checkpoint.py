@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,13 +17,14 @@ from fade_core._version import __version__
 from fade_core.config import FadeConfig
 from fade_core.errors import CheckpointError, FadeError
 from fade_core.layer import TieredLayer
+from fade_core.layerstate import load_quantizers, other_layer, other_state, tiered_layer, tiered_state
 from fade_core.packed import FORMAT_VERSION
-from fade_core.window import Window
 
 if TYPE_CHECKING:
     from fade_core.cache import TieredKVCache
 
 _KIND = "fade-kv-cache"
+_MARKED = 256
 
 
 def fingerprint(model_config: Any) -> str:
@@ -38,23 +39,40 @@ def fingerprint(model_config: Any) -> str:
         "vocab_size",
     )
     facts = {name: getattr(model_config, name, None) for name in names}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return _hash(json.dumps(facts, sort_keys=True, default=str).encode())
+
+
+def weights_mark(model: Any) -> str | None:
+    """A short hash of a few of the model's embeddings, or ``None`` where they cannot be read (offloaded, sharded).
+
+    Another model of the same shape would read a cache without complaint, and answer nonsense.
+    """
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    if type(weight) is not torch.nn.Parameter or weight.device.type == "meta" or not weight.numel():
+        return None
+    flat = weight.detach().flatten()
+    some = flat[:: max(1, flat.numel() // _MARKED)][:_MARKED]
+    return _hash(some.float().cpu().numpy().tobytes())
 
 
 def state_of(cache: TieredKVCache) -> dict[str, Any]:
-    """Header and tensors of a cache; tensors are clones."""
+    """Header and tensors of a cache; tensors are clones.
+
+    Raises:
+        CheckpointError: if the model has layers whose state cannot be saved.
+    """
     tensors: dict[str, Tensor] = {}
     layers: dict[str, Any] = {}
     for index, layer in enumerate(cache.layers):
-        if isinstance(layer, TieredLayer):
-            layers[str(index)] = _layer_state(layer, f"{index}.", tensors)
-        elif getattr(layer, "is_initialized", False):
-            layers[str(index)] = _other_state(layer, f"{index}.", tensors)
+        facts, own = tiered_state(layer) if isinstance(layer, TieredLayer) else other_state(layer)
+        layers[str(index)] = facts
+        tensors.update({f"{index}.{name}": tensor for name, tensor in own.items()})
     header = {
         "kind": _KIND,
         "format": FORMAT_VERSION,
         "fade_core": __version__,
         "model": fingerprint(cache.model_config),
+        "weights": cache.weights_mark,
         "config": cache.config.to_dict(),
         "max_cache_len": cache.length_limit,
         "layers": layers,
@@ -69,31 +87,34 @@ def restore(cache: TieredKVCache, state: Mapping[str, Any]) -> None:
         CheckpointError: not a cache state, another format, model or configuration; the cache is unchanged then.
     """
     header, tensors = _checked(state)
-    if header["model"] != fingerprint(cache.model_config):
-        raise CheckpointError(
-            "the saved cache belongs to a model of another shape; load it with the model that filled it"
-        )
-    if header["config"] != cache.config.to_dict():
+    _check_model(header, fingerprint(cache.model_config), cache.weights_mark)
+    if _meaning(header["config"]) != _meaning(cache.config.to_dict()):
         raise CheckpointError(
             "the saved cache was made with another configuration; TieredKVCache.load restores both together"
         )
-    staged = []
-    for index, saved in header["layers"].items():
-        layer = cache.layers[int(index)]
+    if len(header["layers"]) != len(cache.layers):
+        raise CheckpointError(f"{len(header['layers'])} layers were saved; this cache has {len(cache.layers)}")
+    fresh: list[Any] = []
+    tiered: list[tuple[TieredLayer, dict[str, Tensor]]] = []
+    for index, layer in enumerate(cache.layers):
+        prefix = f"{index}."
+        own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         try:
-            staged.append(
-                (layer, saved, {n[len(index) + 1 :]: t for n, t in tensors.items() if n.startswith(f"{index}.")})
-            )
-            if isinstance(layer, TieredLayer) and saved.get("initialized"):
-                _check_layer(layer, saved, staged[-1][2])
-        except (KeyError, RuntimeError) as error:
+            facts = header["layers"][str(index)]
+            if isinstance(layer, TieredLayer):
+                tiered.append((tiered_layer(layer, facts, own), own))
+                fresh.append(tiered[-1][0])
+            else:
+                fresh.append(other_layer(layer, facts, own, cache.device))
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"layer {index} of the saved cache is damaged: {error}") from error
+    length = max(layer.logical for layer, _ in tiered)
+    if cache.length_limit is not None and length > cache.length_limit:
+        raise CheckpointError(f"{length} tokens were saved; this cache has max_cache_len={cache.length_limit}")
+    load_quantizers(tiered)
     cache.reset()
-    for layer, saved, own in staged:
-        if isinstance(layer, TieredLayer):
-            _fill(layer, saved, own)
-        else:
-            _fill_other(layer, saved, own)
+    for layer, found in zip(cache.layers, fresh, strict=True):
+        vars(layer).update(vars(found))
 
 
 def save(cache: TieredKVCache, path: str | Path) -> None:
@@ -110,17 +131,17 @@ def load(path: str | Path, model: Any, kind: type[TieredKVCache]) -> TieredKVCac
         with safe_open(str(path), "pt", device=str(model.device)) as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
-    if "fade" not in metadata:
-        raise CheckpointError(f"{path} is a safetensors file, but not a saved FADE cache")
-    state = {"header": json.loads(metadata["fade"]), "tensors": tensors}
+        if "fade" not in metadata:
+            raise CheckpointError(f"{path} is a safetensors file, but not a saved FADE cache")
+        state = {"header": json.loads(metadata["fade"]), "tensors": tensors}
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not a safetensors file that FADE wrote, or is damaged: {error}") from error
     header, _ = _checked(state)
+    _check_model(header, fingerprint(model.config.get_text_config(decoder=True)), weights_mark(model))
     try:
-        config = FadeConfig(**header["config"])
+        cache = kind(model, FadeConfig(**header["config"]), header["max_cache_len"])
     except FadeError as error:
-        raise CheckpointError(f"{path} needs components that are not installed here: {error}") from error
-    cache = kind(model, config, header["max_cache_len"])
+        raise CheckpointError(f"{path} was saved with a configuration that does not work here: {error}") from error
     try:
         restore(cache, state)
     except CheckpointError:
@@ -155,77 +176,32 @@ def _checked(state: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     header = state.get("header") if isinstance(state, Mapping) else None
     if not isinstance(header, Mapping) or header.get("kind") != _KIND or "tensors" not in state:
         raise CheckpointError("this is not a saved FADE cache (cache_state_dict and save make them)")
-    if header["format"] != FORMAT_VERSION:
+    if header.get("format") != FORMAT_VERSION:
         raise CheckpointError(
-            f"the cache was saved in packed format {header['format']} by fade-core {header['fade_core']}; "
-            f"this is fade-core {__version__} with format {FORMAT_VERSION}"
+            f"the cache was saved in format {header.get('format')} by fade-core {header.get('fade_core')}; "
+            f"this is fade-core {__version__}, which reads format {FORMAT_VERSION}"
         )
+    missing = [name for name in ("model", "weights", "config", "max_cache_len", "layers") if name not in header]
+    if missing or not isinstance(header["layers"], Mapping) or not isinstance(header["config"], Mapping):
+        raise CheckpointError(f"the header of the saved cache is damaged: {', '.join(missing) or 'layers'}")
     return dict(header), dict(state["tensors"])
 
 
-def _layer_state(layer: TieredLayer, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    if layer.window is None:
-        return {"initialized": False}
-    tensors.update({f"{prefix}window.{n}": t for n, t in layer.window.state().items()})
-    tensors[f"{prefix}padding"] = layer.padding
-    for i, store in enumerate(layer.stores):
-        tensors.update({f"{prefix}store{i}.{n}": t for n, t in store.state().items()})
-        for side, quantizer in (("k", store.tier.keys), ("v", store.tier.values)):
-            tensors.update({f"{prefix}store{i}.quantizer.{side}.{n}": t for n, t in quantizer.state_dict().items()})
-    return {
-        "initialized": True,
-        "logical": layer.logical,
-        "since_ranking": layer.since_ranking,
-        "dtype": str(layer.dtype).removeprefix("torch."),
-        "explicit": [store.explicit for store in layer.stores],
-    }
+def _check_model(header: Mapping[str, Any], shape: str, weights: str | None) -> None:
+    if header["model"] != shape:
+        raise CheckpointError(
+            "the saved cache belongs to a model of another shape; load it with the model that filled it"
+        )
+    if None not in (weights, header["weights"]) and header["weights"] != weights:
+        raise CheckpointError(
+            "the saved cache belongs to a model of this shape with other weights; load it with the model that filled it"
+        )
 
 
-def _check_layer(layer: TieredLayer, saved: Mapping[str, Any], own: Mapping[str, Tensor]) -> None:
-    names = {"window.keys", "window.values", "window.positions", "window.lengths", "padding"}
-    names |= {f"store{i}.table" for i in range(len(layer.plan.ladder.tiers))}
-    missing = sorted(names - own.keys())
-    if missing or not isinstance(getattr(torch, saved["dtype"], None), torch.dtype):
-        raise CheckpointError(f"layer {layer.index} of the saved cache lacks {missing or 'a dtype'}")
+def _meaning(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides a cache's contents: not which kernel reads them, nor who is told of events."""
+    return {name: value for name, value in config.items() if name not in ("kernel", "telemetry")}
 
 
-def _fill(layer: TieredLayer, saved: Mapping[str, Any], own: Mapping[str, Tensor]) -> None:
-    if not saved["initialized"]:
-        return
-    keys, values = own["window.keys"], own["window.values"]
-    layer.lazy_initialization(keys[:, :, :0], values[:, :, :0])
-    cast(Window, layer.window).load({n[7:]: t for n, t in own.items() if n.startswith("window.")})
-    layer.padding = own["padding"].cpu().clone()
-    layer.logical, layer.since_ranking = saved["logical"], saved["since_ranking"]
-    for i, store in enumerate(layer.stores):
-        store.explicit = saved["explicit"][i]
-        store.load({n[len(f"store{i}.") :]: t for n, t in own.items() if n.startswith(f"store{i}.")})
-        for side, quantizer in (("k", store.tier.keys), ("v", store.tier.values)):
-            prefix = f"store{i}.quantizer.{side}."
-            quantizer.load_state_dict({n[len(prefix) :]: t for n, t in own.items() if n.startswith(prefix)})
-
-
-def _other_state(layer: Any, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    plain: dict[str, Any] = {}
-    for name, value in vars(layer).items():
-        if isinstance(value, Tensor):
-            tensors[prefix + name] = value
-        elif isinstance(value, (bool, int, float, str)) or value is None:
-            plain[name] = value
-        elif isinstance(value, (torch.dtype, torch.device)):
-            continue
-        else:
-            raise CheckpointError(
-                f"{type(layer).__name__} keeps {name} as {type(value).__name__}, which FADE cannot save; "
-                "caches of models with such layers cannot be saved yet"
-            )
-    return {"plain": plain, "class": type(layer).__name__}
-
-
-def _fill_other(layer: Any, saved: Mapping[str, Any], own: Mapping[str, Tensor]) -> None:
-    for name, value in saved["plain"].items():
-        setattr(layer, name, value)
-    for name, tensor in own.items():
-        setattr(layer, name, tensor.clone())
-    if layer.keys is not None:
-        layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
