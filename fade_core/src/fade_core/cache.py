@@ -75,7 +75,7 @@ class TieredKVCache(Cache):
         own_layers = _own_layers(model, text)
         self.config, self.model_config, self.length_limit = config, text, max_cache_len
         self.device, self.weights_mark = model.device, checkpoint.weights_mark(model)
-        self.sinks: list[TelemetrySink] = [sink.build() for sink in config.telemetry]
+        self.sinks: list[TelemetrySink] = []
         self._emit = _emitter(self.sinks)
         self.refusals: dict[str, list[tuple[str, str]]] = {}
         mode = _attention_mode(model, config)
@@ -120,6 +120,8 @@ class TieredKVCache(Cache):
         self._before: dict[int, dict[str, Any]] = {}
         self._overwritten: set[int] = set()
         self.attention = mode
+        self._own_sinks = [sink.build() for sink in config.telemetry]
+        self.sinks += self._own_sinks
         self._detach = _attach(model, self) if mode == "fade" else lambda: None
 
     # --- life with the model ---
@@ -132,8 +134,10 @@ class TieredKVCache(Cache):
 
     def __exit__(self, *exc: object) -> None:
         self.detach()
-        for sink in self.sinks:
+        for sink in self._own_sinks:
             sink.close()
+            self.sinks.remove(sink)  # what still happens to the cache is told to attached sinks only
+        self._own_sinks.clear()
 
     @property
     def tiered(self) -> list[TieredLayer]:

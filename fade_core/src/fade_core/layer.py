@@ -388,20 +388,20 @@ class TieredLayer(CacheLayerMixin):
             if bool(over.any()):
                 if scores is None:
                     scores = self._scores()
-                last = i + 1 == len(self.stores)
+                last, held = i + 1 == len(self.stores), store.lengths
                 tokens = store.split(self._choose(store, scores[i], over), decode=not last)
+                gone = int((held - store.lengths).sum())
                 if tokens is not None:
-                    lower = self.stores[i + 1]
-                    lower.append(tokens)
-                    moved += int(over.sum())
+                    self.stores[i + 1].append(tokens)
+                    moved += gone
                     scores = None  # the lower tier has other slots now
                 else:
-                    evicted += int(over.sum())
+                    evicted += gone
             above = above + store.lengths
         if moved:
             self._report("demote", moved, before, started)
         if evicted:
-            self._report("evict", evicted, before, started)
+            self._report("evict", evicted, before, started, self.stores[-1].tier.name)
         self._report("reassign", moved + evicted, before, started)
 
     def assign(self, tiers: Tensor) -> None:
@@ -415,8 +415,24 @@ class TieredLayer(CacheLayerMixin):
             InputError: wrong shape, an unknown tier, or a token that would have to move up.
         """
         self.settle()
-        window = self._window()
-        shape = (self.batch_size, window.keys.shape[1], self.logical)
+        wanted = self._wanted(tiers)
+        leaving = self._leaving_window(wanted)
+        self._check_tiles(wanted)
+        started, before = time.perf_counter(), self.nbytes()
+        encoded = dropped = 0
+        if leaving is not None:
+            self._window().assign(*leaving.stay())
+            encoded = sum(self._take_in(store, leaving.of(level)) for level, store in enumerate(self.stores, start=1))
+            dropped = int((leaving.target > len(self.stores)).sum())
+        demoted, evicted = self._move_down(wanted)
+        for kind, moved in (("encode", encoded), ("demote", demoted), ("evict", evicted + dropped)):
+            if moved:
+                self._report(kind, moved, before, started)
+        self._report("reassign", encoded + demoted + evicted + dropped, before, started)
+
+    def _wanted(self, tiers: Tensor) -> Tensor:
+        """``tiers`` on this device with the evicted last, ``len(stores) + 1``. Raises ``InputError``."""
+        shape = (self.batch_size, self._window().keys.shape[1], self.logical)
         if tuple(tiers.shape) != shape:
             raise InputError(
                 f"layer {self.index}: tiers have shape {tuple(tiers.shape)}; [B, H_kv, T] = {shape} is needed"
@@ -426,35 +442,53 @@ class TieredLayer(CacheLayerMixin):
                 f"layer {self.index}: tiers must be -1 (evicted), 0 (full precision) or 1..{len(self.stores)} "
                 f"({', '.join(s.tier.name for s in self.stores)}); found {int(tiers.min())}..{int(tiers.max())}"
             )
-        depth = len(self.stores) + 1
-        wanted = tiers.to(self.device).where(
-            tiers.to(self.device) >= 0, torch.full_like(tiers, depth, device=self.device)
-        )
-        now = self.tier_map().where(self.tier_map() >= 0, torch.full_like(tiers, depth, device=self.device))
+        now, wanted = (t.masked_fill(t < 0, len(self.stores) + 1) for t in (self.tier_map(), tiers.to(self.device)))
         if bool((wanted < now).any()):
             raise InputError(
                 f"layer {self.index}: {int((wanted < now).sum())} tokens were asked back up the ladder; "
                 "what was dropped cannot be restored, tokens only move down"
             )
-        leaving = self._leaving_window(wanted)
-        if leaving is not None:
-            for level, store in enumerate(self.stores, start=1):
-                chosen = leaving.of(level)
-                if chosen is not None:
-                    store._spell_positions()
-                    store.append(chosen)
+        return wanted
+
+    def _move_down(self, wanted: Tensor) -> tuple[int, int]:
+        """Move packed tokens to the tiers they are ``wanted`` in; counts of demoted and evicted ones."""
+        demoted = evicted = 0
         for level, store in enumerate(self.stores, start=1):
-            if not store.tiles:
+            for lower in range(level + 1, len(self.stores) + 2):
+                positions = store.positions()
+                moving = (wanted.gather(2, positions.clamp_min(0)) == lower) & (positions >= 0)
+                if not bool(moving.any()):
+                    continue
+                if lower > len(self.stores):
+                    store.split(moving, decode=False)
+                    evicted += int(moving.sum())
+                else:
+                    demoted += self._take_in(self.stores[lower - 1], store.split(moving))
+        return demoted, evicted
+
+    @staticmethod
+    def _take_in(store: TierStore, tokens: Tokens | None) -> int:
+        """Append what there is; says how many tokens."""
+        if tokens is None:
+            return 0
+        store.append(tokens)
+        return int(tokens.counts.sum())
+
+    def _check_tiles(self, wanted: Tensor) -> None:
+        """Refuse to part tokens that share scales. Raises ``InputError``."""
+        for store in self.stores:
+            if not store.tiles or (store.tier.keys.moves_tokens and store.tier.values.moves_tokens):
                 continue
-            target = wanted.gather(2, store.positions().clamp_min(0))
-            for lower in range(level + 1, depth + 1):
-                moving = target == lower
-                tokens = store.split(moving, decode=lower < depth) if bool(moving.any()) else None
-                if tokens is not None:
-                    self.stores[lower - 1]._spell_positions()
-                    self.stores[lower - 1].append(tokens)
-                if store.tiles:
-                    target = wanted.gather(2, store.positions().clamp_min(0))
+            positions = store.positions().unflatten(-1, (-1, store.tile))
+            target = wanted.gather(2, positions.flatten(2).clamp_min(0)).view(positions.shape)
+            apart = ((target != target[..., :1]) & (positions >= 0)).any(-1)
+            if bool(apart.any()):
+                tile = positions[apart][0]
+                raise InputError(
+                    f"layer {self.index}: tier {store.tier.name!r} shares scales between the tokens of a tile, so that they "
+                    f"move together; those at positions {int(tile[0])} to {int(tile.max())} were sent to different tiers. "
+                    "Send whole tiles, or use quantizers with axis = 'token'."
+                )
 
     # --- introspection ---
     def tier_map(self) -> Tensor:
@@ -585,9 +619,10 @@ class TieredLayer(CacheLayerMixin):
             evicted = self._send_down(keys, values, positions[:, None], observed, due, chunk)
         self._keep_in_window(keys, values, positions, observed, lengths, due)
         encoded = int(due.sum()) * keys.shape[1] - evicted
-        for kind, tokens in (("encode", encoded), ("evict", evicted)):
-            if tokens:
-                self._report(kind, tokens, before, started)
+        if encoded:
+            self._report("encode", encoded, before, started)
+        if evicted:
+            self._report("evict", evicted, before, started, "fp16")
         if self.since_ranking >= self.plan.every:
             self.rank()
 
@@ -757,27 +792,14 @@ class TieredLayer(CacheLayerMixin):
             return None
         if not bool((leaving == leaving[:, :1]).all()):
             raise InputError(f"layer {self.index}: the heads of a row disagree on which tokens leave full precision")
-        keys, values = (t.clone() for t in window.live())
-        stats = {n: t[:, :, : window.longest].clone() for n, t in window.statistics.items()}
-        found = _Leaving(keys, values, where.clone(), stats, target.masked_fill(~leaving, 0))
-        stays = ((where[:, 0] >= 0) & ~leaving[:, 0]).cpu()
-        index = torch.argsort(~stays, dim=-1, stable=True).to(self.device)
-        wide = index[:, None, :, None]
-        window.assign(
-            keys.gather(2, wide.expand_as(keys)),
-            values.gather(2, wide.expand_as(values)),
-            where[:, 0].gather(1, index),
-            stays.sum(-1),
-            {n: t.gather(2, index[:, None].expand_as(t)) for n, t in stats.items()},
-        )
-        return found
+        keys, values = window.live()
+        stats = {n: t[:, :, : window.longest] for n, t in window.statistics.items()}
+        return _Leaving(keys, values, where, stats, target.masked_fill(~leaving, 0))
 
-    def _report(self, kind: str, tokens: int, before: int, started: float) -> None:
-        self.plan.emit(
-            Event(
-                kind, self.index, tokens, before, self.nbytes(), time.perf_counter() - started, {"length": self.logical}
-            )
-        )
+    def _report(self, kind: str, tokens: int, before: int, started: float, tier: str = "") -> None:
+        """Send an event; ``tier`` is where evicted tokens were."""
+        detail: dict[str, Any] = {"length": self.logical} | ({"from": tier} if tier else {})
+        self.plan.emit(Event(kind, self.index, tokens, before, self.nbytes(), time.perf_counter() - started, detail))
 
 
 @dataclass
@@ -789,6 +811,20 @@ class _Leaving:
     positions: Tensor
     statistics: dict[str, Tensor]
     target: Tensor
+
+    def stay(self) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """What ``Window.assign`` takes to hold the tokens that stay."""
+        where = self.positions[:, 0]
+        stays = (where >= 0) & (self.target[:, 0] == 0)
+        index = torch.argsort(~stays, dim=-1, stable=True)
+        wide = index[:, None, :, None]
+        return (
+            self.keys.gather(2, wide.expand_as(self.keys)),
+            self.values.gather(2, wide.expand_as(self.values)),
+            where.gather(1, index),
+            stays.sum(-1).cpu(),
+            {n: t.gather(2, index[:, None].expand_as(t)) for n, t in self.statistics.items()},
+        )
 
     def of(self, level: int) -> Tokens | None:
         """The tokens bound for tier ``level``."""
