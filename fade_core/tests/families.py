@@ -86,6 +86,8 @@ def left_padded(lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 def assert_same_state(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Two answers of ``cache_state_dict``, bit by bit."""
+    for index, facts in expected["header"]["layers"].items():
+        assert found["header"]["layers"][index] == facts, index
     assert found["header"] == expected["header"]
     assert found["tensors"].keys() == expected["tensors"].keys()
     for name, tensor in expected["tensors"].items():

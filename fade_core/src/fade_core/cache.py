@@ -330,6 +330,7 @@ class TieredKVCache(Cache):
                 layer.go_back()
             return layer.logical <= length
         if index in self._before:
+            vars(layer).clear()  # what the pass added goes too
             vars(layer).update(self._before.pop(index))
         elif index in self._overwritten:
             layer.reset()
