@@ -1,0 +1,18 @@
+"""The real model, loaded once for all files here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fade_core import load_model
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> tuple[Any, Any]:
+    """SmolLM2-135M-Instruct in float32, and its tokenizer."""
+    model, tokenizer = load_model("smollm2", device="cpu")
+    model.generation_config.eos_token_id = None  # texts of one length, whatever a cache makes of them
+    model.generation_config.pad_token_id = 0
+    return model, tokenizer
