@@ -131,7 +131,7 @@ def main() -> None:
             sys.exit(f"{passage.name} has {ids.shape[1]} tokens; {wanted.prompt + wanted.steps + 1} are needed")
         exact = kl.run_exact(model, ids, wanted.prompt, steps_per_forward=wanted.steps_per_forward)
         for name, (_, factory) in chosen.items():
-            steps[name].append(kl.compare(model, factory, exact, steps_per_forward=wanted.steps_per_forward))
+            steps[name] += kl.compare(model, factory, exact, steps_per_forward=wanted.steps_per_forward)
         print(f"{number + 1}/{len(texts)} {passage.name} {time.perf_counter() - started:.0f} s", file=sys.stderr)
     rows = []
     print(f"{len(texts)} texts, {wanted.prompt} + {wanted.steps} tokens, window {wanted.window}")

@@ -61,9 +61,9 @@ def test_exact_cache_has_no_divergence_and_the_perplexity_of_a_plain_forward(mod
     assert (result.texts, result.steps, len(result.per_text)) == (3, 20, 3)
 
 
-@pytest.mark.parametrize("steps_per_forward", [1, 7])
+@pytest.mark.parametrize(("steps_per_forward", "batch_size"), [(1, 1), (7, 1), (1, 2), (7, 3)])
 def test_divergence_of_a_wrong_cache_is_that_of_a_loop_written_out(
-    model: Any, ids: Tensor, steps_per_forward: int
+    model: Any, ids: Tensor, steps_per_forward: int, batch_size: int
 ) -> None:
     result = divergence(
         model,
@@ -72,6 +72,7 @@ def test_divergence_of_a_wrong_cache_is_that_of_a_loop_written_out(
         prompt_tokens=40,
         steps=20,
         steps_per_forward=steps_per_forward,
+        batch_size=batch_size,
     )
     kls, same = [], []
     with torch.no_grad():

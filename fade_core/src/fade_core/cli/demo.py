@@ -141,9 +141,9 @@ class _Runner:
         options: dict[str, Any] = {"steps_per_forward": STEPS_PER_FORWARD, "advance": _counting(advance)}
         with opened(factory, self.model) as cache:
             answer = self._answer(cache)
-            found = follow(self.model, cache, run, **options) if self._rewound(cache) else None
+            steps = follow(self.model, cache, run, **options) if self._rewound(cache) else None
             rate = decode_rate(self.model, cache, TIMED)
-        found = found or compare(self.model, factory, run, **options)
+        (found,) = steps or compare(self.model, factory, run, **options)
         if answer.picture is None:
             raise InputError("this cache cannot say which tier a token lives in")
         return answer.shown(rate, float(found.kl.mean()), float(found.same.double().mean())), answer.picture

@@ -24,6 +24,7 @@ def evaluate(
     steps: Annotated[int, typer.Option(min=1, help="Tokens decoded through the cache, a text.")] = 128,
     count: Annotated[int | None, typer.Option(min=1, help="Texts (default 10), or needles (default 20).")] = None,
     steps_per_forward: Annotated[int, typer.Option(min=1, help="More than 1 is faster and close to it.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts decoded side by side (divergence).")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of what is drawn.")] = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -45,7 +46,7 @@ def evaluate(
     found = {}
     for name, cache in caches.items():
         with working(f"{task} {name}") as advance:
-            options = EvalOptions(texts, prompt_tokens, steps, count, steps_per_forward, seed, advance)
+            options = EvalOptions(texts, prompt_tokens, steps, count, steps_per_forward, seed, advance, batch_size)
             found[name] = chosen.run(loaded, tokenizer, cache, options).to_dict()
     if json:
         print_json({"task": task, "model": model, "results": found})

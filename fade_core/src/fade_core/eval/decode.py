@@ -15,23 +15,23 @@ from fade_core.errors import InputError
 
 @torch.no_grad()
 def prefill(model: Any, ids: Tensor, cache: Any, chunk: int | None = None) -> Tensor:
-    """Feed a prompt ``[1, P]`` and return the logits ``[V]`` of its last token.
+    """Feed prompts ``[B, P]`` and return the logits ``[B, V]`` of their last tokens.
 
     Args:
         model: a causal language model in evaluation mode.
-        ids: int64 token ids ``[1, P]``.
+        ids: int64 token ids ``[B, P]``.
         cache: what the model writes its keys and values to.
         chunk: tokens a forward pass; ``None`` for all at once.
     """
     logits = torch.empty(0)
     for part in torch.split(ids, chunk or ids.shape[1], dim=1):
         logits = _forward(model, part, cache, keep=1)
-    return logits[-1]
+    return logits[:, -1]
 
 
 @torch.no_grad()
 def feed(model: Any, ids: Tensor, cache: Any, tokens_per_forward: int = 1) -> Iterator[Tensor]:
-    """Feed ``[1, S]`` through the cache, a few tokens a forward pass; yields the logits ``[n, V]`` of each pass."""
+    """Feed ``[B, S]`` through the cache, a few tokens a forward pass; yields the logits ``[B, n, V]`` of each pass."""
     for part in torch.split(ids, tokens_per_forward, dim=1):
         yield _forward(model, part, cache, keep=part.shape[1])
 
@@ -42,15 +42,15 @@ def greedy(model: Any, first: Tensor, cache: Any, count: int) -> list[int]:
     tokens = [int(first.argmax())]
     while len(tokens) < count:
         logits = _forward(model, torch.tensor([tokens[-1:]], device=first.device), cache, keep=1)
-        tokens.append(int(logits[-1].argmax()))
+        tokens.append(int(logits[0, -1].argmax()))
     return tokens
 
 
 def _forward(model: Any, ids: Tensor, cache: Any, keep: int) -> Tensor:
-    """Logits ``[keep, V]`` in float32 of the last ``keep`` tokens."""
+    """Logits ``[B, keep, V]`` in float32 of the last ``keep`` tokens."""
     options = {"logits_to_keep": keep} if _keeps_logits(type(model).forward) else {}
     out = model(input_ids=ids, past_key_values=cache, use_cache=True, **options)
-    logits: Tensor = out.logits[0, -keep:].float()
+    logits: Tensor = out.logits[:, -keep:].float()
     if not torch.isfinite(logits).all():
         name, length = type(model).__name__, cache.get_seq_length()
         raise InputError(

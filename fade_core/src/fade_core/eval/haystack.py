@@ -195,5 +195,5 @@ def _ask(model: Any, prompt: Needle, factory: CacheFactory) -> tuple[list[int], 
     with opened(factory, model) as cache:
         prefill(model, prompt.context.to(model.device), cache)
         *_, last = feed(model, prompt.question.to(model.device), cache)
-        tokens = greedy(model, last[-1], cache, len(prompt.answer))
+        tokens = greedy(model, last[0, -1], cache, len(prompt.answer))
         return tokens, live_bytes(cache, exclude=model)

@@ -20,13 +20,13 @@ from fade_core.memory import live_bytes
 
 @dataclass(frozen=True)
 class ExactRun:
-    """One text decoded with the exact cache: what others are compared with.
+    """Texts of one length decoded side by side with the exact cache: what others are compared with.
 
     Attributes:
-        ids: int64 ``[1, T]``.
-        prompt_tokens: tokens ``P`` of it that went in at once; the other ``T - P`` went in one by one.
-        logits: float32 ``[T - P, V]`` after each of those.
-        bytes_held: bytes of the exact cache at the end.
+        ids: int64 ``[B, T]``, a text a row.
+        prompt_tokens: tokens ``P`` of each that went in at once; all others but the last went in one by one.
+        logits: float32 ``[B, T - P - 1, V]`` after each of those.
+        bytes_held: bytes of the exact cache at the end, all rows together.
     """
 
     ids: Tensor
@@ -115,6 +115,7 @@ def divergence(
     steps: int = 128,
     max_texts: int | None = None,
     steps_per_forward: int = 1,
+    batch_size: int = 1,
     exact: Sequence[ExactRun] | None = None,
     progress: Progress | None = None,
 ) -> DivergenceResult:
@@ -131,6 +132,7 @@ def divergence(
         max_texts: take only so many texts.
         steps_per_forward: tokens a forward pass after the prompt; more than 1 is faster and reads the cache as
             chunked prefill does.
+        batch_size: texts decoded side by side: faster, and the same to within the model's own rounding.
         exact: runs with the exact cache of the same texts, to measure several caches against them (``exact_runs``).
         progress: called as steps are done.
 
@@ -138,22 +140,29 @@ def divergence(
         InputError: if a text is too short or a number does not make sense.
         ConfigError: if ``config`` means no cache.
     """
-    check_counts(prompt_tokens=prompt_tokens, steps=steps, steps_per_forward=steps_per_forward)
+    check_counts(prompt_tokens=prompt_tokens, steps=steps, steps_per_forward=steps_per_forward, batch_size=batch_size)
     factory = cache_factory if cache_factory is not None else factory_of(config)
     if exact is None:
-        rows = token_rows(texts, tokenizer, prompt_tokens + steps + 1, model.device, max_texts)
+        batches = _batches(texts, tokenizer, prompt_tokens + steps + 1, model.device, max_texts, batch_size)
     else:
-        rows = [run.ids for run in exact]
-    advance = Units(len(rows) * steps * (1 if exact is not None else 2), progress)
-    measured = []
-    for number, row in enumerate(rows):
+        batches = [run.ids for run in exact]
+    advance = Units(sum(map(len, batches)) * steps * (1 if exact is not None else 2), progress)
+    measured: list[Steps] = []
+    for number, ids in enumerate(batches):
         run = (
             exact[number]
             if exact is not None
-            else run_exact(model, row, prompt_tokens, steps_per_forward=steps_per_forward, advance=advance)
+            else run_exact(model, ids, prompt_tokens, steps_per_forward=steps_per_forward, advance=advance)
         )
-        measured.append(compare(model, factory, run, steps_per_forward=steps_per_forward, advance=advance))
+        measured += compare(model, factory, run, steps_per_forward=steps_per_forward, advance=advance)
     return summarise(measured, prompt_tokens, steps)
+
+
+def _batches(
+    texts: Texts, tokenizer: Any, needed: int, device: torch.device, limit: int | None, batch_size: int
+) -> list[Tensor]:
+    rows = token_rows(texts, tokenizer, needed, device, limit)
+    return [torch.cat(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
 
 
 def exact_runs(
@@ -165,14 +174,15 @@ def exact_runs(
     steps: int = 128,
     max_texts: int | None = None,
     steps_per_forward: int = 1,
+    batch_size: int = 1,
 ) -> list[ExactRun]:
     """Runs with the exact cache, for ``divergence(exact=...)``. Arguments and errors as there.
 
-    A run holds its logits: ``steps * vocabulary * 4`` bytes.
+    A run holds its logits: ``steps * vocabulary * 4`` bytes a text.
     """
-    check_counts(prompt_tokens=prompt_tokens, steps=steps, steps_per_forward=steps_per_forward)
-    rows = token_rows(texts, tokenizer, prompt_tokens + steps + 1, model.device, max_texts)
-    return [run_exact(model, row, prompt_tokens, steps_per_forward=steps_per_forward) for row in rows]
+    check_counts(prompt_tokens=prompt_tokens, steps=steps, steps_per_forward=steps_per_forward, batch_size=batch_size)
+    batches = _batches(texts, tokenizer, prompt_tokens + steps + 1, model.device, max_texts, batch_size)
+    return [run_exact(model, ids, prompt_tokens, steps_per_forward=steps_per_forward) for ids in batches]
 
 
 def run_exact(
@@ -183,14 +193,14 @@ def run_exact(
     steps_per_forward: int = 1,
     advance: Callable[[int], None] | None = None,
 ) -> ExactRun:
-    """Decode one text ``[1, T]`` with the exact cache. Its last token is only predicted, never fed.
+    """Decode texts ``[B, T]`` with the exact cache. Their last tokens are only predicted, never fed.
 
     Args:
         model: a causal language model in evaluation mode.
-        ids: int64 ``[1, T]``.
+        ids: int64 ``[B, T]``.
         prompt_tokens: tokens fed at once.
         steps_per_forward: tokens a forward pass after the prompt.
-        advance: called with the tokens of each forward pass.
+        advance: called with the tokens of each forward pass, all rows together.
     """
     with opened(exact_cache, model) as cache:
         prefill(model, ids[:, :prompt_tokens], cache)
@@ -211,8 +221,8 @@ def follow_exact(
     for step in feed(model, ids[:, prompt_tokens:-1], cache, steps_per_forward):
         logits.append(step)
         if advance is not None:
-            advance(step.shape[0])
-    return ExactRun(ids, prompt_tokens, torch.cat(logits), live_bytes(cache, exclude=model))
+            advance(step.shape[0] * step.shape[1])
+    return ExactRun(ids, prompt_tokens, torch.cat(logits, dim=1), live_bytes(cache, exclude=model))
 
 
 def compare(
@@ -222,8 +232,8 @@ def compare(
     *,
     steps_per_forward: int = 1,
     advance: Callable[[int], None] | None = None,
-) -> Steps:
-    """Decode the same text with another cache and compare step by step; no logits are kept. Arguments as above."""
+) -> list[Steps]:
+    """Decode the same texts with another cache and compare step by step; no logits are kept. Arguments as above."""
     with opened(factory, model) as cache:
         prefill(model, run.ids[:, : run.prompt_tokens], cache)
         return follow(model, cache, run, steps_per_forward=steps_per_forward, advance=advance)
@@ -236,23 +246,30 @@ def follow(
     *,
     steps_per_forward: int = 1,
     advance: Callable[[int], None] | None = None,
-) -> Steps:
+) -> list[Steps]:
     """As ``compare``, on a cache that holds the run's prompt already."""
-    kl, same, nll, exact_nll, done = [], [], [], [], 0
-    targets = run.ids[0, run.prompt_tokens + 1 :]
+    figures: list[tuple[Tensor, ...]] = []
+    done = 0
     for logits in feed(model, run.ids[:, run.prompt_tokens : -1], cache, steps_per_forward):
-        here = slice(done, done + logits.shape[0])
-        wanted = run.logits[here].log_softmax(-1)
-        found = logits.log_softmax(-1)
-        kl.append((wanted.exp() * (wanted - found)).sum(-1, dtype=torch.float64).clamp(min=0).cpu())
-        same.append((wanted.argmax(-1) == found.argmax(-1)).cpu())
-        nll.append(-found.gather(1, targets[here, None]).squeeze(1).double().cpu())
-        exact_nll.append(-wanted.gather(1, targets[here, None]).squeeze(1).double().cpu())
+        here = slice(done, done + logits.shape[1])
+        next_tokens = run.ids[:, run.prompt_tokens + 1 :][:, here, None]
+        wanted, found = run.logits[:, here].log_softmax(-1), logits.log_softmax(-1)
+        figures.append(
+            (
+                (wanted.exp() * (wanted - found)).sum(-1, dtype=torch.float64).clamp(min=0).cpu(),
+                (wanted.argmax(-1) == found.argmax(-1)).cpu(),
+                -found.gather(2, next_tokens).squeeze(2).double().cpu(),
+                -wanted.gather(2, next_tokens).squeeze(2).double().cpu(),
+            )
+        )
         done = here.stop
         if advance is not None:
-            advance(logits.shape[0])
-    sizes = HeldBytes.of(live_bytes(cache, exclude=model), run.bytes_held, model.dtype.itemsize)
-    return Steps(torch.cat(kl), torch.cat(same), torch.cat(nll), torch.cat(exact_nll), sizes)
+            advance(logits.shape[0] * logits.shape[1])
+    rows = run.ids.shape[0]
+    held, exact = live_bytes(cache, exclude=model) / rows, run.bytes_held / rows
+    sizes = HeldBytes.of(held, exact, model.dtype.itemsize)
+    kl, same, nll, exact_nll = (torch.cat(parts, dim=1) for parts in zip(*figures, strict=True))
+    return [Steps(kl[row], same[row], nll[row], exact_nll[row], sizes) for row in range(rows)]
 
 
 def summarise(measured: Sequence[Steps], prompt_tokens: int, steps: int) -> DivergenceResult:

@@ -67,10 +67,10 @@ def perplexity(
         with opened(factory, model) as cache:
             prefill(model, row[:, :prompt_tokens], cache)
             for logits in feed(model, row[:, prompt_tokens:-1], cache, steps_per_forward):
-                wanted = targets[done : done + logits.shape[0], None]
-                parts.append(-logits.log_softmax(-1).gather(1, wanted).squeeze(1).double().cpu())
-                done += logits.shape[0]
-                advance(logits.shape[0])
+                wanted = targets[done : done + logits.shape[1], None]
+                parts.append(-logits[0].log_softmax(-1).gather(1, wanted).squeeze(1).double().cpu())
+                done += logits.shape[1]
+                advance(logits.shape[1])
             held.append(live_bytes(cache, exclude=model))
         losses.append(torch.cat(parts))
     every = torch.cat(losses)

@@ -29,6 +29,7 @@ class EvalOptions:
         steps_per_forward: tokens a forward pass after the prompt.
         seed: of whatever is drawn.
         progress: called as work is done.
+        batch_size: texts decoded side by side, where the task can.
     """
 
     texts: Texts = None
@@ -38,6 +39,7 @@ class EvalOptions:
     steps_per_forward: int = 1
     seed: int = 0
     progress: Progress | None = None
+    batch_size: int = 1
 
 
 class EvalTask(ABC):
@@ -72,6 +74,7 @@ class DivergenceTask(EvalTask):
             steps=options.steps,
             max_texts=options.count,
             steps_per_forward=options.steps_per_forward,
+            batch_size=options.batch_size,
             progress=options.progress,
         )
 
