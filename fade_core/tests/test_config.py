@@ -286,7 +286,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"keys": {"kind": "uniform", "axis": "row"}},
         "keys.axis: input should be 'token' or 'channel'; found 'row'",
     ),
-    "no kind": ({"keys": {"bits": 4}}, "keys: needs 'kind', one of uniform; found {'bits': 4}"),
+    "no kind": ({"keys": {"bits": 4}}, "keys: needs 'kind', one of kivi, uniform; found {'bits': 4}"),
     "kind is no text": ({"policy": {"kind": 3}}, "policy: needs 'kind', one of ema, h2o, position"),
     "component as text": (
         {"policy": "h2o"},
@@ -344,7 +344,7 @@ def test_json_text_that_is_not_a_configuration_is_refused_too() -> None:
     ("table", "known"),
     [
         ({"policy": {"kind": "h2"}}, "ema, h2o, position"),
-        ({"keys": {"kind": "h2"}}, "uniform"),
+        ({"keys": {"kind": "h2"}}, "kivi, uniform"),
         ({"ladder": [{"tier": "int5"}]}, "evicted, fp16, int2, int4, packed"),
         ({"telemetry": [{"kind": "x"}]}, "jsonl"),
         ({"kernel": {"kind": "triton"}}, "torch"),

@@ -50,7 +50,7 @@ def test_the_core_comes_through_the_same_door_exactly_once(entry_points: bool) -
     assert core.version == fade_core.__version__
     assert set(core.components["tiers"]) == {"fp16", "int4", "int2", "evicted", "packed"}
     assert set(core.components["policies"]) == {"position", "h2o", "ema"}
-    assert core.components["quantizers"] == ("uniform",)
+    assert core.components["quantizers"] == ("kivi", "uniform")
     assert {"decode_attention:torch", "attention_mass:torch"} <= set(core.components["kernels"])
 
 

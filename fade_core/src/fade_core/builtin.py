@@ -21,9 +21,10 @@ def fade_tiers() -> Sequence[type[TierConfig]]:
 
 @hookimpl
 def fade_quantizers() -> Sequence[type[QuantizerConfig]]:
+    from fade_core.quantizers.kivi import KiviConfig
     from fade_core.quantizers.uniform import UniformConfig
 
-    return [UniformConfig]
+    return [UniformConfig, KiviConfig]
 
 
 @hookimpl

@@ -157,17 +157,18 @@ class UniformQuantizer(Quantizer):
     # --- attention without reconstruction ---
     def scores(self, query: Tensor, packed: Packed) -> Tensor:
         fmt = self.fmt
-        if fmt.groups > 1 or fmt.layout != "token":
+        if fmt.layout != "token" or (fmt.axis == "token" and fmt.groups > 1):
             return super().scores(query, packed)
         codes = self._codes(packed, query.dtype)  # [B, H, n, tile, D]
-        scale, minimum = unpack_meta(packed.fields["meta"])  # [B, H, n, 1, tile or D]
+        scale, minimum = unpack_meta(packed.fields["meta"])  # [B, H, n, 1, tile] or [B, H, n, g, D]
         scale, minimum = scale.to(query.dtype), minimum.to(query.dtype)
         if fmt.axis == "token":
             dots = query @ codes.flatten(2, 3).transpose(-1, -2)  # [B, H, N, n * tile]
             s = dots * scale.flatten(2)[:, :, None] + query.sum(-1, keepdim=True) * minimum.flatten(2)[:, :, None]
         else:
-            scaled = query[:, :, None] * scale  # [B, H, n, N, D]
-            s = scaled @ codes.transpose(-1, -2) + query[:, :, None] @ minimum.transpose(-1, -2)
+            codes = codes.unflatten(3, (fmt.groups, fmt.group)).flatten(2, 3)  # [B, H, n * g, G, D]
+            scale, minimum = (m.flatten(2, 3)[:, :, :, None] for m in (scale, minimum))  # [B, H, n * g, 1, D]
+            s = (query[:, :, None] * scale) @ codes.transpose(-1, -2) + query[:, :, None] @ minimum.transpose(-1, -2)
             s = s.transpose(2, 3).flatten(3)
         return s[..., : packed.length]
 
