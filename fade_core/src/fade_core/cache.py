@@ -16,7 +16,17 @@ from fade_core import attention, checkpoint
 from fade_core.config import FadeConfig
 from fade_core.errors import ConfigError, InputError, UnsupportedModelError
 from fade_core.incoming import check_finite, check_room, check_tokens
-from fade_core.interfaces import Event, Kernel, Op, Quantizer, QuantizerContext, Side, TelemetrySink, Tier
+from fade_core.interfaces import (
+    Event,
+    Kernel,
+    Op,
+    Quantizer,
+    QuantizerConfig,
+    QuantizerContext,
+    Side,
+    TelemetrySink,
+    Tier,
+)
 from fade_core.kernels.selection import choose_kernel
 from fade_core.ladder import Ladder, describe
 from fade_core.layer import LayerPlan, TieredLayer
@@ -42,6 +52,7 @@ def create_tiered_cache(
 
     Raises:
         ConfigError: a configuration that cannot work on this model.
+        CheckpointError: a calibration or codebook file of the configuration that is missing or was made for another model.
         UnsupportedModelError: a model without attention that FADE can compress; says what to do.
     """
     if not isinstance(model, PreTrainedModel):
@@ -86,12 +97,18 @@ class TieredKVCache(Cache):
             config.observation_window,
         )
         layers: list[Any] = []
+        checked: list[QuantizerConfig] = []
         for index, plain in enumerate(own_layers):
             if type(plain) is not DynamicLayer:
                 layers.append(plain)
                 continue
             own = config.for_layer(index, len(own_layers))
             ladder = self._ladder(own, text, index, len(own_layers), model)
+            for rung in own.resolved_ladder():
+                for quantizer in (rung.keys, rung.values):
+                    if quantizer not in checked:
+                        quantizer.check_model(model)
+                        checked.append(quantizer)
             if mode == "stock" and ladder.bounded:
                 raise ConfigError(
                     f"{type(model).__name__} keeps its own attention here, which cannot leave evicted tokens out; use a "

@@ -305,6 +305,17 @@ class QuantizerConfig(ComponentConfig):
         """The quantizer for one layer and side. Raises ``ConfigError`` if it cannot work there."""
         raise NotImplementedError(f"{type(self).__name__} must define build(context)")
 
+    def check_model(self, model: Any) -> None:
+        """Refuse a model (a ``torch.nn.Module``) that this was not made for; called once when a cache is created.
+
+        Its weights may be unreadable (on the meta device, offloaded, packed): then there is nothing to refuse.
+
+        Raises:
+            CheckpointError: a file that belongs to another model.
+            ConfigError: a model that this cannot work on.
+        """
+        return
+
     def with_bits(self, bits: int) -> QuantizerConfig:
         """The same quantizer at another width (what ladder tiers ask for)."""
         return type(self).model_validate({**self.model_dump(exclude_unset=True), "kind": self.kind, "bits": bits})

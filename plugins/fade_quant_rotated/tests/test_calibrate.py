@@ -10,7 +10,7 @@ from fade_core.interfaces import QuantizerContext
 from fade_quant_rotated import CalibratedConfig
 from fade_quant_rotated.calibrate import calibrate, sketch_of, watching
 from fade_quant_rotated.commands import cut, parse_widths
-from fade_quant_rotated.statistics import Collector
+from fade_quant_rotated.statistics import Collector, output_projection
 
 transformers = pytest.importorskip("transformers")
 
@@ -127,8 +127,7 @@ def test_calibration_repeats_bit_for_bit(tmp_path: Path, seed: int) -> None:
     for name in ("a", "b"):
         found = calibrate(model, read, bits=3.0, sinks=4, window=16)
         path = tmp_path / f"{name}.safetensors"
-        notes = {**found.notes, "seconds": 0}
-        type(found)(**{**vars(found), "notes": notes}).save(path)
+        found.save(path)
         files.append(path.read_bytes())
     assert files[0] == files[1]
     config = CalibratedConfig(file=str(tmp_path / "a.safetensors"))
@@ -157,6 +156,22 @@ def test_refusals_say_what_to_do(seed: int) -> None:
     with pytest.raises(NonFiniteError, match=r"keys of layer 1.*float32 or bfloat16"):
         calibrate(model, texts())
     assert model.config._attn_implementation == before
+
+
+def test_an_output_projection_that_cannot_be_used_is_refused(seed: int) -> None:
+    model = tiny()
+    last = model.model.layers[1].self_attn
+    last.o_proj.weight.data[3, 5] = torch.inf  # nothing downstream of it would show
+    with pytest.raises(NonFiniteError, match=r"o_proj.*Check the weights"):
+        calibrate(model, texts())
+    last.o_proj.weight = torch.nn.Parameter(torch.zeros(48, 48, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(UnsupportedModelError, match=r"int8.*float32 or bfloat16"):
+        output_projection(last, 48)
+    assert sketch_of(model) is None
+    last.o_proj.weight = torch.nn.Parameter(torch.zeros(48, 48, device="meta"))
+    with pytest.raises(UnsupportedModelError, match="meta"):
+        output_projection(last, 48)
+    assert sketch_of(model) is None
 
 
 def test_models_that_cannot_be_watched_are_refused_by_name() -> None:

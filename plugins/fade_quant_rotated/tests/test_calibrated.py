@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fade_core.errors import CheckpointError, ConfigError, InputError
@@ -11,7 +13,7 @@ from fade_core.interfaces import QuantizerContext
 from fade_core.testing import check_quantizer
 from fade_quant_rotated import CalibratedConfig, CalibratedQuantizer, Calibration
 from fade_quant_rotated.allocation import WIDTHS, water_fill
-from fade_quant_rotated.calibration import SideCalibration, load_calibration
+from fade_quant_rotated.calibration import FORMAT, SideCalibration, load_calibration
 from fade_quant_rotated.klt import weighted_klt
 from fade_quant_rotated.lloyd_max import gaussian_distortion
 from fade_quant_rotated.streams import StreamLayout
@@ -252,6 +254,23 @@ def test_configuration_refuses_and_says_what_to_do(file: str, tmp_path: Path) ->
     other.write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="not a safetensors"):
         build(file=str(other))
+
+
+def test_files_of_another_format_or_with_holes_are_refused(file: str, tmp_path: Path) -> None:
+    with safe_open(file, "pt") as opened:
+        header = json.loads(opened.metadata()["fade"])
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+    changed = tmp_path / "changed.safetensors"
+    save_file(tensors, changed, {"fade": json.dumps({**header, "format": FORMAT + 1})})
+    with pytest.raises(CheckpointError, match=rf"format {FORMAT + 1}, this version reads {FORMAT}.*fade calibrate"):
+        CalibratedConfig(file=str(changed)).build(QuantizerContext(DIM, "key", 64, 0, LAYERS, HEADS))
+    save_file({n: t for n, t in tensors.items() if n != "1.value.worth"}, changed, {"fade": json.dumps(header)})
+    with pytest.raises(CheckpointError, match=r"damaged.*1\.value\.worth.*fade calibrate"):
+        Calibration.load(changed)
+    without = {name: value for name, value in header.items() if name != "format"}
+    save_file(tensors, changed, {"fade": json.dumps(without)})
+    with pytest.raises(CheckpointError, match="damaged"):
+        Calibration.load(changed)
 
 
 def test_another_models_sketch_is_refused(file: str) -> None:

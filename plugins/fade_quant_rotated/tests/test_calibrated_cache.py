@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fade_core import FadeConfig, TieredKVCache, create_tiered_cache
-from fade_core.errors import InputError
+from fade_core.errors import CheckpointError, InputError
 from fade_quant_rotated import load_codebooks, save_codebooks
 from fade_quant_rotated.calibrate import calibrate
 from fade_quant_rotated.training import train_codebooks
@@ -89,6 +89,29 @@ def test_logits_are_close_and_survive_saving(model: torch.nn.Module, file: str, 
                 step = ids[:, at : at + 1]
                 again = model(step, past_key_values=loaded).logits
                 assert torch.equal(again, model(step, past_key_values=cache).logits)
+
+
+def test_another_models_file_is_refused_before_a_token_is_seen(model: torch.nn.Module, file: str) -> None:
+    """The same geometry, so that nothing but the weights tells the models apart."""
+    other = type(model)(model.config).eval()
+    for ladder in ({}, {"layers": {"1": {"keys": {"kind": "uniform"}, "values": {"kind": "uniform"}}}}):
+        with pytest.raises(
+            CheckpointError, match=r"another model \(LlamaForCausalLM; likeness -?0\.\d\d\).*fade calibrate"
+        ):
+            create_tiered_cache(other, FadeConfig(**fields(file, **ladder)))
+    assert other.config._attn_implementation != "fade"
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.zero_()
+        for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):
+            mine.copy_(theirs + 0.02 * theirs.std() * torch.randn_like(theirs))  # a fine-tune
+    create_tiered_cache(other, FadeConfig(**fields(file))).detach()
+    with torch.device("meta"):
+        skeleton = type(model)(model.config).eval()
+    create_tiered_cache(skeleton, FadeConfig(**fields(file))).detach()  # nothing to compare with yet
+    deeper = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**model.config.to_dict(), "head_dim": 2 * DIM}))
+    with pytest.raises(CheckpointError, match=f"head_dim {DIM}; this model has .* head_dim {2 * DIM}.*fade calibrate"):
+        create_tiered_cache(deeper.eval(), FadeConfig(**fields(file)))
 
 
 def test_codebooks_form_a_tier_and_are_counted(model: torch.nn.Module, file: str, tmp_path: Path, seed: int) -> None:

@@ -82,6 +82,19 @@ def test_train_codebook_writes_what_set_codebooks_takes(app: typer.Typer, text: 
     }
 
 
+@pytest.mark.parametrize("command", [["calibrate"], ["train-codebook", "--num-centroids", "16", "--seed", "3"]])
+def test_what_is_written_repeats_byte_for_byte(
+    app: typer.Typer, text: Path, tmp_path: Path, command: list[str]
+) -> None:
+    written = []
+    for name in ("a", "b"):
+        output = tmp_path / name
+        result = CliRunner().invoke(app, [*command, "--text", str(text), "-o", str(output), "--length", "200"])
+        assert result.exit_code == 0, result.output
+        written.append(output.read_bytes())
+    assert written[0] == written[1]
+
+
 def test_wrong_paths_are_refused_before_the_model_is_loaded(app: typer.Typer, text: Path, tmp_path: Path) -> None:
     missing = CliRunner().invoke(app, ["calibrate", "--text", str(tmp_path / "none"), "-o", str(tmp_path / "x")])
     assert isinstance(missing.exception, InputError) and "cannot be read" in str(missing.exception)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,7 @@ from fade_core.interfaces import Side
 from fade_quant_rotated.allocation import WIDTHS, check_widths
 from fade_quant_rotated.calibration import Calibration, SideCalibration
 from fade_quant_rotated.klt import weighted_klt
-from fade_quant_rotated.statistics import PROJECTIONS, Collector, LayerMoments
+from fade_quant_rotated.statistics import PROJECTIONS, Collector, LayerMoments, readable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,6 +30,7 @@ KEY_FACTOR = 3.0
 """Worth of keys against values beyond first order: at a given average, this split had the least KL."""
 
 _SKETCH = 16
+_SKETCHED = 65536
 
 
 def calibrate(
@@ -75,7 +76,6 @@ def calibrate(
             f"{tokens} tokens lie outside sinks and window, too few to calibrate {head_dim} channels a head: at least "
             f"{TOKENS_A_CHANNEL * head_dim} are needed, and 8,000 or more are better. Give more or longer texts"
         )
-    started = time.perf_counter()
     collector = Collector(sinks, window)
     with watching(model, collector), torch.no_grad():
         body = getattr(model, "base_model", model)
@@ -93,12 +93,18 @@ def calibrate(
         raise UnsupportedModelError(
             "calibration needs one head geometry for keys and values of all layers; use kind='rotated' for this model"
         )
+    sketch = sketch_of(model)
+    if sketch is None:
+        raise UnsupportedModelError(
+            f"the output projections of {type(model).__name__} cannot be read, by which a calibration recognises its "
+            "model; calibrate it with all weights loaded, unquantized"
+        )
     found = Calibration(
         sides,
         head_dim=dim,
         num_kv_heads=heads,
         num_layers=config.num_hidden_layers,
-        sketch=sketch_of(model),
+        sketch=sketch,
         defaults={"bits": bits, "widths": list(widths), "group": group},
         notes={
             "model": str(getattr(model, "name_or_path", "") or type(model).__name__),
@@ -107,7 +113,6 @@ def calibrate(
             "tokens": sum(len(text) for text in texts),
             "sinks": sinks,
             "window": window,
-            "seconds": round(time.perf_counter() - started, 1),
         },
     )
     found.plan(bits, widths, group)
@@ -173,16 +178,26 @@ def attention_modules(model: nn.Module) -> dict[int, tuple[nn.Module, nn.Module]
     return found
 
 
-def sketch_of(model: nn.Module) -> Tensor:
-    """Random projections ``[layers, 16]`` (float32) of each layer's output projection: a model's fingerprint."""
+def sketch_of(model: nn.Module) -> Tensor | None:
+    """Random projections ``[layers, 16]`` (float32) of each layer's output projection: a model's fingerprint.
+
+    ``None`` where a projection cannot be read: on the meta device (offloaded), or packed in few bits.
+    """
     rows = []
     for _, (_, attention) in sorted(attention_modules(model).items()):
-        weight = next(w for n, w in attention.named_parameters() if n.split(".")[0] in PROJECTIONS and w.dim() == 2)
+        named = (getattr(getattr(attention, name, None), "weight", None) for name in PROJECTIONS)
+        weight = next((w for w in named if isinstance(w, Tensor)), None)
+        if weight is None or not readable(weight):
+            return None
         flat = weight.detach().flatten()
-        flat = flat[:: max(1, flat.numel() // 65536)][:65536].float().cpu()
-        signs = torch.randint(0, 2, (len(flat), _SKETCH), generator=torch.Generator().manual_seed(0)).float() * 2 - 1
-        rows.append(flat @ signs)
+        flat = flat[:: max(1, flat.numel() // _SKETCHED)][:_SKETCHED].float().cpu()
+        rows.append(flat @ _signs(len(flat)))
     return torch.stack(rows)
+
+
+@lru_cache(maxsize=4)
+def _signs(count: int) -> Tensor:
+    return torch.randint(0, 2, (count, _SKETCH), generator=torch.Generator().manual_seed(0)).float() * 2 - 1
 
 
 def _noting(collector: Collector, layer: int) -> Callable[..., None]:

@@ -7,11 +7,12 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from fade_core.errors import CheckpointError, ConfigError, InputError
 from fade_core.interfaces import Quantizer, QuantizerConfig, QuantizerContext, Side
 from fade_core.packed import Packed
+from fade_quant_rotated.calibrate import sketch_of
 from fade_quant_rotated.calibration import GAIN_BITS, Calibration, SideCalibration, load_calibration, plan_of
 from fade_quant_rotated.levels import check_tokens, to_tiles
 from fade_quant_rotated.streams import StreamLayout
@@ -220,6 +221,12 @@ class CalibratedConfig(QuantizerConfig):
         """The same calibration at another average."""
         changed = {**self.model_dump(exclude_unset=True), "kind": self.kind, "bits": bits, "side_bits": None}
         return type(self).model_validate(changed)
+
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse a model that the file was not made for, by its output projections. Raises ``CheckpointError``."""
+        sketch = sketch_of(model)
+        if sketch is not None:
+            load_calibration(self.file).check_model(sketch)
 
     def build(self, context: QuantizerContext) -> Quantizer:
         calibration = load_calibration(self.file)

@@ -177,7 +177,16 @@ class Calibration:
             raise CheckpointError(f"{str(path)!r} is damaged: {error}; run 'fade calibrate' again") from error
 
     def check_model(self, sketch: Tensor) -> None:
-        """Refuse a model whose output projections are not those of the model calibrated. Raises ``CheckpointError``."""
+        """Refuse a model whose output projections are not those of the model calibrated.
+
+        A fine-tune that moved them little is the same model here: its keys and values are alike, too.
+
+        Args:
+            sketch: what ``sketch_of`` found in the model.
+
+        Raises:
+            CheckpointError: if they are not.
+        """
         alike = 0.0
         if sketch.shape == self.sketch.shape:
             alike = float(torch.nn.functional.cosine_similarity(sketch.flatten(), self.sketch.flatten(), dim=0))

@@ -49,14 +49,14 @@ def calibrate_command(
     check_folder(output)
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
     pieces = cut(tokenizer, texts, length, max_tokens)
-    memory = Peak(loaded.device)
+    memory, started = Peak(loaded.device), time.perf_counter()
     with steps("reading texts", memory) as advance:
         found = calibrate(loaded, pieces, bits, kinds, group, progress=advance)
+    seconds = time.perf_counter() - started
     found.save(output)
     plan = found.plan(bits, kinds, group)
-    notes = found.notes
     Console().print(
-        f"{output}: {output.stat().st_size / 1e6:.1f} MB from {notes['tokens']:,} tokens in {notes['seconds']:.0f} s, "
+        f"{output}: {output.stat().st_size / 1e6:.1f} MB from {found.notes['tokens']:,} tokens in {seconds:.0f} s, "
         f"peak memory {memory.peak / 1e9:.2f} GB (model included). At {bits:g} bits, keys take "
         f"{plan.average('key'):.2f} and values {plan.average('value'):.2f} bits a channel. Use it with\n"
         f'  keys = {{ kind = "calibrated", file = "{output}" }}\n'

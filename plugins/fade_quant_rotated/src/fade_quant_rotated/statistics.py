@@ -18,6 +18,8 @@ from fade_core.errors import ConfigError, InputError, NonFiniteError, Unsupporte
 PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 """Names of the linear layer after attention."""
 
+_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 
 @dataclass
 class LayerSums:
@@ -239,13 +241,33 @@ class Collector:
         )
 
 
+def readable(weight: Tensor) -> bool:
+    """Whether the numbers of ``weight`` are what the layer multiplies by: loaded, and not packed in few bits."""
+    return weight.device.type != "meta" and weight.dtype in _PLAIN
+
+
 def output_projection(attention: nn.Module, features: int) -> Tensor:
-    """Weight ``[hidden, features]`` of the linear layer after the heads. Raises ``UnsupportedModelError`` if none."""
+    """Weight ``[hidden, features]`` of the linear layer after the heads.
+
+    Raises:
+        UnsupportedModelError: if there is none, or its numbers cannot be read.
+        NonFiniteError: if it holds NaN or infinity.
+    """
     for name in PROJECTIONS:
         module = getattr(attention, name, None)
         weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[1] == features:
-            return weight
+        if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[1] != features:
+            continue
+        if not readable(weight):
+            raise UnsupportedModelError(
+                f"{name} of {type(attention).__name__} is {weight.dtype} on {weight.device}, which calibration cannot "
+                f"read; load the model in float32 or bfloat16 on one device, or use kind='rotated'"
+            )
+        if not bool(weight.isfinite().all()):
+            raise NonFiniteError(
+                f"{name} of {type(attention).__name__} holds NaN or infinity: nothing can be calibrated. Check the weights"
+            )
+        return weight
     found = {name: tuple(parameter.shape) for name, parameter in attention.named_parameters()}
     raise UnsupportedModelError(
         f"{type(attention).__name__} has no output projection that calibration recognises (a linear o_proj, out_proj, "
