@@ -12,6 +12,9 @@ PLUGINS := $(wildcard plugins/*)
 CORE    := $(VENV)/.core-installed
 ALL     := $(VENV)/.all-installed
 
+# One thread a process: tiny models gain nothing from two, and one test a core does.
+PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
@@ -40,10 +43,10 @@ test:
 	$(MAKE) test-rest
 
 test-core: $(CORE)
-	$(BIN)/python -m pytest fade_core/tests
+	$(PYTEST) fade_core/tests
 
 test-rest: $(ALL)
-	$(BIN)/python -m pytest plugins tests
+	$(PYTEST) plugins tests
 
 lint: $(ALL)
 	$(BIN)/ruff check .

@@ -68,7 +68,7 @@ def store_of(keys, values, tiles, *, rows=2, heads=2, dim=64, device="cpu"):
     store = TierStore(Tier("t", "rest", keys, values), rows, heads, torch.device(device), torch.float16, explicit=False)
     length = tiles * keys.tile
     counts = torch.full((rows, heads), length)
-    counts[-1] -= keys.tile + 7
+    counts[-1] = max(0, length - keys.tile - 7)
     tokens = [torch.randn(rows, heads, length, dim, device=device).half() for _ in range(2)]
     store.append(Tokens(*tokens, torch.arange(length, device=device).expand(rows, 1, -1), counts, {}))
     return store
@@ -220,7 +220,7 @@ def test_tiers_with_a_space_of_their_own(device, queries):
 
 def test_a_soft_cap_over_a_mean_is_refused(device):
     seed()
-    store = store_of(Turned(64, "key"), Turned(64, "value"), 1, device=device, rows=1)
+    store = store_of(Turned(64, "key"), Turned(64, "value"), 2, device=device, rows=1)
     query = torch.randn(1, 2, 1, 64, device=device).half()
     assert "mean" in KERNEL.accepts(query, [packed(store)], 0.1, softcap=5.0).reason
     with pytest.raises(InputError, match="mean"):
@@ -230,7 +230,7 @@ def test_a_soft_cap_over_a_mean_is_refused(device):
 def test_empty_rows_have_no_mass(device):
     seed()
     keys, values = UniformQuantizer(64, 4, "channel"), UniformQuantizer(64, 4, "token", layout="channel")
-    store = store_of(keys, values, 1, device=device, rows=2)  # the last row's count is negative: nothing is stored
+    store = store_of(keys, values, 1, device=device, rows=2)  # the last row holds nothing
     query = torch.randn(2, 2, 1, 64, device=device).half()
     found = KERNEL(query, [packed(store)], 0.1)
     assert bool((found.lse[1] == -torch.inf).all())
