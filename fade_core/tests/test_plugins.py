@@ -405,6 +405,7 @@ def test_a_near_miss_is_suggested() -> None:
     [
         ("quantizers", "calibrated", "fade-quant-rotated"),
         ("policies", "learned", "fade-policy-learned"),
+        ("policies", "snapkv", "fade-policy-attention"),
         ("rope_schemes", "yarn", "fade-rope"),
         ("kernels", "decode_attention:triton", "fade-kernels-triton"),
     ],

@@ -64,10 +64,38 @@ def test_the_observation_window_is_the_last_queries() -> None:
     assert AttentionTracker(("ema",)).active is True
 
 
+@pytest.mark.parametrize("passes", [(30,), (8,), (7,), (1, 1, 1), (30, 2, 1, 9), (3, 8, 2)])
+def test_the_window_is_that_of_the_latest_queries_and_leaks(passes: tuple[int, ...]) -> None:
+    torch.manual_seed(fresh_seed())
+    tracker, length = AttentionTracker(("window",), observation_window=8), 8
+    held, wanted = {"window": torch.zeros(B, H, T)}, torch.zeros(B, H, T, dtype=torch.float64)
+    for queries in passes:
+        given = torch.rand(B, H, queries, T)
+        tracker.age(held, queries)
+        tracker.observe(held, given[:, :, -tracker.observed(queries) :])
+        wanted *= 0 if queries >= length else (1 - 1 / length) ** queries
+        wanted += given[:, :, -length:].double().sum(2)
+    torch.testing.assert_close(held["window"].double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_window_of_all_queries_never_leaks() -> None:
+    tracker = AttentionTracker(("window",), observation_window="all")
+    assert tracker.keeps(1) == tracker.keeps(10**6) == 1
+
+
+def test_statistics_of_tokens_and_of_queries_are_told_apart() -> None:
+    tracker = AttentionTracker(("query_mean", "mass", "query_covariance"))
+    assert (tracker.statistics, tracker.query_statistics) == (("mass",), ("query_mean", "query_covariance"))
+    assert not AttentionTracker(("query_mean",)).active
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"statistics": ("mass", "norm")}, r"unknown statistics \['norm'\]; the tracker keeps mass, seen, ema, last"),
+        (
+            {"statistics": ("mass", "norm")},
+            r"unknown statistics \['norm'\]; the tracker keeps mass, seen, ema, last, window, query_mean",
+        ),
         ({"decay": 0.0}, "decay=0.0 must lie in"),
         ({"decay": 1.5}, "decay=1.5 must lie in"),
     ],

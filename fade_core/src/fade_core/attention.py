@@ -74,7 +74,7 @@ def _step_attention(
     if mask is not None and _is_plain(mask, layer):
         mask = None
     segments = layer.segments(mask, query.shape[2])
-    held = layer.statistics()
+    held, tracker = layer.statistics(), layer.plan.tracker
     tracked = any(held)
     kernel = layer.plan.kernel
     support = kernel.accepts(query, segments, scaling, softcap, sinks, probabilities=tracked)
@@ -87,7 +87,9 @@ def _step_attention(
             layer.plan.mass_kernel(query, segment, result.lse, scaling, softcap) for segment in segments
         ]
         for statistics, probabilities, segment in zip(held, found, segments, strict=True):
-            layer.plan.tracker.observe(statistics, probabilities, segment.mask)
+            tracker.age(statistics, query.shape[2])
+            tracker.observe(statistics, probabilities, segment.mask)
+    _observe_queries(layer, query, scaling, None)
     layer.settle()
     return result.output
 
@@ -127,6 +129,7 @@ def _chunk_attention(
     observed = None
     if layer.plan.tracker.active and layer.plan.ladder.bounded:
         observed = _observe(layer, query, keys, visible, scaling, softcap, sinks)
+    _observe_queries(layer, query, scaling, padding)
     del keys, values  # the layer alone holds them now, and drops them as it packs
     layer.settle(padding, observed)
     return output
@@ -148,6 +151,8 @@ def _observe(
     own = {n: keys.new_zeros((*keys.shape[:2], chunk), dtype=torch.float32) for n in tracker.statistics}
     held = [*(layer.statistics() if tokens > chunk else ()), own]
     sizes = [next(iter(statistics.values())).shape[2] for statistics in held]
+    for statistics in held:
+        tracker.age(statistics, queries)
     for start in range(queries - tracker.observed(queries), queries, _OBSERVED):
         part = slice(start, min(start + _OBSERVED, queries))
         seen = visible(part)
@@ -163,6 +168,19 @@ def _observe(
             for statistics, probabilities, view in zip(held, split, shown, strict=True):
                 tracker.observe({n: t[:, ours] for n, t in statistics.items()}, probabilities, view)
     return own
+
+
+def _observe_queries(layer: TieredLayer, query: Tensor, scaling: float, padding: Tensor | None) -> None:
+    """Feed the layer's query statistics, if any are kept; ``padding``: leading columns of rows still empty."""
+    if layer.queries is None:
+        return
+    tracker, count = layer.plan.tracker, query.shape[2]
+    first = count - tracker.observed(count)
+    real = None
+    if padding is not None and layer.window is not None:
+        dropped = torch.where(layer.window.lengths == 0, padding, 0)
+        real = (torch.arange(first, count) >= dropped[:, None]).to(query.device)
+    layer.queries.observe(query[:, :, first:] * scaling, tracker.keeps(count), real)
 
 
 def blocked_attention(

@@ -93,8 +93,8 @@ class TieredKVCache(Cache):
         policy = config.policy.build()
         self.tracker = AttentionTracker(
             policy.statistics if config.evicts or config.ladder or config.layers else (),
-            getattr(policy, "decay", 0.99),
-            config.observation_window,
+            policy.decay,
+            policy.observes or config.observation_window,
         )
         layers: list[Any] = []
         checked: list[QuantizerConfig] = []

@@ -150,6 +150,7 @@ class LayerView:
         keys: Callable[[], Tensor] | None = None,
         values: Callable[[], Tensor] | None = None,
         lengths: Tensor | None = None,
+        queries: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.positions = positions
         self.logical_length = logical_length
@@ -157,6 +158,7 @@ class LayerView:
         self.num_layers = num_layers
         self.lengths = lengths if lengths is not None else torch.full((positions.shape[0],), logical_length)
         self._statistics = dict(statistics or {})
+        self._queries = dict(queries or {})
         self._keys, self._values = keys, values
         self._decoded: dict[str, Tensor] = {}
 
@@ -177,12 +179,29 @@ class LayerView:
 
     def statistic(self, name: str) -> Tensor:
         """Tracked statistic ``[B, H_kv, T]``, float32. Raises ``InputError`` for one that is not tracked."""
-        if name not in self._statistics:
+        return self._tracked(name, self._statistics)
+
+    @property
+    def query_mean(self) -> Tensor:
+        """Mean ``[B, H_q, D]`` of the latest queries, as the keys meet them: after RoPE, times the softmax scale.
+
+        Float32; tracked if the policy names "query_mean" in its ``statistics``, else ``InputError``.
+        """
+        return self._tracked("query_mean", self._queries)
+
+    @property
+    def query_covariance(self) -> Tensor:
+        """Covariance ``[B, H_q, D, D]`` of the same queries; tracked under the name "query_covariance"."""
+        return self._tracked("query_covariance", self._queries)
+
+    def _tracked(self, name: str, among: Mapping[str, Tensor]) -> Tensor:
+        if name not in among:
+            known = sorted({*self._statistics, *self._queries})
             raise InputError(
-                f"statistic {name!r} is not tracked here (tracked: {sorted(self._statistics) or 'none'}); "
+                f"statistic {name!r} is not tracked here (tracked: {known or 'none'}); "
                 f"name it in the policy's `statistics`"
             )
-        return self._statistics[name]
+        return among[name]
 
     def _decode(self, name: str, source: Callable[[], Tensor] | None) -> Tensor:
         if name not in self._decoded:
@@ -197,15 +216,22 @@ class EvictionPolicy(ABC):
 
     Attributes:
         kind: the name it is chosen by.
-        statistics: names of the tracked statistics that ``score`` reads: "mass" (accumulated attention), "ema"
-            (decayed attention), "seen" (queries that could attend to the token), "last" (attention of the newest query).
+        statistics: names of the tracked statistics that ``score`` reads, and the only ones that are kept. A token's: "mass"
+            (accumulated attention), "ema" (decayed attention), "seen" (queries that could attend to the token), "last"
+            (attention of the newest query), "window" (attention of the latest queries: those of the observation window
+            at the end of a prompt, a leaky sum of that length after it). A layer's: "query_mean" and "query_covariance".
+        observes: queries at the end of a prompt that the statistics see, or "all"; ``None`` leaves it to the
+            configuration's ``observation_window``.
+        decay: what "ema" is multiplied by at each query.
         positional: the score grows with the position alone; the cache then moves whole tiles by age and stores no
             positions.
     """
 
     kind: ClassVar[str] = ""
-    statistics: ClassVar[tuple[str, ...]] = ()
-    positional: ClassVar[bool] = False
+    statistics: tuple[str, ...] = ()
+    observes: int | Literal["all"] | None = None
+    decay: float = 0.99
+    positional: bool = False
 
     @abstractmethod
     def score(self, view: LayerView) -> Tensor:

@@ -17,6 +17,7 @@ from fade_core.incoming import check_finite, check_room, check_tokens
 from fade_core.interfaces import Event, EvictionPolicy, Kernel, LayerView
 from fade_core.kernels.attention import FullSegment, PackedSegment, Segment, TorchAttentionMass, TorchDecodeAttention
 from fade_core.ladder import Ladder, lowest, whole
+from fade_core.querymoments import QueryMoments
 from fade_core.tierstore import TierStore, Tokens
 from fade_core.tracker import AttentionTracker
 from fade_core.window import Window
@@ -99,6 +100,7 @@ class TieredLayer(CacheLayerMixin):
         self.is_initialized = False
         self.window: Window | None = None
         self.stores: tuple[TierStore, ...] = ()
+        self.queries: QueryMoments | None = None
         self.pending: tuple[Tensor, Tensor] | None = None
         self.padding = torch.zeros(0, dtype=torch.long)
         self.since_ranking = 0
@@ -124,6 +126,8 @@ class TieredLayer(CacheLayerMixin):
         self.stores = tuple(
             TierStore(tier, batch, heads, self.device, self.dtype, ranked, statistics) for tier in ladder.tiers
         )
+        if tracker.query_statistics and ladder.bounded:
+            self.queries = QueryMoments("query_covariance" in tracker.query_statistics)
         self.padding = torch.zeros(batch, dtype=torch.long)
         self.is_initialized = True
 
@@ -221,6 +225,8 @@ class TieredLayer(CacheLayerMixin):
         self._window().select_rows(indices)
         for store in self.stores:
             store.select_rows(indices)
+        if self.queries is not None:
+            self.queries.select_rows(indices)
         self.padding = self.padding[indices.cpu()]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -312,6 +318,8 @@ class TieredLayer(CacheLayerMixin):
             self._window().hold()
             for store in self.stores:
                 store.hold()
+            if self.queries is not None:
+                self.queries.hold()
 
     def commit(self) -> None:
         """The forward pass can no longer fail: what it replaced is freed."""
@@ -322,6 +330,8 @@ class TieredLayer(CacheLayerMixin):
             self.window.let_go()
         for store in self.stores:
             store.let_go()
+        if self.queries is not None:
+            self.queries.let_go()
 
     def go_back(self) -> None:
         """Be again as before the forward pass that is under way; nothing happens if none is."""
@@ -336,6 +346,8 @@ class TieredLayer(CacheLayerMixin):
         self._window().go_back()
         for store in self.stores:
             store.go_back()
+        if self.queries is not None:
+            self.queries.go_back()
 
     # --- compression ---
     def settle(self, padding: Tensor | None = None, statistics: Mapping[str, Tensor] | None = None) -> None:
@@ -514,6 +526,8 @@ class TieredLayer(CacheLayerMixin):
             for side, quantizer in (("k", store.tier.keys), ("v", store.tier.values)):
                 held.update({f"{store.tier.name}/{side}.state.{n}": t for n, t in quantizer.state_dict().items()})
         held["layer/padding"] = self.padding
+        if self.queries is not None:
+            held.update({f"layer/queries.{n}": t for n, t in self.queries.tensors().items()})
         if self.pending is not None:
             held["layer/pending.keys"], held["layer/pending.values"] = self.pending
         return held
@@ -694,7 +708,15 @@ class TieredLayer(CacheLayerMixin):
             real = (total < lengths[:, None].to(self.device))[:, None]
             where = positions.expand(-1, heads, -1).masked_fill(~real, -1)
             view = LayerView(
-                where, self.logical, self.index, self.plan.num_layers, dict(observed), keys.float, values.float, lengths
+                where,
+                self.logical,
+                self.index,
+                self.plan.num_layers,
+                dict(observed),
+                keys.float,
+                values.float,
+                lengths,
+                self._query_statistics(),
             )
             scores = self._checked(policy.score(view), where.shape)[:, :, ladder.n_sink : ladder.n_sink + width]
         rank = torch.argsort(
@@ -759,9 +781,13 @@ class TieredLayer(CacheLayerMixin):
             lambda: decoded(0),
             lambda: decoded(1),
             self.lengths,
+            self._query_statistics(),
         )
         scores = self._checked(self.plan.policy.score(view), view.positions.shape)
         return list(scores.split(sizes, dim=2)[1:])
+
+    def _query_statistics(self) -> dict[str, Tensor]:
+        return {} if self.queries is None else self.queries.statistics()
 
     def _checked(self, scores: Tensor, shape: torch.Size) -> Tensor:
         if scores.shape != shape:

@@ -27,6 +27,8 @@ def tiered_state(layer: TieredLayer) -> tuple[Facts, Tensors]:
     if layer.window is None:
         return {"initialized": False}, {}
     tensors = {f"window.{n}": t for n, t in layer.window.state().items()} | {"padding": layer.padding}
+    if layer.queries is not None:
+        tensors |= {f"queries.{n}": t for n, t in layer.queries.tensors().items()}
     for i, store in enumerate(layer.stores):
         tensors |= {f"store{i}.{n}": t for n, t in store.state().items()}
         for side, quantizer in _sides(store):
@@ -65,6 +67,9 @@ def tiered_layer(like: TieredLayer, facts: Mapping[str, Any], tensors: Mapping[s
     held = cast(Window, layer.window)
     _check_window(held, window, layer.logical)
     held.load(window)
+    if layer.queries is not None:
+        _check_queries(_part(tensors, "queries."), batch, keys.shape[3])
+        layer.queries.load(_part(tensors, "queries."), keys.device)
     _check(len(facts["explicit"]) == len(layer.stores), "number of tiers")
     for i, (store, explicit) in enumerate(zip(layer.stores, facts["explicit"], strict=True)):
         own = _part(tensors, f"store{i}.")
@@ -134,6 +139,12 @@ def _check_store(store: TierStore, state: Mapping[str, Tensor], logical: int) ->
         _check(_within(starts[counts > 0], 0, logical - 1), f"positions of {what}")
     for name in store.names:
         _check(state[f"statistic.{name}"].shape == (*shape, store.tile), f"statistic {name} of {what}")
+
+
+def _check_queries(state: Mapping[str, Tensor], batch: int, dim: int) -> None:
+    heads = state["mean"].shape[1] if state and state["mean"].dim() == 3 else 0
+    shapes = {"weight": (batch,), "mean": (batch, heads, dim), "scatter": (batch, heads, dim, dim)}
+    _check(all(t.shape == shapes.get(name) for name, t in state.items()), "statistics of the queries")
 
 
 def _within(numbers: Tensor, low: int, high: int) -> bool:

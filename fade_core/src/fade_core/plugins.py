@@ -55,7 +55,12 @@ _BASES: dict[Group, type[ComponentConfig]] = {
 _FIRST_PARTY: dict[Group, dict[str, str]] = {
     "quantizers": dict.fromkeys(("rotated", "calibrated", "pq"), "fade-quant-rotated"),
     "tiers": {"pq": "fade-quant-rotated"},
-    "policies": {"learned": "fade-policy-learned"},
+    "policies": {
+        "learned": "fade-policy-learned",
+        **dict.fromkeys(
+            ("expected_attention", "key_norm", "keydiff", "normalised_h2o", "snapkv", "tova"), "fade-policy-attention"
+        ),
+    },
     "rope_schemes": dict.fromkeys(
         ("auto", "default", "dynamic", "linear", "llama3", "longrope", "mrope", "none", "ntk", "proportional", "yarn"),
         "fade-rope",

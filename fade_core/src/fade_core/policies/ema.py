@@ -18,7 +18,7 @@ class EmaPolicy(EvictionPolicy):
     """
 
     kind: ClassVar[str] = "ema"
-    statistics: ClassVar[tuple[str, ...]] = ("ema",)
+    statistics: tuple[str, ...] = ("ema",)
 
     def __init__(self, decay: float = 0.99) -> None:
         self.decay = decay

@@ -18,7 +18,7 @@ class H2OPolicy(EvictionPolicy):
     """
 
     kind: ClassVar[str] = "h2o"
-    statistics: ClassVar[tuple[str, ...]] = ("mass", "seen")
+    statistics: tuple[str, ...] = ("mass", "seen")
 
     def __init__(self, normalised: bool = True) -> None:
         self.normalised = normalised

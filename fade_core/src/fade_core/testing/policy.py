@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,41 +23,57 @@ from fade_core.testing.checks import (
     require_equal,
     unchanged,
 )
+from fade_core.tracker import QUERY_STATISTICS, STATISTICS
 
-STATISTICS = ("mass", "ema", "seen", "last")
 _SHAPES = ((1, 1, 1, 8), (2, 3, 37, 16), (3, 2, 130, 64))
 
 
 @dataclass
 class Tokens:
-    """Random live tokens, from which views are made."""
+    """Random live tokens and the statistics of queries beside them, from which views are made."""
 
     positions: Tensor
     keys: Tensor
     values: Tensor
     statistics: dict[str, Tensor]
+    queries: dict[str, Tensor]
     length: int
 
-    def view(self, names: tuple[str, ...] = STATISTICS, *, positions_only: bool = False) -> LayerView:
+    def view(
+        self, names: tuple[str, ...] = STATISTICS + QUERY_STATISTICS, *, positions_only: bool = False
+    ) -> LayerView:
         """A view of them with the statistics ``names``."""
         return LayerView(
             self.positions,
             self.length,
             layer=1,
             num_layers=4,
-            statistics={name: self.statistics[name] for name in names},
+            statistics={name: tensor for name, tensor in self.statistics.items() if name in names},
+            queries={name: tensor for name, tensor in self.queries.items() if name in names},
             keys=None if positions_only else lambda: self.keys,
             values=None if positions_only else lambda: self.values,
         )
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Tokens:
-        """``change`` applied to every tensor (all have ``[B, H, T]`` first)."""
+        """``change`` applied to every tensor that has ``[B, H, T]`` first."""
         statistics = {name: change(tensor) for name, tensor in self.statistics.items()}
-        return Tokens(change(self.positions), change(self.keys), change(self.values), statistics, self.length)
+        return replace(
+            self,
+            positions=change(self.positions),
+            keys=change(self.keys),
+            values=change(self.values),
+            statistics=statistics,
+        )
+
+    def row(self, index: int) -> Tokens:
+        """The tokens of one row."""
+        part = slice(index, index + 1)
+        queries = {name: tensor[part] for name, tensor in self.queries.items()}
+        return replace(self.map(lambda tensor: tensor[part]), queries=queries)
 
     def tensors(self) -> list[Tensor]:
         """All of them."""
-        return [self.positions, self.keys, self.values, *self.statistics.values()]
+        return [self.positions, self.keys, self.values, *self.statistics.values(), *self.queries.values()]
 
 
 @dataclass
@@ -75,7 +91,10 @@ class PolicyCase:
         keys, values = (torch.randn(batch, heads, count, dim, generator=self.generator) for _ in range(2))
         mass = {name: torch.rand(batch, heads, count, generator=self.generator) for name in STATISTICS}
         mass["seen"] = (length - positions).float()
-        return Tokens(positions, keys, values, mass, length)
+        mean = torch.randn(batch, 2 * heads, dim, generator=self.generator) / math.sqrt(dim)
+        root = torch.randn(batch, 2 * heads, dim, dim, generator=self.generator) / dim
+        queries = {"query_mean": mean, "query_covariance": root @ root.mT}
+        return Tokens(positions, keys, values, mass, queries, length)
 
 
 def check_policy(
@@ -123,8 +142,9 @@ def shapes(case: PolicyCase) -> None:
 def statistics_declared(case: PolicyCase) -> None:
     """score() reads no statistic that `statistics` does not name, and names only what is tracked."""
     policy = case.build()
-    unknown = sorted(set(policy.statistics) - set(STATISTICS))
-    require(not unknown, f"statistics {unknown} are not tracked; there are {', '.join(STATISTICS)}")
+    tracked = STATISTICS + QUERY_STATISTICS
+    unknown = sorted(set(policy.statistics) - set(tracked))
+    require(not unknown, f"statistics {unknown} are not tracked; there are {', '.join(tracked)}")
     policy.score(case.tokens(2, 2, 9, 16).view(tuple(policy.statistics)))
 
 
@@ -176,7 +196,7 @@ def rows_apart(case: PolicyCase) -> None:
     tokens = case.tokens(3, 2, 37, 16)
     policy = case.build()
     wanted = policy.score(tokens.view())[1:2]
-    found = policy.score(tokens.map(lambda tensor: tensor[1:2]).view())
+    found = policy.score(tokens.row(1).view())
     require_close(found, wanted, _rounding(wanted), "a row alone")
 
 

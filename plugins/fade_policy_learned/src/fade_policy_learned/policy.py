@@ -28,7 +28,7 @@ class LearnedPolicy(EvictionPolicy):
     """
 
     kind: ClassVar[str] = "learned"
-    statistics: ClassVar[tuple[str, ...]] = STATISTICS
+    statistics: tuple[str, ...] = STATISTICS
 
     def __init__(self, network: ScoreNetwork) -> None:
         self.network = network.eval().requires_grad_(False)
