@@ -9,7 +9,7 @@ from fade_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from fade_core.eval.tasks import EvalTask
-    from fade_core.interfaces import Kernel, PolicyConfig, QuantizerConfig, TelemetrySinkConfig, TierConfig
+    from fade_core.interfaces import Kernel, PolicyConfig, QuantizerConfig, Recipe, TelemetrySinkConfig, TierConfig
 
 
 @hookimpl
@@ -55,3 +55,10 @@ def fade_eval_tasks() -> Sequence[type[EvalTask]]:
     from fade_core.eval.tasks import DivergenceTask, NeedleTask, PerplexityTask
 
     return [DivergenceTask, PerplexityTask, NeedleTask]
+
+
+@hookimpl
+def fade_quality_recipes() -> Sequence[Recipe]:
+    from fade_core.eval.recipes import RECIPES
+
+    return RECIPES

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         Kernel,
         PolicyConfig,
         QuantizerConfig,
+        Recipe,
         RopeConfig,
         TelemetrySinkConfig,
         TierConfig,
@@ -63,6 +64,11 @@ def fade_telemetry_sinks() -> Sequence[type[TelemetrySinkConfig]]:  # type: igno
 @hookspec
 def fade_eval_tasks() -> Sequence[Any]:  # type: ignore[empty-body]
     """Tasks of ``fade eval``: objects or classes with a ``name``."""
+
+
+@hookspec
+def fade_quality_recipes(calibration: str | None) -> Sequence[Recipe]:  # type: ignore[empty-body]
+    """Configurations that ``fade eval quality`` compares; ``calibration`` is the file that it was given, if any."""
 
 
 @hookspec

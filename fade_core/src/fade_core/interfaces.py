@@ -459,3 +459,21 @@ class TelemetrySinkConfig(ComponentConfig):
     def build(self) -> TelemetrySink:
         """The sink. Raises ``ConfigError`` if it cannot open what it writes to."""
         raise NotImplementedError(f"{type(self).__name__} must define build()")
+
+
+# --- evaluation ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named way to compress a cache, which ``fade eval quality`` measures beside the others.
+
+    Attributes:
+        name: what tables and plots call it; unique over all plugins.
+        fields: fields of a ``FadeConfig``; sinks and window are the command's unless they are among them.
+        note: where it comes from (a paper, a preset), in a few words.
+    """
+
+    name: str
+    fields: Mapping[str, Any]
+    note: str = ""

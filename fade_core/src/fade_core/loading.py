@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, QuantizedCache
 from transformers import logging as transformers_logging
 
 from fade_core.errors import InputError
@@ -105,6 +105,22 @@ def exact_cache(model: PreTrainedModel) -> DynamicCache:
     return DynamicCache(config=model.config)
 
 
+def quantized_cache(model: PreTrainedModel, backend: str, bits: int | None, residual: int) -> QuantizedCache:
+    """transformers' own compressed cache: a peer.
+
+    Args:
+        model: whose cache it is.
+        backend: "quanto", "hqq" or "fp8".
+        bits: width of a code; ``None`` for "fp8", which has one.
+        residual: newest tokens in full precision; "fp8" has none.
+
+    Raises:
+        ImportError: if the backend's package is missing.
+    """
+    options = {} if bits is None else {"nbits": bits, "residual_length": residual}
+    return QuantizedCache(backend, model.config, **options)
+
+
 def context_length(model: PreTrainedModel) -> int | None:
     """Tokens that the model was trained for (``max_position_embeddings``), or ``None`` where its config is silent."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -174,4 +190,12 @@ def _first_line(error: Exception) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
-__all__ = ["SMOLLM2", "context_length", "exact_cache", "load_model", "load_skeleton", "smollm2_file"]
+__all__ = [
+    "SMOLLM2",
+    "context_length",
+    "exact_cache",
+    "load_model",
+    "load_skeleton",
+    "quantized_cache",
+    "smollm2_file",
+]

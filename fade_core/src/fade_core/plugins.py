@@ -22,6 +22,7 @@ from fade_core.interfaces import (
     Kernel,
     PolicyConfig,
     QuantizerConfig,
+    Recipe,
     RopeConfig,
     TelemetrySinkConfig,
     TierConfig,
@@ -143,6 +144,32 @@ class Registry:
         for plugin in self._plugins:
             if "fade_commands" in plugin.hooks:
                 self._call(plugin, "fade_commands", app=app)
+
+    def quality_recipes(self, calibration: str | None = None) -> list[Recipe]:
+        """What the plugins want compared, the core's first; one that raises is recorded and skipped.
+
+        Raises:
+            PluginError: if two plugins bring recipes of one name.
+        """
+        owners: dict[str, Plugin] = {}
+        found: list[Recipe] = []
+        for plugin in self._plugins:
+            if "fade_quality_recipes" not in plugin.hooks:
+                continue
+            for answer in self._call(plugin, "fade_quality_recipes", calibration=calibration):
+                if not isinstance(answer, (list, tuple)) or not all(isinstance(item, Recipe) for item in answer):
+                    wrong = PluginError(f"fade_quality_recipes must return a list of Recipe; found {answer!r}")
+                    plugin.fail("fade_quality_recipes", wrong)
+                    continue
+                for recipe in answer:
+                    if recipe.name in owners:
+                        raise PluginError(
+                            f"quality recipe {recipe.name!r} is provided by {owners[recipe.name].owner} and by "
+                            f"{plugin.owner}; uninstall or rename one"
+                        )
+                    owners[recipe.name] = plugin
+                    found.append(recipe)
+        return found
 
     # --- what `fade plugins` shows ---
     def list_plugins(self) -> list[PluginInfo]:

@@ -45,7 +45,7 @@ def build_app() -> typer.Typer:
     app.command("generate")(generate.generate)
     app.command("plugins")(plugins.plugins)
     app.add_typer(config.app, name="config")
-    app.command("eval")(evaluate.evaluate)
+    app.add_typer(evaluate.app, name="eval")
     app.command("bench")(bench.bench)
     app.command("inspect")(inspect.inspect)
     app.command("check")(check.check)

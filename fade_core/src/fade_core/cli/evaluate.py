@@ -1,25 +1,65 @@
-"""``fade eval``: measure what a cache costs, in decode."""
+"""``fade eval TASK``: measure what a cache costs, in decode. A sub-command for every task that is installed."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+from typer.main import get_command
 
-from fade_core.cli.console import out, print_json, rows, table, working
-from fade_core.cli.options import EXACT, Device, Dtype, Json, Model, named_caches, open_model
-from fade_core.errors import InputError
+from fade_core.cli import quality
+from fade_core.cli.console import errors, out, print_json, rows, table, working
+from fade_core.cli.options import EXACT, Device, Dtype, Json, Model, TextFiles, named_caches, open_model, read_texts
 
 
-def evaluate(
-    task: Annotated[str | None, typer.Argument(help="divergence, perplexity, needle, or a plugin's task.")] = None,
+class TaskGroup(TyperGroup):
+    """The sub-commands that compare many caches, and one for each installed task; tasks are looked up when needed."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        from fade_core.eval.tasks import eval_tasks
+
+        own = super().list_commands(ctx)
+        return [*(name for name in eval_tasks() if name not in own), *own]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        from fade_core.eval.tasks import eval_task
+
+        found = super().get_command(ctx, cmd_name)
+        return found if found is not None else _command_of(cmd_name, eval_task(cmd_name).summary)
+
+
+app = typer.Typer(cls=TaskGroup, help="Measure what a cache costs, in decode, with the bytes that it really held.")
+app.command("quality")(quality.quality)
+
+
+@app.callback(invoke_without_command=True)
+def _tasks(context: typer.Context) -> None:
+    from fade_core.eval.tasks import eval_tasks
+
+    if context.invoked_subcommand is None:
+        group: Any = context.command
+        for name in eval_tasks().keys() & group.commands.keys():
+            errors.print(f"[yellow]warning:[/] the plugin's task {name!r} is left out: a command has that name")
+        commands = {name: group.get_command(context, name) for name in group.list_commands(context)}
+        lines = [(name, (command.help or "").partition("\n")[0]) for name, command in commands.items()]
+        out.print(rows(table("fade eval TASK", "task", "what it measures"), lines))
+
+
+def _command_of(name: str, summary: str) -> Any:
+    alone = typer.Typer(add_completion=False)
+    alone.command(name, help=summary)(measure)
+    return get_command(alone)
+
+
+def measure(
+    context: typer.Context,
     model: Model = "smollm2",
     config: Annotated[
         list[str],
         typer.Option("--config", "-c", help="A preset, exact, or a configuration file; may be given several times."),
     ] = ["safe"],  # noqa: B006 (typer copies it)
-    text: Annotated[list[Path] | None, typer.Option(help="Text files; default: the texts that FADE ships.")] = None,
+    text: TextFiles = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens fed at once before measuring.")] = 1024,
     steps: Annotated[int, typer.Option(min=1, help="Tokens decoded through the cache, a text.")] = 128,
     count: Annotated[int | None, typer.Option(min=1, help="Texts (default 10), or needles (default 20).")] = None,
@@ -30,16 +70,14 @@ def evaluate(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Measure a cache token by token, with the bytes it really held. Without a task: list the tasks."""
-    from fade_core.eval.tasks import EvalOptions, eval_task, eval_tasks
+    """One task over each configuration; the task is what the command is called."""
+    from fade_core.eval.tasks import EvalOptions, eval_task
 
-    if task is None:
-        out.print(rows(table("tasks", "name", "what it measures"), [(n, t.summary) for n, t in eval_tasks().items()]))
-        return
+    task = str(context.info_name)
     chosen = eval_task(task)
     exact = {EXACT: EXACT} if EXACT in config else {}
     caches: dict[str, Any] = exact | named_caches([name for name in config if name != EXACT])
-    texts = [_read(path) for path in text] if text else None
+    texts = read_texts(text)
     loaded, tokenizer = open_model(model, dtype, device)
     if count is None and task != "needle":
         count = 10
@@ -59,13 +97,6 @@ def evaluate(
         if all("held" in result for result in found.values()):
             made.add_row(f"held {part.replace('_', ' ')}", *(_shown(result["held"][part]) for result in found.values()))
     out.print(made)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"text {path} cannot be read: {error}") from error
 
 
 def _shown(value: object) -> str:

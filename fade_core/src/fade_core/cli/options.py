@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fade_core.cli.console import working
-from fade_core.errors import ConfigError
+from fade_core.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from fade_core.eval.caches import CacheLike
@@ -26,6 +26,7 @@ Caches = Annotated[
     list[str],
     typer.Option("--config", "-c", help="A preset, or a .toml/.yaml/.json file; may be given several times."),
 ]
+TextFiles = Annotated[list[Path] | None, typer.Option("--text", help="Text files; default: the texts that FADE ships.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 PRESETS = ["safe", "balanced", "aggressive"]
@@ -55,3 +56,15 @@ def named_caches(names: list[str]) -> dict[str, CacheLike]:
             raise ConfigError(f"--config {name}: {shown!r} is compared already; give each configuration its own name")
         found[shown] = configuration(name)
     return found
+
+
+def read_texts(paths: list[Path] | None) -> list[str] | None:
+    """What text files hold; ``None`` where none was given. Raises ``InputError`` if one cannot be read."""
+    return [_read(path) for path in paths] if paths else None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"text {path} cannot be read: {error}") from error

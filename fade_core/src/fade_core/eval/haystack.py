@@ -48,6 +48,14 @@ class Needle:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """Token ids that one cache answered with, and the bytes that it held after them."""
+
+    tokens: list[int]
+    bytes_held: int
+
+
+@dataclass(frozen=True)
 class NeedleAnswer(EvalResult):
     """What came back for one needle, through the cache and through the exact one."""
 
@@ -119,32 +127,47 @@ def needle(
     factory = cache_factory if cache_factory is not None else factory_of(config)
     prompts = needle_prompts(tokenizer, needles, context_tokens, depths, seed, haystack)
     advance = Units(len(prompts), progress)
-    answers, held, exact_held = [], [], []
+    found, exact = [], []
     for prompt in prompts:
-        found, bytes_held = _ask(model, prompt, factory)
-        exact, exact_bytes = _ask(model, prompt, exact_cache)
-        held.append(bytes_held)
-        exact_held.append(exact_bytes)
-        answers.append(
-            NeedleAnswer(
-                city=prompt.city,
-                expected=prompt.number,
-                depth=prompt.depth,
-                answer=tokenizer.decode(found).strip(),
-                exact_answer=tokenizer.decode(exact).strip(),
-                found=tuple(found) == prompt.answer,
-                exact_found=tuple(exact) == prompt.answer,
-            )
-        )
+        found.append(ask(model, prompt, factory))
+        exact.append(ask(model, prompt, exact_cache))
         advance(1)
+    return judge(tokenizer, prompts, found, exact, model.dtype.itemsize)
+
+
+def judge(
+    tokenizer: Any, prompts: Sequence[Needle], found: Sequence[Answer], exact: Sequence[Answer], itemsize: int
+) -> NeedleResult:
+    """Answers through a cache beside those through the exact one, prompt by prompt.
+
+    Args:
+        tokenizer: of the model that answered.
+        prompts: what was asked.
+        found: answers through the cache.
+        exact: answers through transformers' own cache.
+        itemsize: bytes of a number in the exact cache.
+    """
+    answers = tuple(
+        NeedleAnswer(
+            city=prompt.city,
+            expected=prompt.number,
+            depth=prompt.depth,
+            answer=tokenizer.decode(mine.tokens).strip(),
+            exact_answer=tokenizer.decode(theirs.tokens).strip(),
+            found=tuple(mine.tokens) == prompt.answer,
+            exact_found=tuple(theirs.tokens) == prompt.answer,
+        )
+        for prompt, mine, theirs in zip(prompts, found, exact, strict=True)
+    )
+    held, exact_held = (mean([answer.bytes_held for answer in side]) for side in (found, exact))
     return NeedleResult(
         needles=len(answers),
         found=sum(answer.found for answer in answers),
         exact_found=sum(answer.exact_found for answer in answers),
         kept=sum(answer.found and answer.exact_found for answer in answers),
-        context_tokens=context_tokens,
-        held=HeldBytes.of(mean(held), mean(exact_held), model.dtype.itemsize),
-        answers=tuple(answers),
+        context_tokens=prompts[0].context.shape[1],
+        held=HeldBytes.of(held, exact_held, itemsize),
+        answers=answers,
     )
 
 
@@ -190,10 +213,10 @@ def needle_prompts(
     return prompts
 
 
-def _ask(model: Any, prompt: Needle, factory: CacheFactory) -> tuple[list[int], int]:
-    """The answer's tokens, decoded greedily, and the bytes held after them."""
+def ask(model: Any, prompt: Needle, factory: CacheFactory) -> Answer:
+    """Read the haystack at once, then the question token by token, and decode the answer greedily."""
     with opened(factory, model) as cache:
         prefill(model, prompt.context.to(model.device), cache)
         *_, last = feed(model, prompt.question.to(model.device), cache)
         tokens = greedy(model, last[0, -1], cache, len(prompt.answer))
-        return tokens, live_bytes(cache, exclude=model)
+        return Answer(tokens, live_bytes(cache, exclude=model))

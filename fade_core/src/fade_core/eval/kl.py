@@ -143,7 +143,7 @@ def divergence(
     check_counts(prompt_tokens=prompt_tokens, steps=steps, steps_per_forward=steps_per_forward, batch_size=batch_size)
     factory = cache_factory if cache_factory is not None else factory_of(config)
     if exact is None:
-        batches = _batches(texts, tokenizer, prompt_tokens + steps + 1, model.device, max_texts, batch_size)
+        batches = text_batches(texts, tokenizer, prompt_tokens + steps + 1, model.device, max_texts, batch_size)
     else:
         batches = [run.ids for run in exact]
     advance = Units(sum(map(len, batches)) * steps * (1 if exact is not None else 2), progress)
@@ -158,9 +158,10 @@ def divergence(
     return summarise(measured, prompt_tokens, steps)
 
 
-def _batches(
+def text_batches(
     texts: Texts, tokenizer: Any, needed: int, device: torch.device, limit: int | None, batch_size: int
 ) -> list[Tensor]:
+    """Texts of ``needed`` tokens as int64 ids ``[B <= batch_size, needed]``. Arguments and errors as ``token_rows``."""
     rows = token_rows(texts, tokenizer, needed, device, limit)
     return [torch.cat(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
 
@@ -181,7 +182,7 @@ def exact_runs(
     A run holds its logits: ``steps * vocabulary * 4`` bytes a text.
     """
     check_counts(prompt_tokens=prompt_tokens, steps=steps, steps_per_forward=steps_per_forward, batch_size=batch_size)
-    batches = _batches(texts, tokenizer, prompt_tokens + steps + 1, model.device, max_texts, batch_size)
+    batches = text_batches(texts, tokenizer, prompt_tokens + steps + 1, model.device, max_texts, batch_size)
     return [run_exact(model, ids, prompt_tokens, steps_per_forward=steps_per_forward) for ids in batches]
 
 

@@ -1,0 +1,48 @@
+"""What ``fade eval quality`` measures of this distribution: rotated formats, and calibrated ones where there is a file."""
+
+from __future__ import annotations
+
+from fade_core.interfaces import Recipe
+
+BITS = (4.5, 3.5, 2.5, 2.1, 1.65)
+"""Average bits an element that a calibration is asked for, everything counted."""
+
+TURBO = "random rotation and Lloyd-Max codes, arXiv 2504.19874"
+
+
+def recipes(calibration: str | None = None) -> list[Recipe]:
+    """Rotated recipes, and those of a calibration file that ``fade calibrate`` wrote."""
+    found = [
+        *(
+            Recipe(f"Hadamard int{bits}", rotated(bits, bits, codes="uniform"), "Hadamard, uniform codes")
+            for bits in (4, 3)
+        ),
+        *(Recipe(f"TurboQuant {bits}", rotated(bits, bits, codes="lloyd-max"), TURBO) for bits in (4, 3, 2)),
+        *(
+            Recipe(
+                f"rotated K{keys}V2",
+                rotated(keys, 2, codes="lloyd-max", metadata="log8"),
+                "no calibration, 8-bit scales",
+            )
+            for keys in (4, 3)
+        ),
+    ]
+    if calibration:
+        found += [Recipe(f"calibrated {bits}", calibrated(calibration, bits), "fade calibrate") for bits in BITS]
+        layout = calibrated(calibration, 2.2, widths=[0, 2, 4], group=16)
+        found.append(Recipe("calibrated 2.2, widths 0 2 4", layout, "groups of 16, as kernels like them"))
+    return found
+
+
+def rotated(key_bits: int, value_bits: int, **fields: object) -> dict[str, object]:
+    """Fields of a ``FadeConfig`` with rotated keys and values."""
+    return {
+        "keys": {"kind": "rotated", "bits": key_bits, **fields},
+        "values": {"kind": "rotated", "bits": value_bits, **fields},
+    }
+
+
+def calibrated(file: str, bits: float, **fields: object) -> dict[str, object]:
+    """Fields of a ``FadeConfig`` that averages ``bits`` over keys and values of all layers."""
+    side = {"kind": "calibrated", "file": file, "bits": bits, **fields}
+    return {"keys": side, "values": side}
