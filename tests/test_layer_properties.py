@@ -43,6 +43,13 @@ CONFIGS = {
         policy={"kind": "ema", "budget": 0.5, "every": 6},
     ),
 }
+for _axis in ("token", "channel"):
+    CONFIGS[f"heads apart, {_axis}"] = FadeConfig(
+        **SHORT,
+        keys={"kind": "uniform", "axis": _axis},
+        ladder=[{"tier": "int4", "capacity": 0.3}, {"tier": "int2"}],
+        policy={"kind": "adakv", "budget": 0.6, "every": 6, "floor": 0.1, "base": {"kind": "h2o"}},
+    )
 ERRORS = {"fp16": 0.0, "int4": 0.25, "int2": 1.0}
 """Error of a token relative to the mean norm; two unrelated tokens are some 1.4 apart."""
 

@@ -302,7 +302,7 @@ class Undeclared(Recency):
 
 
 class Untracked(Recency):
-    statistics: ClassVar[tuple[str, ...]] = ("love",)
+    statistics = ("love",)
 
 
 class Noisy(Recency):
@@ -332,10 +332,43 @@ class NormalisesOverRows(Recency):
 
 
 class NotReallyPositional(Recency):
-    positional: ClassVar[bool] = True
+    positional = True
 
     def score(self, view: LayerView) -> Tensor:
         return -view.positions.float()
+
+
+class Spendthrift(Recency):
+    """Gives every head what it has, whatever the budget."""
+
+    def allocate(self, view: LayerView, scores: Tensor, budget: Tensor) -> Tensor:
+        return (scores > -torch.inf).sum(-1)
+
+
+class Stingy(Recency):
+    def allocate(self, view: LayerView, scores: Tensor, budget: Tensor) -> Tensor:
+        return (budget // 2)[:, None].expand(scores.shape[:2])
+
+
+class BlindToWhatThereIs(Recency):
+    """Gives all heads' budget to the first, however few tokens that has."""
+
+    def allocate(self, view: LayerView, scores: Tensor, budget: Tensor) -> Tensor:
+        heads = scores.shape[1]
+        return torch.nn.functional.pad(budget[:, None] * heads, (0, heads - 1))
+
+
+class EvenHanded(Recency):
+    """A good one: the same for all heads, as far as they have it, and the rest to whoever has more."""
+
+    def allocate(self, view: LayerView, scores: Tensor, budget: Tensor) -> Tensor:
+        held = (scores > -torch.inf).sum(-1)
+        found = torch.zeros_like(held)
+        for _ in range(scores.shape[-1]):
+            left = (budget * scores.shape[1] - found.sum(1))[:, None]
+            hungry = found < held
+            found = found + (hungry & (hungry.cumsum(1) <= left)).long()
+        return found
 
 
 @pytest.mark.parametrize(
@@ -351,12 +384,16 @@ class NotReallyPositional(Recency):
         (NormalisesOverGarbage, "empty_slots_ignored"),
         (NormalisesOverRows, "rows_apart"),
         (NotReallyPositional, "positional"),
+        (Spendthrift, "allocation"),
+        (Stingy, "allocation"),
+        (BlindToWhatThereIs, "allocation"),
     ],
 )
 def test_each_fault_of_a_policy_is_caught(policy: type[Recency], caught_by: str) -> None:
     results = check_policy(policy)
     assert caught_by in failed(results), wrong(results)
     assert not failed(check_policy(Recency))
+    assert not failed(check_policy(EvenHanded))
 
 
 # --- rope ---
@@ -694,7 +731,7 @@ def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Callable[
 def test_the_plugin_collects_one_test_a_check(run: Callable[..., pytest.RunResult]) -> None:
     found = run("--fade-component", "policies:h2o", "--fade-seed", "7", "-v")
     count = len(check_names("policies:h2o"))
-    found.assert_outcomes(passed=count - 1, skipped=1)
+    found.assert_outcomes(passed=count - 2, skipped=2)  # neither positional nor allocating
     found.stdout.fnmatch_lines(["*--fade-seed 7*", "*policies:h2o-shapes*PASSED*"])
 
 
@@ -727,17 +764,16 @@ def test_a_failing_check_is_a_failing_test(run: Callable[..., pytest.RunResult])
 
 def test_a_users_own_tests_run_beside(run: Callable[..., pytest.RunResult], pytester: pytest.Pytester) -> None:
     own = pytester.makepyfile("def test_mine(): pass")
-    assert run("--fade-component", "policies:position", str(own)).parseoutcomes()["passed"] == 1 + len(
-        check_names("policies:position")
-    )
+    applicable = len(check_names("policies:position")) - 1  # it allocates nothing
+    assert run("--fade-component", "policies:position", str(own)).parseoutcomes()["passed"] == 1 + applicable
     alone = run("--fade-component", "policies:position")
-    assert alone.parseoutcomes()["passed"] == len(check_names("policies:position"))
+    assert alone.parseoutcomes()["passed"] == applicable
 
 
 def test_the_plugin_works_in_a_process_of_its_own(pytester: pytest.Pytester) -> None:
     pytester.makeini("[pytest]\n")
     found = pytester.runpytest_subprocess(*PLUGIN, "--fade-component", "policies:position")
-    found.assert_outcomes(passed=len(check_names("policies:position")))
+    found.assert_outcomes(passed=len(check_names("policies:position")) - 1, skipped=1)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fade_core.interfaces import Tier
-from fade_core.ladder import UNBOUNDED, Ladder, describe, lowest, tokens_of, whole
+from fade_core.ladder import UNBOUNDED, Ladder, describe, in_tiles, lowest, tokens_of, whole
 from fade_core.quantizers.full import FullQuantizer
 from fade_core.validation import Capacity
 
@@ -70,6 +70,50 @@ def test_a_tier_gives_up_the_fewest_tiles_that_bring_it_within_its_room(
             assert gone % 16 == 0 or gone == tokens
             assert tokens - gone <= room
             assert gone == 0 or tokens - gone + 16 > room
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(CAPACITIES, min_size=1, max_size=3), st.integers(0, 2**31), st.booleans())
+def test_heads_with_more_room_have_more_of_every_tier(capacities: list[Capacity], seed: int, poured: bool) -> None:
+    ladder, heads = ladder_of(capacities, budget=0.5), 3
+    torch.manual_seed(seed)
+    room = torch.randint(0, 12, (2, heads)) * 16
+    held = room + torch.randint(0, 4, (2, heads)) * 16
+    window, lengths = torch.tensor([20, 31]), torch.tensor([300, 90])
+    above = torch.zeros_like(held)
+    takes = ladder.fill(held, lengths, window, room) if poured else []
+    for index, capacity in enumerate(capacities):
+        if poured:
+            kept = takes[index]
+        else:
+            kept = held - ladder.overflow(held, index, above, lengths, window, room)
+        for row in range(2):
+            whole_row = max(1, int(room[row].sum()))
+            for head in range(heads):
+                dealt = allowed(capacity, int(lengths[row])) * heads * int(room[row, head]) // whole_row
+                most = min(int(held[row, head]), dealt, max(0, int(room[row, head] - above[row, head])))
+                if not poured:
+                    assert most - 16 < int(kept[row, head]) <= most
+                else:
+                    assert int(kept[row, head]) == most // 16 * 16
+        above = above + kept
+        held = held - kept
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 200), st.integers(0, 200)), min_size=1, max_size=6))
+def test_what_heads_are_given_is_rounded_to_tiles_and_its_sum_kept(heads: list[tuple[int, int]]) -> None:
+    wanted, held = (torch.tensor([[pair[i] for pair in heads]]) for i in (0, 1))
+    tiled = in_tiles(wanted, held // 16 * 16, 16)
+    meant = torch.minimum(wanted, held // 16 * 16)
+    assert bool((tiled % 16 == 0).all())
+    assert bool(((tiled - meant).abs() < 16).all())
+    assert int(tiled.sum()) == int(meant.sum()) // 16 * 16
+
+
+def test_a_cropped_tile_is_not_counted_as_whole() -> None:
+    assert in_tiles(torch.tensor([[21, 43]]), torch.tensor([[21, 64]]), 16).tolist() == [[16, 48]]
+    assert in_tiles(torch.tensor([[21, 43]]), torch.tensor([[21, 43]]), 16).tolist() == [[16, 43]]
 
 
 @settings(max_examples=100, deadline=None)

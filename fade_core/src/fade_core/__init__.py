@@ -13,7 +13,7 @@ from fade_core._version import __version__
 
 if TYPE_CHECKING:
     from fade_core.cache import TieredKVCache, create_tiered_cache
-    from fade_core.components import get_policy, get_quantizer
+    from fade_core.components import AnyPolicy, get_policy, get_quantizer
     from fade_core.config import FadeConfig
     from fade_core.hookspecs import hookimpl
     from fade_core.interfaces import (
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     **dict.fromkeys(("TieredKVCache", "create_tiered_cache"), "cache"),
-    **dict.fromkeys(("get_policy", "get_quantizer"), "components"),
+    **dict.fromkeys(("AnyPolicy", "get_policy", "get_quantizer"), "components"),
     "FadeConfig": "config",
     "hookimpl": "hookspecs",
     **dict.fromkeys(
@@ -84,6 +84,7 @@ _HOME = {
 """Public name to the module that defines it."""
 
 __all__ = [
+    "AnyPolicy",
     "AttentionOutput",
     "AttentionTracker",
     "EvictionPolicy",

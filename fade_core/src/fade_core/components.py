@@ -25,6 +25,9 @@ from fade_core.interfaces import (
 )
 from fade_core.plugins import Group, default_registry
 
+_describing: set[Group] = set()
+"""Groups whose JSON Schema is being made."""
+
 
 @dataclass(frozen=True)
 class Installed:
@@ -48,10 +51,20 @@ class Installed:
         )
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        if self.group in _describing:  # a component of its own group, as a policy around a policy
+            return {
+                "type": "object",
+                "properties": {self.discriminator: {"enum": list(default_registry().names(self.group))}},
+                "required": [self.discriminator],
+            }
         choices = {name: TypeAdapter(config).core_schema for name, config in default_registry().all(self.group).items()}
         if not choices:
             return {"not": {}, "description": f"no plugin that is installed provides {self.group}"}
-        return handler(core_schema.tagged_union_schema(choices, self.discriminator))
+        _describing.add(self.group)
+        try:
+            return handler(core_schema.tagged_union_schema(choices, self.discriminator))
+        finally:
+            _describing.discard(self.group)
 
 
 AnyQuantizer = Annotated[QuantizerConfig, Installed("quantizers")]

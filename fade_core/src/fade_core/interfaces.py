@@ -237,6 +237,23 @@ class EvictionPolicy(ABC):
     def score(self, view: LayerView) -> Tensor:
         """Worth of each token, ``[B, H_kv, T]`` float; the lowest are demoted or evicted first."""
 
+    def allocate(self, view: LayerView, scores: Tensor, budget: Tensor) -> Tensor | None:
+        """How many packed tokens each head may keep; ``None`` (the default) for ``budget`` in every one.
+
+        Asked only where there is a budget and more tokens than that. The core rounds to whole tiles. Tiers of the ladder
+        are dealt out in proportion.
+
+        Args:
+            view: every live token.
+            scores: what ``score`` gave, ``[B, H_kv, T]``; ``-inf`` for tokens that stay anyway (sinks, window) and for
+                empty slots.
+            budget: packed tokens a head on average, int64 ``[B]``.
+
+        Returns:
+            int64 ``[B, H_kv]``, at most ``H_kv * budget`` in each row.
+        """
+        return None
+
 
 # --- rope --------------------------------------------------------------------------------------------------------
 

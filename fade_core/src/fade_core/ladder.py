@@ -43,20 +43,31 @@ class Ladder:
             return torch.full_like(lengths, UNBOUNDED)
         return (tokens_of(self.budget, lengths) - window).clamp_min(0)
 
-    def fill(self, available: Tensor, lengths: Tensor, window: Tensor) -> list[Tensor]:
-        """Tokens each tier takes, ``[..., B]`` like ``available``, when ranked tokens are poured in from the top.
+    def fill(self, available: Tensor, lengths: Tensor, window: Tensor, room: Tensor | None = None) -> list[Tensor]:
+        """Tokens each tier takes when ranked tokens are poured in from the top.
 
         Whole tiles only, except that a ladder nothing bounds takes everything.
+
+        Args:
+            available: ranked tokens, int64 ``[B]``, or ``[B, H_kv]`` with ``room``.
+            lengths: real tokens of each row, ``[B]``.
+            window: full-precision tokens of each row, ``[B]``.
+            room: as in ``overflow``.
+
+        Returns:
+            a tensor like ``available`` for each tier.
         """
-        left = torch.minimum(available, whole(self.packed_budget(lengths, window), self.tile))
+        left = torch.minimum(available, whole(self.packed_budget(lengths, window) if room is None else room, self.tile))
         taken = []
         for tier in self.tiers:
-            take = torch.minimum(left, whole(tokens_of(tier.capacity, lengths), self.tile))
+            take = torch.minimum(left, whole(_share(tokens_of(tier.capacity, lengths), room), self.tile))
             taken.append(take)
             left = left - take
         return taken
 
-    def overflow(self, held: Tensor, index: int, above: Tensor, lengths: Tensor, window: Tensor) -> Tensor:
+    def overflow(
+        self, held: Tensor, index: int, above: Tensor, lengths: Tensor, window: Tensor, room: Tensor | None = None
+    ) -> Tensor:
         """Tokens, a multiple of the tile, that tier ``index`` must give up.
 
         Args:
@@ -65,11 +76,23 @@ class Ladder:
             above: tokens that finer tiers keep, ``[B, H_kv]``.
             lengths: real tokens of each row, ``[B]``.
             window: full-precision tokens of each row, ``[B]``.
+            room: tokens that may stay packed, ``[B, H_kv]``; ``None`` for the budget in every head. Heads with more room
+                have more of each tier.
         """
-        capacity = tokens_of(self.tiers[index].capacity, lengths)[:, None]
-        room = (self.packed_budget(lengths, window)[:, None] - above).clamp_min(0)
-        over = (held - torch.minimum(capacity, room)).clamp_min(0)
+        capacity = _share(tokens_of(self.tiers[index].capacity, lengths), room)
+        if room is None:
+            capacity, room = capacity[:, None], self.packed_budget(lengths, window)[:, None]
+        over = (held - torch.minimum(capacity, (room - above).clamp_min(0))).clamp_min(0)
         return torch.minimum(-(-over // self.tile) * self.tile, held)
+
+
+def _share(capacity: Tensor, room: Tensor | None) -> Tensor:
+    """A tier's capacity ``[B]`` dealt out to heads as ``room`` ``[B, H_kv]`` is, the sum over heads kept."""
+    if room is None:
+        return capacity
+    each, heads = capacity[:, None], room.shape[1]
+    dealt = each.clamp_max(UNBOUNDED // (room.sum() + 1) // heads) * room * heads // room.sum(1, True).clamp_min(1)
+    return torch.where(each >= UNBOUNDED, each, dealt)
 
 
 def tokens_of(capacity: Capacity, lengths: Tensor) -> Tensor:
@@ -84,6 +107,19 @@ def tokens_of(capacity: Capacity, lengths: Tensor) -> Tensor:
 def whole(tokens: Tensor, tile: int) -> Tensor:
     """``tokens`` rounded down to whole tiles; "no bound" stays it."""
     return torch.where(tokens >= UNBOUNDED, tokens, tokens // tile * tile)
+
+
+def in_tiles(wanted: Tensor, held: Tensor, tile: int) -> Tensor:
+    """Tokens ``wanted`` ``[B, H_kv]`` in whole tiles, their sum over heads kept to within a tile.
+
+    Each head is rounded down or up, those with the largest remainders up; none gets more than it has, ``held``.
+    """
+    wanted = torch.minimum(wanted, held)
+    sure = wanted // tile * tile
+    spare = wanted.sum(1, True) // tile - sure.sum(1, True) // tile
+    order = torch.argsort(wanted - sure, dim=1, descending=True, stable=True)
+    rank = torch.argsort(order, dim=1)
+    return torch.minimum(sure + tile * (rank < spare), held)
 
 
 def lowest(scores: Tensor, live: Tensor, count: Tensor) -> Tensor:

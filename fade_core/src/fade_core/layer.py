@@ -16,7 +16,7 @@ from fade_core.handle import Handle
 from fade_core.incoming import check_finite, check_room, check_tokens
 from fade_core.interfaces import Event, EvictionPolicy, Kernel, LayerView
 from fade_core.kernels.attention import FullSegment, PackedSegment, Segment, TorchAttentionMass, TorchDecodeAttention
-from fade_core.ladder import Ladder, lowest, whole
+from fade_core.ladder import Ladder, in_tiles, lowest, whole
 from fade_core.querymoments import QueryMoments
 from fade_core.tierstore import TierStore, Tokens
 from fade_core.tracker import AttentionTracker
@@ -61,6 +61,11 @@ class LayerPlan:
     mass_kernel: Kernel = field(default_factory=TorchAttentionMass)
     emit: Callable[[Event], None] = lambda event: None
     on_failure: Callable[[int, int], str] = lambda index, length: ""
+
+    @property
+    def allocates(self) -> bool:
+        """Whether the policy gives heads budgets of their own."""
+        return self.ladder.budget is not None and type(self.policy).allocate is not EvictionPolicy.allocate
 
 
 @dataclass(frozen=True)
@@ -392,14 +397,14 @@ class TieredLayer(CacheLayerMixin):
             return
         started, before = time.perf_counter(), self.nbytes()
         window = self._window()
-        scores: list[Tensor] | None = None
+        scores, room = self._rooms()
         above = torch.zeros((self.batch_size, window.keys.shape[1]), dtype=torch.long)
         moved = evicted = 0
         for i, store in enumerate(self.stores):
-            over = ladder.overflow(store.lengths, i, above, self.lengths, window.lengths)
+            over = ladder.overflow(store.lengths, i, above, self.lengths, window.lengths, room)
             if bool(over.any()):
                 if scores is None:
-                    scores = self._scores()
+                    scores = self._scores()[0]
                 last, held = i + 1 == len(self.stores), store.lengths
                 tokens = store.split(self._choose(store, scores[i], over), decode=not last)
                 gone = int((held - store.lengths).sum())
@@ -415,6 +420,40 @@ class TieredLayer(CacheLayerMixin):
         if evicted:
             self._report("evict", evicted, before, started, self.stores[-1].tier.name)
         self._report("reassign", moved + evicted, before, started)
+
+    def _rooms(self) -> tuple[list[Tensor] | None, Tensor | None]:
+        """Packed tokens that each head may keep, ``[B, H_kv]``, with the tiers' scores if the policy was asked for it.
+
+        ``None`` for the same in every head.
+        """
+        ladder, held = self.plan.ladder, sum(store.lengths for store in self.stores)
+        if not self.plan.allocates or not isinstance(held, Tensor):
+            return None, None
+        budget = ladder.packed_budget(self.lengths, self._window().lengths)
+        if bool((held.sum(1) <= budget * held.shape[1]).all()):
+            return None, held
+        scores, view = self._scores()
+        kept = [part.masked_fill(s.positions() < 0, -torch.inf) for part, s in zip(scores, self.stores, strict=True)]
+        always = view.positions.shape[2] - sum(part.shape[2] for part in kept)
+        competing = torch.cat([kept[0].new_full((*held.shape, always), -torch.inf), *kept], 2)
+        return scores, self._allocated(view, competing, budget, held)
+
+    def _allocated(self, view: LayerView, competing: Tensor, budget: Tensor, held: Tensor) -> Tensor:
+        """What the policy lets each head keep of the packed tokens ``held`` ``[B, H_kv]``, in whole tiles."""
+        policy, even = self.plan.policy, budget[:, None].expand_as(held)
+        found = policy.allocate(view, competing, budget.to(self.device))
+        wanted = even if found is None else found.cpu()
+        if wanted.shape != held.shape or wanted.is_floating_point() or bool((wanted < 0).any()):
+            raise InputError(
+                f"policy {policy.kind!r} allocated {wanted.dtype} {tuple(wanted.shape)} in layer {self.index}; int64 "
+                f"[B, H_kv] = {tuple(held.shape)}, none of it negative, is needed"
+            )
+        if bool((wanted.sum(1) > even.sum(1)).any()):
+            raise InputError(
+                f"policy {policy.kind!r} allocated {int(wanted.sum(1).max())} tokens to the heads of a row in layer "
+                f"{self.index}; the budget is {int(even.sum(1).min())}"
+            )
+        return in_tiles(wanted, held, self.plan.ladder.tile)
 
     def assign(self, tiers: Tensor) -> None:
         """Move tokens to the tiers that somebody else chose (the manual loop).
@@ -697,10 +736,10 @@ class TieredLayer(CacheLayerMixin):
         ladder, policy = self.plan.ladder, self.plan.policy
         lengths = self.lengths
         window = lengths - due
-        takes = ladder.fill(due, lengths, window)
         heads, width = keys.shape[1], moving.keys.shape[2]
         slots = torch.arange(width, device=self.device)
         live = (slots < due[:, None].to(self.device))[:, None].expand(-1, heads, -1)
+        available, room = moving.counts, None
         if policy.positional:
             scores = slots.float().expand_as(live)
         else:
@@ -718,20 +757,27 @@ class TieredLayer(CacheLayerMixin):
                 lengths,
                 self._query_statistics(),
             )
-            scores = self._checked(policy.score(view), where.shape)[:, :, ladder.n_sink : ladder.n_sink + width]
+            every = self._checked(policy.score(view), where.shape)
+            scores = every[:, :, ladder.n_sink : ladder.n_sink + width]
+            if self.plan.allocates:
+                competing = torch.full_like(every, -torch.inf)
+                competing[:, :, ladder.n_sink : ladder.n_sink + width] = scores.masked_fill(~live, -torch.inf)
+                room = self._allocated(view, competing, ladder.packed_budget(lengths, window), available)
+        takes = ladder.fill(available if room is not None else due, lengths, window, room)
         rank = torch.argsort(
             torch.argsort(scores.masked_fill(~live, -torch.inf), dim=-1, descending=True, stable=True), dim=-1
         )
-        upper = torch.zeros_like(due)
-        for store, take in zip(self.stores, takes, strict=True):
+        upper = torch.zeros_like(available)
+        for store, taken in zip(self.stores, takes, strict=True):
+            take = taken if taken.dim() == 2 else taken[:, None].expand(-1, heads)
             lower, upper = upper, upper + take
             if not bool(take.any()):
                 continue
-            bounds = lower.to(self.device)[:, None, None], upper.to(self.device)[:, None, None]
+            bounds = lower.to(self.device)[..., None], upper.to(self.device)[..., None]
             chosen = (rank >= bounds[0]) & (rank < bounds[1]) & live
             index = torch.argsort(~chosen, dim=-1, stable=True)[..., : int(take.max())]
-            store.append(replace(moving, counts=take[:, None].expand(-1, heads).contiguous()), index)
-        return int((due - upper).sum()) * heads
+            store.append(replace(moving, counts=take.contiguous()), index)
+        return int((available - upper).sum())
 
     def _keep_in_window(
         self,
@@ -756,8 +802,8 @@ class TieredLayer(CacheLayerMixin):
         if ladder.tiers:
             window.shrink(ladder.n_sink + ladder.recent_window + ladder.tile)
 
-    def _scores(self) -> list[Tensor]:
-        """The policy's scores of every tier's slots, ``[B, H_kv, tiles * tile]`` each."""
+    def _scores(self) -> tuple[list[Tensor], LayerView]:
+        """The policy's scores of every tier's slots, ``[B, H_kv, tiles * tile]`` each, and what it saw."""
         window = self._window()
         heads = window.keys.shape[1]
         parts = [window.positions().expand(-1, heads, -1), *(s.positions().expand(-1, heads, -1) for s in self.stores)]
@@ -784,7 +830,7 @@ class TieredLayer(CacheLayerMixin):
             self._query_statistics(),
         )
         scores = self._checked(self.plan.policy.score(view), view.positions.shape)
-        return list(scores.split(sizes, dim=2)[1:])
+        return list(scores.split(sizes, dim=2)[1:]), view
 
     def _query_statistics(self) -> dict[str, Tensor]:
         return {} if self.queries is None else self.queries.statistics()

@@ -59,7 +59,8 @@ _FIRST_PARTY: dict[Group, dict[str, str]] = {
     "policies": {
         "learned": "fade-policy-learned",
         **dict.fromkeys(
-            ("expected_attention", "key_norm", "keydiff", "normalised_h2o", "snapkv", "tova"), "fade-policy-attention"
+            ("adakv", "expected_attention", "key_norm", "keydiff", "normalised_h2o", "snapkv", "tova"),
+            "fade-policy-attention",
         ),
     },
     "rope_schemes": dict.fromkeys(

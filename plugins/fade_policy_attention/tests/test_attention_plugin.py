@@ -64,8 +64,9 @@ def test_generates_within_its_budget(kind: str, axis: str, seed: int, generator:
         cache.rank()
         for layer in cache.tiered:
             kept = (layer.tier_map() >= 0).sum(-1)
-            assert int(kept.max()) <= 64
-            assert int(kept.min()) > 64 - 16
+            a_head = kept.double().mean(1) if kind == "adakv" else kept
+            assert float(a_head.max()) <= 64
+            assert float(a_head.min()) > 64 - 16
             names = set(layer.tensors())
             for name in ("mass", "seen", "ema", "last", "window"):
                 tracked = name in layer.plan.policy.statistics

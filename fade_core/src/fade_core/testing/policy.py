@@ -210,8 +210,39 @@ def positional(case: PolicyCase) -> None:
     require(bool((scores.diff(dim=-1) >= 0).all()), "an older token scores higher than a newer one")
 
 
+def allocation(case: PolicyCase) -> None:
+    """allocate() spends each row's budget on tokens that compete, and no more of a head's than there are."""
+    policy = case.build()
+    heads = 3
+    tokens = case.tokens(2, heads, 40, 16)
+    view = tokens.view()
+    scores = policy.score(view).float()
+    stays = (torch.rand(scores.shape, generator=case.generator) < 0.3) | (tokens.positions < 4)
+    competing = scores.masked_fill(stays, -torch.inf)
+    held = (~stays).sum(-1)
+    for share in (0.0, 0.4, 1.0):
+        budget = (held.sum(1) * share / heads).long()
+        found = policy.allocate(view, competing, budget)
+        if found is None:
+            raise NotApplicableError("allocate() leaves every head the same")
+        require(tuple(found.shape) == (2, heads), f"allocated {tuple(found.shape)}; [B, H_kv] = {(2, heads)} is needed")
+        require(not found.is_floating_point(), f"allocated {found.dtype}; whole numbers are needed")
+        require(bool(((found >= 0) & (found <= held)).all()), "a head got less than nothing or more than it has")
+        require_equal(found.sum(1), budget * heads, "the sum over heads")
+
+
 POLICY_CHECKS: Suite[PolicyCase] = Suite(
-    (shapes, statistics_declared, determinism, inputs_kept, order, empty_slots_ignored, rows_apart, positional)
+    (
+        shapes,
+        statistics_declared,
+        determinism,
+        inputs_kept,
+        order,
+        empty_slots_ignored,
+        rows_apart,
+        positional,
+        allocation,
+    )
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fade_policy_attention.adakv import AdaKVPolicy
 from fade_policy_attention.expected_attention import ExpectedAttentionPolicy
 from fade_policy_attention.key_norm import KeyNormPolicy
 from fade_policy_attention.keydiff import KeyDiffPolicy
@@ -10,6 +11,7 @@ from fade_policy_attention.snapkv import SnapKVPolicy
 from fade_policy_attention.tova import TovaPolicy
 
 __all__ = [
+    "AdaKVPolicy",
     "ExpectedAttentionPolicy",
     "KeyDiffPolicy",
     "KeyNormPolicy",

@@ -7,6 +7,7 @@ from fade_core import PolicyConfig, hookimpl
 
 @hookimpl
 def fade_policies() -> list[type[PolicyConfig]]:
+    from fade_policy_attention.adakv import AdaKVConfig
     from fade_policy_attention.expected_attention import ExpectedAttentionConfig
     from fade_policy_attention.key_norm import KeyNormConfig
     from fade_policy_attention.keydiff import KeyDiffConfig
@@ -14,4 +15,12 @@ def fade_policies() -> list[type[PolicyConfig]]:
     from fade_policy_attention.snapkv import SnapKVConfig
     from fade_policy_attention.tova import TovaConfig
 
-    return [NormalisedH2OConfig, SnapKVConfig, TovaConfig, ExpectedAttentionConfig, KeyNormConfig, KeyDiffConfig]
+    return [
+        NormalisedH2OConfig,
+        SnapKVConfig,
+        TovaConfig,
+        ExpectedAttentionConfig,
+        KeyNormConfig,
+        KeyDiffConfig,
+        AdaKVConfig,
+    ]
