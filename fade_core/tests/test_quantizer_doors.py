@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import pytest
-from tiny import tiny_llama
+import torch
+from tiny import fresh_seed, tiny_llama
 
-from fade_core import FadeConfig, create_tiered_cache
+from fade_core import FadeConfig, attach_telemetry, create_tiered_cache
 from fade_core.errors import CheckpointError
-from fade_core.interfaces import Quantizer, QuantizerConfig, QuantizerContext
-from fade_core.quantizers.uniform import UniformConfig
+from fade_core.interfaces import Event, PromptView, Quantizer, QuantizerConfig, QuantizerContext, TelemetrySink
+from fade_core.quantizers.uniform import UniformConfig, UniformQuantizer
 
 
 class PickyConfig(QuantizerConfig):
@@ -52,3 +53,135 @@ def test_a_model_that_is_refused_keeps_its_attention() -> None:
         with pytest.raises(CheckpointError, match="made for 3 layers"):
             create_tiered_cache(model, config)
     assert model.config._attn_implementation == before
+
+
+class Pupil(UniformQuantizer):
+    """Uniform codes that keep what the prompt's attention comes to (a test may; a quantizer must not keep the view)."""
+
+    kind: ClassVar[str] = "pupil"
+    learns: ClassVar[bool] = True
+
+    def __init__(self, context: QuantizerContext) -> None:
+        side = "token" if context.side == "key" else "channel"
+        super().__init__(context.head_dim, 4, layout=side)
+        self.seen: list[dict[str, Any]] = []
+        self.forgotten = 0
+
+    def observe(self, prompt: PromptView) -> None:
+        self.shortcoming = "" if prompt.keys.shape[2] >= 100 else "too short a prompt"
+        outputs = prompt.once("outputs", lambda: attention_of(prompt))
+        self.seen.append({"outputs": outputs, "view": prompt})
+
+    def forget(self) -> None:
+        self.forgotten += 1
+        self.seen.clear()
+        self.shortcoming = "no prompt"
+
+
+class PupilConfig(QuantizerConfig):
+    kind: Literal["pupil"] = "pupil"
+
+    def build(self, context: QuantizerContext) -> Quantizer:
+        return Pupil(context)
+
+
+class Listener(TelemetrySink):
+    """Keeps the events."""
+
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+
+    def emit(self, event: Event) -> None:
+        self.events.append(event)
+
+
+def attention_of(prompt: PromptView) -> torch.Tensor:
+    """Outputs ``[B, Q, H_q * D]`` of the layer's heads, from the view alone."""
+    groups = prompt.queries.shape[1] // prompt.keys.shape[1]
+    keys, values = (t.repeat_interleave(groups, 1) for t in (prompt.keys, prompt.values))
+    logits = prompt.queries @ keys.transpose(-1, -2) * prompt.scaling
+    seen = prompt.visible(slice(0, prompt.queries.shape[2]))
+    weights = logits.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0)
+    return (weights @ values).transpose(1, 2).flatten(2)
+
+
+def pupils(cache: Any) -> list[Pupil]:
+    tiers = [tier for layer in cache.tiered for tier in layer.plan.ladder.tiers]
+    return [quantizer for tier in tiers for quantizer in (tier.keys, tier.values)]
+
+
+@pytest.fixture
+def watched() -> tuple[Any, dict[int, torch.Tensor]]:
+    """A model, and the newest input of each layer's output projection."""
+    model = tiny_llama(fresh_seed(), layers=2)
+    inputs: dict[int, torch.Tensor] = {}
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args, index=index: inputs.update({index: args[0]}))
+    return model, inputs
+
+
+PUPILS: dict[str, Any] = {"n_sink": 4, "recent_window": 32, "keys": PupilConfig(), "values": PupilConfig()}
+
+
+@pytest.mark.parametrize("padding", [0, 41])
+def test_a_prompt_is_shown_as_the_model_attended_to_it(watched: Any, padding: int) -> None:
+    model, inputs = watched
+    ids = torch.randint(1, 255, (2, 150))
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    with create_tiered_cache(model, FadeConfig(**PUPILS)) as cache, torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=cache)
+        for index, layer in enumerate(cache.tiered):
+            keys, values = pupils(cache)[2 * index : 2 * index + 2]
+            (shown,) = keys.seen
+            torch.testing.assert_close(shown["outputs"][mask.bool()], inputs[index][mask.bool()])
+            assert shown["view"].module is model.model.layers[index].self_attn
+            assert (shown["view"].layer, shown["view"].n_sink, shown["view"].recent_window) == (index, 4, 32)
+            assert values.seen[0]["outputs"] is shown["outputs"]  # computed once for both sides
+            assert layer.stores[0].tiles
+
+
+def test_it_is_shown_again_until_something_is_encoded_and_after_a_reset(watched: Any) -> None:
+    model, inputs = watched
+    ids = torch.randint(1, 255, (1, 400))
+    listener = Listener()
+    events = listener.events
+    with create_tiered_cache(model, FadeConfig(**PUPILS)) as cache, torch.no_grad():
+        attach_telemetry(cache, listener)
+        for turn in range(2):
+            model(ids[:, :40], past_key_values=cache)
+            model(ids[:, 40:90], past_key_values=cache)
+            keys = pupils(cache)[0]
+            assert keys.forgotten == turn + 1 and len(keys.seen) == 2
+            assert [tuple(s["view"].queries.shape[2:]) for s in keys.seen] == [(40, 16), (50, 16)]
+            assert keys.seen[1]["view"].keys.shape[2] == 90
+            torch.testing.assert_close(keys.seen[1]["outputs"], inputs[0])
+            assert not cache.tiered[0].stores[0].tiles and not events
+            model(ids[:, 90:300], past_key_values=cache)
+            assert cache.tiered[0].stores[0].tiles and len(keys.seen) == 3
+            model(ids[:, 300:], past_key_values=cache)
+            assert len(keys.seen) == 3  # what is encoded has to be read back
+            assert not any(event.kind == "fallback" for event in events)
+            cache.reset()
+            events.clear()
+
+
+def test_a_shortcoming_is_told_once_a_layer_when_tokens_are_encoded(watched: Any) -> None:
+    model, _ = watched
+    listener = Listener()
+    events = listener.events
+    with create_tiered_cache(model, FadeConfig(**PUPILS)) as cache, torch.no_grad():
+        attach_telemetry(cache, listener)
+        model(torch.randint(1, 255, (1, 90)), past_key_values=cache)
+        assert not events
+        for _ in range(40):
+            model(torch.randint(1, 255, (1, 1)), past_key_values=cache)
+    told = [event for event in events if event.kind == "fallback"]
+    assert [event.layer for event in told] == [0, 1]
+    assert told[0].detail == {"op": "encode", "quantizer": "pupil", "reason": "too short a prompt"}
+
+
+def test_a_quantizer_that_learns_nothing_costs_nothing(watched: Any) -> None:
+    model, _ = watched
+    with create_tiered_cache(model, FadeConfig(n_sink=4, recent_window=32)) as cache:
+        assert not any(layer.learning for layer in cache.tiered)

@@ -13,6 +13,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from fade_core.handle import Handle, is_handle
+from fade_core.interfaces import PromptView
 from fade_core.kernels.attention import AttentionOutput, FullSegment, TorchDecodeAttention, decode_attention
 from fade_core.layer import TieredLayer
 
@@ -111,7 +112,7 @@ def _chunk_attention(
     if past:
         keys, values = layer.dense_with_past()
 
-    def visible(part: slice) -> Tensor:
+    def visible(part: slice | Tensor) -> Tensor:
         rows = _visible(mask, part, queries, layer.logical, query.device)
         if not past:
             return rows
@@ -130,6 +131,8 @@ def _chunk_attention(
     if layer.plan.tracker.active and layer.plan.ladder.bounded:
         observed = _observe(layer, query, keys, visible, scaling, softcap, sinks)
     _observe_queries(layer, query, scaling, padding)
+    if layer.learning:
+        layer.learn(PromptView(query, keys, values, scaling, softcap, sinks, visible, module))
     del keys, values  # the layer alone holds them now, and drops them as it packs
     layer.settle(padding, observed)
     return output
@@ -224,11 +227,12 @@ def _block(query: Tensor, key: Tensor) -> int:
     return max(16, key.shape[1] * key.shape[3] // query.shape[1])
 
 
-def _visible(mask: Tensor | None, part: slice, queries: int, tokens: int, device: torch.device) -> Tensor:
+def _visible(mask: Tensor | None, part: slice | Tensor, queries: int, tokens: int, device: torch.device) -> Tensor:
     """bool ``[B or 1, H or 1, len(part), tokens]`` of what the queries ``part`` may see."""
     if mask is not None:
         return mask[:, :, part, :tokens]
-    newest = torch.arange(tokens - queries + part.start, tokens - queries + part.stop, device=device)
+    asked = torch.arange(part.start, part.stop, device=device) if isinstance(part, slice) else part
+    newest = tokens - queries + asked
     return (torch.arange(tokens, device=device) <= newest[:, None])[None, None]
 
 

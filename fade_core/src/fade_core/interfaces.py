@@ -29,6 +29,48 @@ Side = Literal["key", "value"]
 # --- quantizers --------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class PromptView:
+    """A layer's attention over a prompt, in full precision: what a quantizer may learn from before it encodes.
+
+    It holds the newest ``Q`` tokens' queries and all ``T >= Q`` tokens so far; query ``i`` belongs to token
+    ``T - Q + i``. Nothing of it may be changed or kept.
+
+    Attributes:
+        queries: ``[B, H_q, Q, D]``, positions applied, not scaled.
+        keys: ``[B, H_kv, T, D]``, positions applied.
+        values: ``[B, H_kv, T, E]``.
+        scaling: factor of the logits.
+        softcap: soft cap of the logits, if the model has one.
+        sink_logits: attention-sink logits ``[H_q]``, if the model has them.
+        visible: bool ``[B or 1, H_kv or 1, q, T]`` of what some queries may see, given a slice or int64 ``[q]`` of them;
+            padding is seen by no real token.
+        module: the model's attention module (its output projection says how far an error of a value goes).
+        layer: layer index.
+        n_sink: leading tokens of a row that stay in full precision.
+        recent_window: newest tokens that do.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    scaling: float
+    softcap: float | None
+    sink_logits: Tensor | None
+    visible: Callable[[slice | Tensor], Tensor]
+    module: torch.nn.Module
+    layer: int = 0
+    n_sink: int = 0
+    recent_window: int = 0
+    _found: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def once(self, name: str, compute: Callable[[], Any]) -> Any:
+        """What ``compute`` gives, computed by the first who asks: keys' and values' quantizers can share it."""
+        if name not in self._found:
+            self._found[name] = compute()
+        return self._found[name]
+
+
 class Quantizer(ABC):
     """Turns full-precision tokens into packed ones and back.
 
@@ -43,9 +85,13 @@ class Quantizer(ABC):
         tile: tokens encoded together; the cache only ever encodes whole tiles.
         format: the packed format that kernels see, or ``None`` if only this class can read its fields.
         moves_tokens: whether ``select`` works: single tokens can be regrouped without touching their codes.
+        learns: whether ``observe`` is wanted. ``field_shapes`` must not depend on what was learnt.
+        shortcoming: why it encodes worse than it was meant to, if it does; told in a "fallback" event.
     """
 
     kind: ClassVar[str] = ""
+    learns: ClassVar[bool] = False
+    shortcoming: str = ""
     head_dim: int
     tile: int = 64
     format: PackedFormat | None = None
@@ -97,6 +143,13 @@ class Quantizer(ABC):
     def transform_output(self, output: Tensor, weight_sum: Tensor) -> Tensor:
         """Take ``[B, H_kv, N, D]``, a sum of codes-space values, back; ``weight_sum`` ``[B, H_kv, N, 1]`` carries a mean."""
         return output
+
+    # learning from the prompt
+    def observe(self, prompt: PromptView) -> None:  # noqa: B027 (most learn nothing)
+        """Learn from a prompt; called before the first token is encoded, again for each chunk until then."""
+
+    def forget(self) -> None:  # noqa: B027
+        """The layer begins again with an empty cache: what was learnt from the tokens before may be another text's."""
 
     # state: rotations, codebooks, calibration
     def state_dict(self) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from transformers.cache_utils import CacheLayerMixin
 from fade_core.errors import InputError
 from fade_core.handle import Handle
 from fade_core.incoming import check_finite, check_room, check_tokens
-from fade_core.interfaces import Event, EvictionPolicy, Kernel, LayerView
+from fade_core.interfaces import Event, EvictionPolicy, Kernel, LayerView, PromptView
 from fade_core.kernels.attention import FullSegment, PackedSegment, Segment, TorchAttentionMass, TorchDecodeAttention
 from fade_core.ladder import Ladder, in_tiles, lowest, whole
 from fade_core.querymoments import QueryMoments
@@ -99,6 +99,7 @@ class TieredLayer(CacheLayerMixin):
         self.logical = 0
         self.record_past = False
         self._refused: set[tuple[str, str]] = set()
+        self._learners = [q for tier in plan.ladder.tiers for q in (tier.keys, tier.values) if q.learns]
         self._blank()
 
     def _blank(self) -> None:
@@ -156,6 +157,9 @@ class TieredLayer(CacheLayerMixin):
         self._hold()
         window, queries = self._window(), key_states.shape[2]
         first = self.logical == 0
+        if first:
+            for quantizer in self._learners:
+                quantizer.forget()
         position = self.logical
         self.logical += queries
         stock = self.plan.attention == "stock"
@@ -303,10 +307,24 @@ class TieredLayer(CacheLayerMixin):
 
     def fall_back(self, kernel: Kernel, reason: str) -> None:
         """Say, once a reason, that the oracle computes what ``kernel`` refused."""
-        if (kernel.op, reason) not in self._refused:
-            self._refused.add((kernel.op, reason))
-            detail = {"op": kernel.op, "kernel": kernel.name, "reason": reason}
+        self._say_once({"op": kernel.op, "kernel": kernel.name, "reason": reason})
+
+    def _say_once(self, detail: dict[str, str]) -> None:
+        if (detail["op"], detail["reason"]) not in self._refused:
+            self._refused.add((detail["op"], detail["reason"]))
             self.plan.emit(Event("fallback", self.index, detail=detail))
+
+    @property
+    def learning(self) -> bool:
+        """Whether a quantizer wants to see the prompt: nothing is encoded yet that it would have to read back."""
+        return bool(self._learners) and not any(store.tiles for store in self.stores)
+
+    def learn(self, prompt: PromptView) -> None:
+        """Show a prompt to the quantizers that learn from it."""
+        ladder = self.plan.ladder
+        here = replace(prompt, layer=self.index, n_sink=ladder.n_sink, recent_window=ladder.recent_window)
+        for quantizer in self._learners:
+            quantizer.observe(here)
 
     def statistics(self) -> list[dict[str, Tensor]]:
         """Statistics of each of ``segments``' tokens, in the same order: views, updated in place."""
@@ -870,6 +888,9 @@ class TieredLayer(CacheLayerMixin):
 
     def _report(self, kind: str, tokens: int, before: int, started: float, tier: str = "") -> None:
         """Send an event; ``tier`` is where evicted tokens were."""
+        for quantizer in self._learners:
+            if quantizer.shortcoming:
+                self._say_once({"op": "encode", "quantizer": quantizer.kind, "reason": quantizer.shortcoming})
         detail: dict[str, Any] = {"length": self.logical} | ({"from": tier} if tier else {})
         self.plan.emit(Event(kind, self.index, tokens, before, self.nbytes(), time.perf_counter() - started, detail))
 

@@ -85,8 +85,8 @@ def calibrate(
                 progress(number + 1, len(texts))
     moments = collector.moments()
     sides: dict[Side, dict[int, SideCalibration]] = {
-        "key": {layer: _keys(found) for layer, found in moments.items()},
-        "value": {layer: _values(found) for layer, found in moments.items()},
+        "key": {layer: side_of(found, "key") for layer, found in moments.items()},
+        "value": {layer: side_of(found, "value") for layer, found in moments.items()},
     }
     heads, dim = next(iter(sides["key"].values())).mean.shape
     if any(side.mean.shape != (heads, dim) for layers in sides.values() for side in layers.values()):
@@ -207,18 +207,15 @@ def _noting(collector: Collector, layer: int) -> Callable[..., None]:
     return note
 
 
-def _keys(moments: LayerMoments) -> SideCalibration:
-    transform, variance = weighted_klt(moments.key_cov, moments.query_square)
-    return _side(
-        moments.key_mean, transform, variance, moments.key_spread, moments.key_weight[:, None] * variance * KEY_FACTOR
-    )
-
-
-def _values(moments: LayerMoments) -> SideCalibration:
+def side_of(moments: LayerMoments, side: Side) -> SideCalibration:
+    """The transform of keys (in the metric of the queries) or values (in that of the output projection)."""
+    if side == "key":
+        transform, variance = weighted_klt(moments.key_cov, moments.query_square)
+        worth = moments.key_weight[:, None] * variance * KEY_FACTOR
+        return _side(moments.key_mean, transform, variance, moments.key_spread, worth)
     transform, variance = weighted_klt(moments.value_cov, moments.metric)
-    return _side(
-        moments.value_mean, transform, variance, moments.value_spread, moments.value_weight[:, None] * variance
-    )
+    worth = moments.value_weight[:, None] * variance
+    return _side(moments.value_mean, transform, variance, moments.value_spread, worth)
 
 
 def _side(mean: Tensor, transform: Tensor, variance: Tensor, spread: Tensor, worth: Tensor) -> SideCalibration:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fade_core.errors import CheckpointError, ConfigError, InputError
 from fade_core.interfaces import Quantizer, QuantizerConfig, QuantizerContext, Side
-from fade_core.packed import Packed
+from fade_core.packed import Layout, Packed
 from fade_quant_rotated.calibrate import sketch_of
 from fade_quant_rotated.calibration import GAIN_BITS, Calibration, SideCalibration, load_calibration, plan_of
 from fade_quant_rotated.levels import check_tokens, to_tiles
@@ -55,12 +55,14 @@ class CalibratedQuantizer(Quantizer):
         tile: int = 64,
         device: torch.device | None = None,
     ) -> None:
-        self.heads, self.head_dim = widths.shape
-        self.tile, self.device = tile, device
-        self.widths = widths.to(torch.int8)
-        self.layout = StreamLayout(widths, tile, "token" if side == "key" else "channel", device)
-        kept = self.layout.kept
-        stored = widths > 0
+        self.tile, self.side, self.device, self.row = tile, side, device, 0
+        self._adopt(calibration, widths)
+
+    def _adopt(self, calibration: SideCalibration, widths: Tensor) -> None:
+        """Code with this transform and these widths from now on."""
+        self._lay_out(widths)
+        device, kept = self.device, self.layout.kept
+        stored = (widths > 0).cpu()
         usual = (calibration.spread * stored).sum(-1) / stored.sum(-1).clamp_min(1)
         state = {
             "mean": calibration.mean.to(device),
@@ -71,6 +73,12 @@ class CalibratedQuantizer(Quantizer):
             "usual": usual.clamp_min(1e-6).sqrt().log2().to(device),
         }
         self._state = {name: tensor.contiguous() for name, tensor in state.items()}  # as a checkpoint brings them back
+
+    def _lay_out(self, widths: Tensor) -> None:
+        self.heads, self.head_dim = widths.shape
+        self.widths = widths.to(torch.int8)
+        word_order: Layout = "token" if self.side == "key" else "channel"
+        self.layout = StreamLayout(widths.long(), self.tile, word_order, self.device, self.row)
 
     @property
     def bits_per_element(self) -> float:
@@ -83,7 +91,7 @@ class CalibratedQuantizer(Quantizer):
     def encode(self, x: Tensor) -> Packed:
         check_tokens(x, self.head_dim, f"quantizer {self.kind!r}")
         if x.shape[1] != self.heads:
-            raise InputError(f"this calibration is for {self.heads} KV heads; found a tensor of shape {tuple(x.shape)}")
+            raise InputError(f"this quantizer is for {self.heads} KV heads; found a tensor of shape {tuple(x.shape)}")
         parts = [self._encode(part) for part in to_tiles(x.float(), self.tile).split(CHUNK, dim=2)]
         fields = {name: torch.cat([part[name] for part in parts], dim=2) for name in parts[0]}
         return Packed(fields, x.shape[2], x.dtype)

@@ -10,6 +10,7 @@ from fade_core.interfaces import QuantizerConfig, Recipe, TierConfig
 from fade_quant_rotated.calibrated import CalibratedConfig
 from fade_quant_rotated.product import PQConfig, PQTier
 from fade_quant_rotated.rotated import RotatedConfig
+from fade_quant_rotated.self_calibrated import SelfCalibratedConfig
 
 if TYPE_CHECKING:
     import typer
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 @hookimpl
 def fade_quantizers() -> Sequence[type[QuantizerConfig]]:
-    return [RotatedConfig, CalibratedConfig, PQConfig]
+    return [RotatedConfig, CalibratedConfig, SelfCalibratedConfig, PQConfig]
 
 
 @hookimpl

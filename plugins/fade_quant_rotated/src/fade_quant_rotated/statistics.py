@@ -51,6 +51,59 @@ class LayerSums:
     value_plain: Tensor
     tokens: int = 0
 
+    @classmethod
+    def empty(cls, dim: int, metric: Tensor) -> LayerSums:
+        """Sums of nothing, for ``dim`` key channels and a metric ``[H_kv, G, E, E]``."""
+        heads, _, _, width = metric.shape
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.float64, device=metric.device)
+
+        return cls(
+            zeros(heads),
+            zeros(heads, dim),
+            zeros(heads, dim, dim),
+            zeros(heads, dim, dim),
+            zeros(heads),
+            zeros(heads, width),
+            zeros(heads, width, width),
+            metric.double().mean(1),
+            zeros(heads, dim + 1, dim + 1),
+            zeros(heads, width + 1, width + 1),
+        )
+
+    def add(self, keys: Tensor, values: Tensor, weight_k: Tensor, weight_v: Tensor, sinks: int = 0) -> None:
+        """Add float64 tokens ``[H_kv, T, D]`` and their weights ``[H_kv, T]``; the first ``sinks`` are no plain ones."""
+        self.key_weight += weight_k.sum(-1)
+        self.value_weight += weight_v.sum(-1)
+        self.tokens += max(0, keys.shape[1] - sinks)
+        for x, weight, mean, square, plain in (
+            (keys, weight_k, self.key_mean, self.key_square, self.key_plain),
+            (values, weight_v, self.value_mean, self.value_square, self.value_plain),
+        ):
+            weighted = x * weight[..., None]
+            mean += weighted.sum(1)
+            square += weighted.transpose(-1, -2) @ x
+            one = torch.nn.functional.pad(x[:, sinks:], (0, 1), value=1.0)
+            plain += one.transpose(-1, -2) @ one
+
+    def moments(self, residual: float = 1.0) -> LayerMoments:
+        """What the sums come to; ``residual`` is the squared norm of the stream that the layer adds to."""
+        key_mean = self.key_mean / self.key_weight[:, None]
+        value_mean = self.value_mean / self.value_weight[:, None]
+        return LayerMoments(
+            key_weight=self.key_weight / residual,
+            key_mean=key_mean,
+            key_cov=_central(self.key_square, self.key_weight, key_mean),
+            query_square=self.query_square / self.key_weight[:, None, None],
+            value_weight=self.value_weight / residual,
+            value_mean=value_mean,
+            value_cov=_central(self.value_square, self.value_weight, value_mean),
+            metric=self.metric,
+            key_spread=_about(self.key_plain, key_mean),
+            value_spread=_about(self.value_plain, value_mean),
+        )
+
 
 @dataclass(frozen=True)
 class LayerMoments:
@@ -122,10 +175,8 @@ class Collector:
         gather = sliding_window is None
         if gather:
             sums = self._sums(layer, module, q, v)
-            sums.tokens += max(0, length - self.sinks)
             metric = self._metrics[layer]  # [H_kv, G, E, E]
-            vm = torch.einsum("hje,hgef->hgjf", v, metric)
-            vmv = (vm * v[:, None]).sum(-1)  # [H_kv, G, T]
+            movement = Movement(v, metric)
         out = torch.empty(*q.shape[:3], v.shape[-1], device=q.device)
         at = torch.arange(length, device=q.device)
         weight_k, weight_v = torch.zeros(2, heads, length, dtype=torch.float64, device=q.device)
@@ -149,16 +200,12 @@ class Collector:
                 continue
             a = a.square_().masked_fill_((at < self.sinks) | (at > rows - self.window), 0)
             weight_v += a.sum((1, 2)).double()
-            om = torch.einsum("hgte,hgef->hgtf", o, metric)
-            moved = (vmv[:, :, None] + (om * o).sum(-1)[..., None] - 2 * om @ v[:, None].transpose(-1, -2)).clamp_min_(
-                0
-            )
-            w = a.mul_(moved)
+            w = a.mul_(movement(o))
             weight_k += w.sum((1, 2)).double()
             squares = q[:, :, start : start + self.block].double() * w.sum(-1).double().sqrt()[..., None]
             sums.query_square += (squares.transpose(-1, -2) @ squares).sum(1)
         if gather:
-            self._add(sums, k.double(), v.double(), weight_k, weight_v)
+            sums.add(k.double(), v.double(), weight_k, weight_v, self.sinks)
         return out.flatten(0, 1).transpose(0, 1)[None].to(query.dtype)
 
     def residual(self, layer: int, hidden: Tensor) -> None:
@@ -180,41 +227,9 @@ class Collector:
     def _sums(self, layer: int, module: nn.Module, q: Tensor, v: Tensor) -> LayerSums:
         if layer not in self.layers:
             heads, group, _, dim = q.shape
-            width = v.shape[-1]
-            weight = output_projection(module, heads * group * width).detach().float()
-            weight = weight.to(q.device).unflatten(1, (heads, group, width)).permute(1, 2, 0, 3)
-            self._metrics[layer] = weight.transpose(-1, -2) @ weight
-
-            def zeros(*shape: int) -> Tensor:
-                return torch.zeros(*shape, dtype=torch.float64, device=q.device)
-
-            self.layers[layer] = LayerSums(
-                zeros(heads),
-                zeros(heads, dim),
-                zeros(heads, dim, dim),
-                zeros(heads, dim, dim),
-                zeros(heads),
-                zeros(heads, width),
-                zeros(heads, width, width),
-                self._metrics[layer].double().mean(1),
-                zeros(heads, dim + 1, dim + 1),
-                zeros(heads, width + 1, width + 1),
-            )
+            self._metrics[layer] = output_metric(module, heads, group, v.shape[-1], q.device)
+            self.layers[layer] = LayerSums.empty(dim, self._metrics[layer])
         return self.layers[layer]
-
-    def _add(self, sums: LayerSums, k: Tensor, v: Tensor, weight_k: Tensor, weight_v: Tensor) -> None:
-        sums.key_weight += weight_k.sum(-1)
-        sums.value_weight += weight_v.sum(-1)
-        for x, weight, mean, square in (
-            (k, weight_k, sums.key_mean, sums.key_square),
-            (v, weight_v, sums.value_mean, sums.value_square),
-        ):
-            weighted = x * weight[..., None]
-            mean += weighted.sum(1)
-            square += weighted.transpose(-1, -2) @ x
-        for x, plain in ((k, sums.key_plain), (v, sums.value_plain)):
-            one = torch.nn.functional.pad(x[:, self.sinks :], (0, 1), value=1.0)
-            plain += one.transpose(-1, -2) @ one
 
     def _moments(self, layer: int, sums: LayerSums) -> LayerMoments:
         residual = self._residual.get(layer, 0.0)
@@ -225,20 +240,33 @@ class Collector:
                 f"layer {layer} never attends past its sinks ({self.sinks}) and window ({self.window}) on this text; "
                 f"use longer texts"
             )
-        key_mean = sums.key_mean / sums.key_weight[:, None]
-        value_mean = sums.value_mean / sums.value_weight[:, None]
-        return LayerMoments(
-            key_weight=sums.key_weight / residual,
-            key_mean=key_mean,
-            key_cov=_central(sums.key_square, sums.key_weight, key_mean),
-            query_square=sums.query_square / sums.key_weight[:, None, None],
-            value_weight=sums.value_weight / residual,
-            value_mean=value_mean,
-            value_cov=_central(sums.value_square, sums.value_weight, value_mean),
-            metric=sums.metric,
-            key_spread=_about(sums.key_plain, key_mean),
-            value_spread=_about(sums.value_plain, value_mean),
-        )
+        return sums.moments(residual)
+
+
+class Movement:
+    """``|W_o (v_j - o_t)|^2``: how far a head's output moves, seen from the residual stream, when a logit moves.
+
+    Args:
+        values: float32 ``v`` ``[H_kv, T, E]``.
+        metric: ``W_o^T W_o`` of each query head, ``[H_kv, G, E, E]``.
+    """
+
+    def __init__(self, values: Tensor, metric: Tensor) -> None:
+        self.values, self.metric = values, metric
+        self.own = (torch.einsum("hje,hgef->hgjf", values, metric) * values[:, None]).sum(-1)  # [H_kv, G, T]
+
+    def __call__(self, outputs: Tensor) -> Tensor:
+        """``[H_kv, G, q, T]`` of heads' outputs ``[H_kv, G, q, E]``."""
+        om = torch.einsum("hgte,hgef->hgtf", outputs, self.metric)
+        cross = om @ self.values[:, None].transpose(-1, -2)
+        return cross.mul_(-2).add_(self.own[:, :, None]).add_((om * outputs).sum(-1)[..., None]).clamp_min_(0)
+
+
+def output_metric(module: nn.Module, heads: int, group: int, width: int, device: torch.device) -> Tensor:
+    """``W_o^T W_o`` of each query head, float32 ``[H_kv, G, E, E]``. Raises as ``output_projection`` does."""
+    weight = output_projection(module, heads * group * width).detach().float()
+    weight = weight.to(device).unflatten(1, (heads, group, width)).permute(1, 2, 0, 3)
+    return weight.transpose(-1, -2) @ weight
 
 
 def readable(weight: Tensor) -> bool:

@@ -23,6 +23,8 @@ class StreamLayout:
         widths: int64 ``[H_kv, D]``, bits of each channel, falling along ``D``.
         tile: tokens a tile.
         layout: "token" or "channel", the word order of each plane.
+        device: where tokens will be.
+        row: words of a row, if they are given rather than as many as it takes.
 
     Attributes:
         kept: channels stored, of the head that stores most.
@@ -31,7 +33,9 @@ class StreamLayout:
         row: int16 words a head and tile.
     """
 
-    def __init__(self, widths: Tensor, tile: int, layout: Layout, device: torch.device | None = None) -> None:
+    def __init__(
+        self, widths: Tensor, tile: int, layout: Layout, device: torch.device | None = None, row: int = 0
+    ) -> None:
         widths = widths.cpu()
         self.tile, self.layout, self.heads, self.head_dim = tile, layout, *widths.shape
         self.kept = max(1, int((widths > 0).sum(-1).max()))
@@ -46,7 +50,7 @@ class StreamLayout:
         self.runs = tuple(runs)
         self.channels = (torch.cat(order) if order else torch.empty(0, dtype=torch.long)).to(device)
         self.words = int(widths.sum()) * tile // WORD_BITS
-        self.row = -(-self.words // self.heads)
+        self.row = max(row, -(-self.words // self.heads))
 
     @property
     def bits_per_element(self) -> float:

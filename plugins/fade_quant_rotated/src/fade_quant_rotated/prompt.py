@@ -1,0 +1,110 @@
+"""What a prompt tells about a layer: the statistics of calibration, from a sample of the prompt's own queries."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fade_core.errors import NonFiniteError, UnsupportedModelError
+from fade_core.interfaces import PromptView
+from fade_quant_rotated.statistics import LayerMoments, LayerSums, Movement, output_metric
+
+QUERIES = 256
+"""Queries of a row that are looked at, spread evenly over those that see tokens outside sinks and window."""
+
+EVEN = 0.05
+"""Weight that all tokens share evenly, beside what attention gives them: a prompt has few tokens that matter much."""
+
+TINY = 1e-30
+"""Weight of a query whose logits move nothing, so that a head that attends to sinks and window only has moments."""
+
+TOKENS = 4096
+"""Tokens whose second moments are summed at once."""
+
+
+def moments_of(prompt: PromptView, needed: int, queries: int = QUERIES, even: float = EVEN) -> LayerMoments | str:
+    """Moments of a layer over the real tokens of all rows, weighted as in ``statistics``; or why there are none.
+
+    Args:
+        prompt: the layer's attention.
+        needed: tokens outside the sinks that it takes.
+        queries: most queries of a row to look at.
+        even: share of keys' and values' weight that goes to all tokens alike.
+    """
+    rows, _, total, _ = prompt.keys.shape
+    last = torch.tensor([prompt.queries.shape[2] - 1], device=prompt.keys.device)
+    real = prompt.visible(last)[:, 0, 0].expand(rows, total)
+    place = real.long().cumsum(-1) - 1  # a token's number in its row
+    tokens = int((real & (place >= prompt.n_sink)).sum())
+    if tokens < needed:
+        return f"the prompt has {tokens} tokens outside the sinks, {needed} are needed to learn from"
+    metric = _metric(prompt)
+    sums = LayerSums.empty(prompt.keys.shape[3], metric)
+    for row in range(rows):
+        _add_row(sums, prompt, row, real[row], place[row], metric, queries, even)
+    if not bool(sums.key_weight.isfinite().all()):
+        return "the prompt's attention is not finite"
+    return sums.moments()
+
+
+def _metric(prompt: PromptView) -> Tensor:
+    """``W_o^T W_o`` of each query head ``[H_kv, G, E, E]``; the identity where the projection cannot be read."""
+    heads, width = prompt.values.shape[1], prompt.values.shape[3]
+    group = prompt.queries.shape[1] // heads
+    try:
+        return output_metric(prompt.module, heads, group, width, prompt.keys.device)
+    except (UnsupportedModelError, NonFiniteError):
+        return torch.eye(width, device=prompt.keys.device).expand(heads, group, -1, -1)
+
+
+def _add_row(
+    sums: LayerSums,
+    prompt: PromptView,
+    row: int,
+    real: Tensor,
+    place: Tensor,
+    metric: Tensor,
+    queries: int,
+    even: float,
+) -> None:
+    """Add one row of the batch; ``real`` and ``place`` ``[T]`` say which of its tokens are and where."""
+    keys, values = prompt.keys[row].float(), prompt.values[row].float()
+    heads, total, dim = keys.shape
+    first = total - prompt.queries.shape[2]
+    window = min(prompt.recent_window, (int(real.sum()) - prompt.n_sink) // 4)
+    able = (real & (place >= prompt.n_sink + window))[first:].nonzero().flatten()
+    if not len(able):
+        return
+    evenly = torch.linspace(0, len(able) - 1, min(queries, len(able)), device=able.device)
+    movement = Movement(values, metric)
+    weight_k, weight_v = torch.zeros(2, heads, total, dtype=torch.float64, device=keys.device)
+    block = max(4, heads * dim // (2 * prompt.queries.shape[1]))  # whose logits are half as large as the keys
+    for part in able[evenly.round().long()].split(block):
+        seen = prompt.visible(part)
+        q = prompt.queries[row, :, part].float().unflatten(0, (heads, -1)) * prompt.scaling  # [H_kv, G, q, D]
+        a = _attention(q, keys, seen[row if len(seen) > 1 else 0], prompt)
+        outputs = a @ values[:, None]
+        middle = (place >= prompt.n_sink) & (place <= place[first + part, None] - window)
+        a = a.square_() * middle
+        weight_v += a.sum((1, 2)).double()
+        w = a.mul_(movement(outputs))
+        weight_k += w.sum((1, 2)).double()
+        squares = q.double() * (w.sum(-1).double() + TINY).sqrt()[..., None]
+        sums.query_square += (squares.transpose(-1, -2) @ squares).sum(1)
+    kept = (real & (place >= prompt.n_sink)).nonzero().flatten()
+    for weight in (weight_k, weight_v):
+        weight += (even * weight.sum(-1, keepdim=True) + TINY) / len(kept)
+    for part in kept.split(TOKENS):
+        sums.add(keys[:, part].double(), values[:, part].double(), weight_k[:, part], weight_v[:, part])
+
+
+def _attention(q: Tensor, keys: Tensor, seen: Tensor, prompt: PromptView) -> Tensor:
+    """Probabilities ``[H_kv, G, q, T]`` of scaled queries ``[H_kv, G, q, D]`` that see ``[H_kv or 1, q, T]``."""
+    logits = q @ keys[:, None].transpose(-1, -2)
+    if prompt.softcap:
+        logits = prompt.softcap * torch.tanh(logits / prompt.softcap)
+    logits.masked_fill_(~seen[:, None], -torch.inf)
+    if prompt.sink_logits is None:
+        return logits.softmax(-1)
+    extra = prompt.sink_logits.float().view(len(keys), -1, 1, 1).expand(-1, -1, q.shape[2], 1)
+    return torch.cat([logits, extra], -1).softmax(-1)[..., :-1]
