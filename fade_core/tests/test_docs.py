@@ -13,8 +13,10 @@ import pytest
 
 from fade_core import FadeConfig, flat, hookspecs
 from fade_core.config import LayerOverride
+from fade_core.eval.quality import QualityRow
 from fade_core.kernels.selection import OPS
 from fade_core.plugins import Registry, use_registry
+from fade_core.quantizers.uniform import UniformConfig
 
 DOCS = Path(__file__).parents[2] / "docs"
 CONFIGURATION = (DOCS / "configuration.md").read_text()
@@ -108,3 +110,26 @@ def test_the_policy_in_the_documentation_takes_at_most_forty_lines() -> None:
     policy = blocks(PLUGINS, "python")[0]
     assert "hookimpl" in policy
     assert len(policy.splitlines()) <= 40
+
+
+def test_the_override_in_the_page_on_measuring_is_what_the_command_would_print(tmp_path: Path) -> None:
+    (text,) = blocks((DOCS / "evaluation.md").read_text(), "toml")
+    path = tmp_path / "fade.toml"
+    path.write_text(text)
+    override = FadeConfig.from_file(path).layers["2"]
+    assert (override.keys, override.values) == (
+        UniformConfig(bits=8, axis="channel"),
+        UniformConfig(bits=8, axis="token"),
+    )
+
+
+def test_every_task_and_command_of_eval_is_documented() -> None:
+    tasks = [*Registry(entry_points=False).names("eval_tasks"), "quality", "sensitivity"]
+    assert sorted(first_column((DOCS / "evaluation.md").read_text(), "task")) == sorted(tasks)
+
+
+def test_every_figure_of_quality_is_documented() -> None:
+    figures = {name for name in QualityRow.__dataclass_fields__ if name not in ("name", "source", "note")}
+    table = re.search(r"^\| column \|.*?\n\n", (DOCS / "evaluation.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert table is not None
+    assert figures <= set(re.findall(r"`(\w+)`", table.group()))

@@ -195,13 +195,22 @@ class FadeConfig(CheckedModel):
         """
         if not 0 <= index < num_layers:
             raise ConfigError(f"layer {index} does not exist: the model has layers 0 to {num_layers - 1}")
+        owners = self.overridden_layers(num_layers)
+        return self._overridden(self.layers[owners[index]] if index in owners else None)
+
+    def overridden_layers(self, num_layers: int) -> dict[int, str]:
+        """Layers that ``layers`` names, with the key that does.
+
+        Raises:
+            ConfigError: as ``for_layer``.
+        """
         owners: dict[int, str] = {}
         for key in self.layers:
             for layer in _layers_of(key, num_layers):
                 if layer in owners:
                     raise ConfigError(f"layers {owners[layer]!r} and {key!r} both name layer {layer}; keep one of them")
                 owners[layer] = key
-        return self._overridden(self.layers[owners[index]] if index in owners else None)
+        return owners
 
     def resolved_ladder(self) -> tuple[Rung, ...]:
         """Rungs in order, without "evicted": what does not fit into the last one is evicted."""

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from fade_core.cli import quality
+from fade_core.cli import quality, sensitivity
 from fade_core.cli.console import errors, out, print_json, rows, table, working
 from fade_core.cli.options import EXACT, Device, Dtype, Json, Model, TextFiles, named_caches, open_model, read_texts
 
@@ -31,6 +31,7 @@ class TaskGroup(TyperGroup):
 
 app = typer.Typer(cls=TaskGroup, help="Measure what a cache costs, in decode, with the bytes that it really held.")
 app.command("quality")(quality.quality)
+app.command("sensitivity")(sensitivity.sensitivity)
 
 
 @app.callback(invoke_without_command=True)
