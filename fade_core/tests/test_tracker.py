@@ -78,6 +78,19 @@ def test_the_window_is_that_of_the_latest_queries_and_leaks(passes: tuple[int, .
     torch.testing.assert_close(held["window"].double(), wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_a_rereading_keeps_the_most_that_was_given(probabilities: Tensor) -> None:
+    tracker = AttentionTracker(("reread",))
+    assert not tracker.active
+    held = {"reread": torch.zeros(B, H, T)}
+    tracker.observe(held, probabilities)
+    assert not bool(held["reread"].any())
+    probabilities[:, :, :, 2] = 0
+    for queries in probabilities.split(3, dim=2):
+        tracker.observe_rereading(held, queries)
+    assert torch.equal(held["reread"][..., 3:], probabilities.amax(2)[..., 3:])
+    assert bool((held["reread"][..., 2] > 0).all())  # read, if only by nobody
+
+
 def test_a_window_of_all_queries_never_leaks() -> None:
     tracker = AttentionTracker(("window",), observation_window="all")
     assert tracker.keeps(1) == tracker.keeps(10**6) == 1
@@ -94,7 +107,7 @@ def test_statistics_of_tokens_and_of_queries_are_told_apart() -> None:
     [
         (
             {"statistics": ("mass", "norm")},
-            r"unknown statistics \['norm'\]; the tracker keeps mass, seen, ema, last, window, query_mean",
+            r"unknown statistics \['norm'\]; the tracker keeps mass, seen, ema, last, window, reread, query_mean",
         ),
         ({"decay": 0.0}, "decay=0.0 must lie in"),
         ({"decay": 1.5}, "decay=1.5 must lie in"),

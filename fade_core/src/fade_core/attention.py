@@ -76,7 +76,7 @@ def _step_attention(
         mask = None
     segments = layer.segments(mask, query.shape[2])
     held, tracker = layer.statistics(), layer.plan.tracker
-    tracked = any(held)
+    tracked = tracker.active and any(held)
     kernel = layer.plan.kernel
     support = kernel.accepts(query, segments, scaling, softcap, sinks, probabilities=tracked)
     if not support:
@@ -127,6 +127,10 @@ def _chunk_attention(
         seen = visible(slice(0, queries)) if past else mask
         output = sdpa_attention_forward(module, query, keys, values, seen, scaling=scaling)[0].transpose(1, 2)
         del seen
+    if layer.reading:
+        _reread(layer, query, keys, visible, scaling, softcap, sinks)
+        layer.settle()
+        return output
     observed = None
     if layer.plan.tracker.active and layer.plan.ladder.bounded:
         observed = _observe(layer, query, keys, visible, scaling, softcap, sinks)
@@ -171,6 +175,37 @@ def _observe(
             for statistics, probabilities, view in zip(held, split, shown, strict=True):
                 tracker.observe({n: t[:, ours] for n, t in statistics.items()}, probabilities, view)
     return own
+
+
+def _reread(
+    layer: TieredLayer,
+    query: Tensor,
+    keys: Tensor,
+    visible: Callable[[slice], Tensor],
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> None:
+    """Feed the statistic "reread" of what is stored with a chunk that only reads; padded queries have no say."""
+    held = layer.statistics()
+    if not any("reread" in statistics for statistics in held):
+        return
+    queries, groups = query.shape[2], query.shape[1] // keys.shape[1]
+    sizes = [statistics["reread"].shape[2] for statistics in held]
+    for start in range(0, queries, _OBSERVED):
+        part = slice(start, min(start + _OBSERVED, queries))
+        seen = visible(part)
+        itself = seen[..., -queries:].diagonal(start, -2, -1)
+        for head in range(query.shape[1]):
+            ours = slice(head // groups, head // groups + 1)
+            saw = seen if seen.shape[1] == 1 else seen[:, ours]
+            sink = None if sinks is None else sinks[head : head + 1]
+            segment = FullSegment(keys[:, ours], keys[:, ours, :, :1], saw)
+            found = decode_attention(query[:, head : head + 1, part], [segment], scaling, softcap, sink, True)
+            given = cast(list[Tensor], found.probabilities)[0][..., :-queries].float()
+            given = given * (itself if itself.shape[1] == 1 else itself[:, ours])[..., None]
+            for statistics, probabilities in zip(held, given.split(sizes, dim=3), strict=True):
+                layer.plan.tracker.observe_rereading({n: t[:, ours] for n, t in statistics.items()}, probabilities)
 
 
 def _observe_queries(layer: TieredLayer, query: Tensor, scaling: float, padding: Tensor | None) -> None:

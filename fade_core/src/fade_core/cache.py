@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -134,6 +136,7 @@ class TieredKVCache(Cache):
         self._last = max(
             i for i, layer in enumerate(layers) if isinstance(layer, TieredLayer) or _replaces_tensors(layer)
         )
+        self._reading = False
         self._before: dict[int, dict[str, Any]] = {}
         self._overwritten: set[int] = set()
         self.attention = mode
@@ -168,6 +171,9 @@ class TieredKVCache(Cache):
         if not 0 <= layer_idx < len(self.layers):
             raise InputError(f"layer {layer_idx} does not exist: the cache was built for {len(self.layers)} layers")
         layer = self.layers[layer_idx]
+        if self._reading and not isinstance(layer, TieredLayer):
+            apart: tuple[Tensor, Tensor] = copy.copy(layer).update(key_states, value_states, *args, **kwargs)
+            return apart
         if _replaces_tensors(layer):
             key_states, value_states = self._admitted(layer, layer_idx, key_states, value_states)
             self._before[layer_idx] = dict(vars(layer))
@@ -203,6 +209,59 @@ class TieredKVCache(Cache):
         self.settle()
         for layer in self.tiered:
             layer.rank()
+
+    @contextlib.contextmanager
+    def holding(self) -> Iterator[None]:
+        """Inside the block tokens stay in full precision and nothing is evicted; at its end they go down the ladder.
+
+        Whatever a policy needs to learn of a prompt before it scores it is learnt inside. Costs what an uncompressed
+        cache of the same tokens does, until the end of the block.
+        """
+        self.settle()
+        for layer in self.tiered:
+            layer.holding = True
+        try:
+            yield
+        except BaseException:  # no pass is known to be complete: nothing is ranked by it
+            for layer in self.tiered:
+                layer.holding = False
+            raise
+        self.settle()
+        for layer in self.tiered:
+            layer.release()
+
+    @property
+    def unreadable(self) -> str:
+        """Why ``reading`` does not work on this model; empty if it does."""
+        if self.attention != "fade":
+            return "the model keeps its own attention"
+        stateful = [type(layer).__name__ for layer in self.layers if not _can_be_read(layer)]
+        return f"its {stateful[0]} keeps a state that each pass overwrites" if stateful else ""
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Forward passes inside the block read the cache and leave nothing in it but the statistic "reread".
+
+        Raises:
+            InputError: if there is nothing to read.
+            UnsupportedModelError: if a layer of the model keeps a state that cannot be left as it was, or the model keeps
+                its own attention.
+        """
+        if self.unreadable:
+            raise UnsupportedModelError(f"this cache cannot be read without writing into it: {self.unreadable}")
+        if not all(layer.is_initialized for layer in self.tiered):
+            raise InputError("the cache is empty: there is nothing to read yet")
+        self.settle()
+        self._reading = True
+        for layer in self.tiered:
+            layer.reading = True
+        try:
+            yield
+        finally:
+            for layer in self.tiered:
+                layer.settle()  # of a pass that was interrupted
+                layer.reading = False
+            self._reading = False
 
     def enable_compile(self) -> None:
         """Refused with the reason: compiled decoding needs buffers of fixed size, which this version does not have yet.
@@ -385,6 +444,11 @@ def _weakly(method: Callable[[int, int], str]) -> Callable[[int, int], str]:
 def _replaces_tensors(layer: Any) -> bool:
     """Whether a layer of transformers' own makes new tensors at each update, so that the old ones can be gone back to."""
     return isinstance(layer, DynamicLayer) and not isinstance(layer, LinearAttentionCacheLayerMixin)
+
+
+def _can_be_read(layer: Any) -> bool:
+    """Whether a forward pass can leave a layer as it was."""
+    return isinstance(layer, TieredLayer) or _replaces_tensors(layer)
 
 
 def _head_dim(text: PreTrainedConfig, index: int) -> int:

@@ -272,7 +272,9 @@ class EvictionPolicy(ABC):
         statistics: names of the tracked statistics that ``score`` reads, and the only ones that are kept. A token's: "mass"
             (accumulated attention), "ema" (decayed attention), "seen" (queries that could attend to the token), "last"
             (attention of the newest query), "window" (attention of the latest queries: those of the observation window
-            at the end of a prompt, a leaky sum of that length after it). A layer's: "query_mean" and "query_covariance".
+            at the end of a prompt, a leaky sum of that length after it), "reread" (the most that one query gave while the
+            cache was only read, ``TieredKVCache.reading``; 0 for tokens that came later). A layer's: "query_mean" and
+            "query_covariance".
         observes: queries at the end of a prompt that the statistics see, or "all"; ``None`` leaves it to the
             configuration's ``observation_window``.
         decay: what "ema" is multiplied by at each query.

@@ -98,6 +98,7 @@ class TieredLayer(CacheLayerMixin):
         self.plan, self.index, self.max_length = plan, plan.index, max_length
         self.logical = 0
         self.record_past = False
+        self.reading = self.holding = False
         self._refused: set[tuple[str, str]] = set()
         self._learners = [q for tier in plan.ladder.tiers for q in (tier.keys, tier.values) if q.learns]
         self._blank()
@@ -154,6 +155,10 @@ class TieredLayer(CacheLayerMixin):
         self.settle()
         if self.record_past:
             self.demote()  # whatever the last verification rejected has been cropped by now
+        if self.reading:
+            self.pending = (key_states.detach(), value_states.detach())
+            self.logical += key_states.shape[2]
+            return Handle(self, "key"), Handle(self, "value")
         self._hold()
         window, queries = self._window(), key_states.shape[2]
         first = self.logical == 0
@@ -380,32 +385,47 @@ class TieredLayer(CacheLayerMixin):
             padding: leading columns of the pending chunk that are padding, int64 ``[B]`` (CPU), for rows still empty.
             statistics: what attention observed of the pending tokens, float32 ``[B, H_kv, Q]`` a name.
         """
-        if self.pending is not None:
+        if self.pending is not None and self.reading:
+            self.logical -= self.pending[0].shape[2]
+            self.pending = None
+        elif self.pending is not None:
             self._absorb(padding, statistics or {})
         elif self.is_initialized and not self.record_past:
             self.demote()
 
     def demote(self) -> None:
         """Encode window tiles that are full and re-rank when it is time."""
-        window, ladder = self._window(), self.plan.ladder
-        if ladder.tiers and window.longest >= ladder.n_sink + ladder.recent_window + ladder.tile:
-            due = self._due(window.lengths)
-            if bool(due.any()):
-                started, before = time.perf_counter(), self.nbytes()
-                keys, values = window.live()
-                self._send_down(
-                    keys,
-                    values,
-                    window.positions(),
-                    {n: t[:, :, : window.longest] for n, t in window.statistics.items()},
-                    due,
-                    0,
-                )
-                window.take_out(ladder.n_sink, due)
-                window.shrink(ladder.n_sink + ladder.recent_window + ladder.tile)
-                self._report("encode", int(due.sum()) * window.keys.shape[1], before, started)
+        if self.holding:
+            return
+        self._encode_due(False)
         if self.since_ranking >= self.plan.every:
             self.rank()
+
+    def release(self) -> None:
+        """Everything that was held in full precision (``holding``) goes where it belongs, as a prompt would."""
+        self.settle()
+        self.holding = False
+        if self.is_initialized:
+            self._encode_due(True)
+            self.demote()
+
+    def _encode_due(self, prompt: bool) -> None:
+        """Encode what has left the window; ``prompt``: it may be placed on any rung."""
+        window, ladder = self._window(), self.plan.ladder
+        if not ladder.tiers or window.longest < ladder.n_sink + ladder.recent_window + ladder.tile:
+            return
+        due = self._due(window.lengths)
+        if not bool(due.any()):
+            return
+        started, before = time.perf_counter(), self.nbytes()
+        keys, values = window.live()
+        statistics = {n: t[:, :, : window.longest] for n, t in window.statistics.items()}
+        evicted = self._send_down(keys, values, window.positions(), statistics, due, window.lengths, prompt)
+        window.take_out(ladder.n_sink, due)
+        window.shrink(ladder.n_sink + ladder.recent_window + ladder.tile)
+        self._report("encode", int(due.sum()) * window.keys.shape[1] - evicted, before, started)
+        if evicted:
+            self._report("evict", evicted, before, started, "fp16")
 
     def rank(self) -> None:
         """Re-score every token and move what is over capacity down the ladder."""
@@ -684,17 +704,17 @@ class TieredLayer(CacheLayerMixin):
             observed = {n: join(window.statistics[n][:, :, : window.longest], t) for n, t in observed.items()}
             positions = join(window.positions(), positions[:, None])[:, 0]
         held_back = REJECTABLE if self.record_past else 0
-        due = self._due(lengths - held_back) if ladder.tiers else torch.zeros_like(lengths)
+        due = self._due(lengths - held_back) if ladder.tiers and not self.holding else torch.zeros_like(lengths)
         evicted = 0
         if bool(due.any()):
-            evicted = self._send_down(keys, values, positions[:, None], observed, due, chunk)
+            evicted = self._send_down(keys, values, positions[:, None], observed, due, lengths, True)
         self._keep_in_window(keys, values, positions, observed, lengths, due)
         encoded = int(due.sum()) * keys.shape[1] - evicted
         if encoded:
             self._report("encode", encoded, before, started)
         if evicted:
             self._report("evict", evicted, before, started, "fp16")
-        if self.since_ranking >= self.plan.every:
+        if self.since_ranking >= self.plan.every and not self.holding:
             self.rank()
 
     def _joiner(self, chunk: int, dropped: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
@@ -716,9 +736,19 @@ class TieredLayer(CacheLayerMixin):
         return join
 
     def _send_down(
-        self, keys: Tensor, values: Tensor, positions: Tensor, observed: Mapping[str, Tensor], due: Tensor, chunk: int
+        self,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        observed: Mapping[str, Tensor],
+        due: Tensor,
+        held: Tensor,
+        prompt: bool,
     ) -> int:
-        """Encode tokens ``[n_sink, n_sink + due[b])`` of left-aligned rows into the tiers; says how many were evicted."""
+        """Encode tokens ``[n_sink, n_sink + due[b])`` of left-aligned rows of ``held[b]``; says how many were evicted.
+
+        Those of a ``prompt`` are placed on all rungs at once, if nothing is there yet.
+        """
         ladder = self.plan.ladder
         width, first = int(due.max()), ladder.n_sink
         part = slice(first, first + width)
@@ -730,10 +760,10 @@ class TieredLayer(CacheLayerMixin):
             due[:, None].expand(-1, heads).contiguous(),
             {n: t[:, :, part] for n, t in observed.items()},
         )
-        if chunk and ladder.bounded and not any(s.tiles for s in self.stores):
-            return self._pour(moving, keys, values, positions, observed, due)
+        if prompt and ladder.bounded and not any(s.tiles for s in self.stores):
+            return self._pour(moving, keys, values, positions, observed, due, held)
         self.stores[0].append(moving)
-        if chunk:
+        if prompt:
             self.since_ranking = self.plan.every  # a chunk can overflow a tier at once
         return 0
 
@@ -745,6 +775,7 @@ class TieredLayer(CacheLayerMixin):
         positions: Tensor,
         observed: Mapping[str, Tensor],
         due: Tensor,
+        held: Tensor,
     ) -> int:
         """Place the prompt's tokens directly: the best into the first tier, the next into the second, and so on.
 
@@ -752,8 +783,7 @@ class TieredLayer(CacheLayerMixin):
             tokens that found no place, summed over rows and heads.
         """
         ladder, policy = self.plan.ladder, self.plan.policy
-        lengths = self.lengths
-        window = lengths - due
+        lengths, window = self.lengths, held - due
         heads, width = keys.shape[1], moving.keys.shape[2]
         slots = torch.arange(width, device=self.device)
         live = (slots < due[:, None].to(self.device))[:, None].expand(-1, heads, -1)
@@ -762,7 +792,7 @@ class TieredLayer(CacheLayerMixin):
             scores = slots.float().expand_as(live)
         else:
             total = torch.arange(keys.shape[2], device=self.device)
-            real = (total < lengths[:, None].to(self.device))[:, None]
+            real = (total < held[:, None].to(self.device))[:, None]
             where = positions.expand(-1, heads, -1).masked_fill(~real, -1)
             view = LayerView(
                 where,

@@ -59,7 +59,7 @@ _FIRST_PARTY: dict[Group, dict[str, str]] = {
     "policies": {
         "learned": "fade-policy-learned",
         **dict.fromkeys(
-            ("adakv", "expected_attention", "key_norm", "keydiff", "normalised_h2o", "snapkv", "tova"),
+            ("adakv", "expected_attention", "key_norm", "keydiff", "kvzip", "normalised_h2o", "snapkv", "tova"),
             "fade-policy-attention",
         ),
     },

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from fade_core.errors import ConfigError
 
-STATISTICS = ("mass", "seen", "ema", "last", "window")
+STATISTICS = ("mass", "seen", "ema", "last", "window", "reread")
 """Of each token. ``mass``: attention received so far. ``seen``: queries that could attend. ``ema``: decayed mass. ``last``:
-the newest query's. ``window``: that of the latest queries, as many as the observation window has."""
+the newest query's. ``window``: that of the latest queries, as many as the observation window has. ``reread``: the most that
+one query of one head gave while the cache was only read (``TieredKVCache.reading``), 0 for tokens that came later."""
 
 QUERY_STATISTICS = ("query_mean", "query_covariance")
 """Of each layer's latest queries, after RoPE and times the softmax scale (``fade_core.querymoments``)."""
@@ -50,8 +51,8 @@ class AttentionTracker:
 
     @property
     def active(self) -> bool:
-        """Whether anything is tracked of the tokens, so that attention probabilities are needed."""
-        return bool(self.statistics)
+        """Whether anything is tracked of the tokens at every step, so that attention probabilities are needed."""
+        return any(name != "reread" for name in self.statistics)
 
     def observed(self, queries: int) -> int:
         """How many of the last ``queries`` queries are observed."""
@@ -99,3 +100,14 @@ class AttentionTracker:
                 held["seen"].add_(probabilities.shape[2])
             else:
                 held["seen"].add_(visible.expand_as(probabilities).sum(2))
+
+    def observe_rereading(self, held: dict[str, Tensor], probabilities: Tensor) -> None:
+        """Keep the largest of what queries gave that only read.
+
+        Args:
+            held: as in ``observe``.
+            probabilities: float ``[B, H_kv, N, T]``, of ``N`` queries of any heads.
+        """
+        if "reread" in held:
+            most = probabilities.amax(2).clamp_min(torch.finfo(torch.float32).tiny)  # 0 is left for what was never read
+            held["reread"].copy_(torch.maximum(held["reread"], most))

@@ -44,7 +44,7 @@ def test_a_configuration_file_builds_it(kind: str, tmp_path: Path) -> None:
     assert FadeConfig.from_file(tmp_path / "again.yaml") == config
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "kvzip"])  # test_attention_rereading.py has that
 @pytest.mark.parametrize("axis", ["token", "channel"])
 def test_generates_within_its_budget(kind: str, axis: str, seed: int, generator: torch.Generator) -> None:
     model = tiny_model(seed)
