@@ -85,11 +85,14 @@ class Quantizer(ABC):
         tile: tokens encoded together; the cache only ever encodes whole tiles.
         format: the packed format that kernels see, or ``None`` if only this class can read its fields.
         moves_tokens: whether ``select`` works: single tokens can be regrouped without touching their codes.
+        heads_together: whether the fields of tile ``n`` hold the codes of all heads of a row between them, so that each head
+            needs the others' to be read. The cache keeps tile ``n`` of every head as long as one has tokens in it.
         learns: whether ``observe`` is wanted. ``field_shapes`` must not depend on what was learnt.
         shortcoming: why it encodes worse than it was meant to, if it does; told in a "fallback" event.
     """
 
     kind: ClassVar[str] = ""
+    heads_together: ClassVar[bool] = False
     learns: ClassVar[bool] = False
     shortcoming: str = ""
     head_dim: int

@@ -73,7 +73,8 @@ class TierStore:
     """Packed tokens of one tier: ragged over rows and heads, in whole tiles except where a crop cut one short.
 
     Each row and head has a list of tiles: pool ids ``table[B, H, n]`` (-1: none) and live tokens ``counts[B, H, n]``, the
-    first ``count`` of the tile. Within a tile positions ascend. Where tokens only ever move by age (``explicit=False``) a
+    first ``count`` of the tile. Where a quantizer codes ``heads_together``, all heads of a row have tile ``n`` as long as
+    one of them has tokens in it. Within a tile positions ascend. Where tokens only ever move by age (``explicit=False``) a
     tile holds consecutive positions and only its first one is kept. These tensors are replaced, never written into (only
     statistics are), so that what ``hold`` remembers stays as it was.
 
@@ -103,6 +104,7 @@ class TierStore:
         self._device_book: DeviceBook | None = None
         self.tier, self.device, self.dtype, self.explicit = tier, device, dtype, explicit
         self.tile, self.heads = tier.keys.tile, heads
+        self.together = tier.keys.heads_together or tier.values.heads_together
         self.names = statistics
         self.pool = TilePool(self._shapes(), device)
         self._held: _Book | None = None
@@ -241,7 +243,7 @@ class TierStore:
         width = int(counts.max())
         new = -(-width // self.tile)
         filled = (counts[..., None] - torch.arange(new) * self.tile).clamp(0, self.tile)  # [b, H, new]
-        self.pool.reserve(int((filled > 0).sum()), self._alive())
+        self.pool.reserve(int(self._present(filled > 0).sum()), self._alive())
         block = max(4, -(-new // 8))
         for first in range(0, new, block):
             part = slice(first * self.tile, min((first + block) * self.tile, width))
@@ -366,7 +368,7 @@ class TierStore:
             slots = torch.arange(self.tile) < filled[..., None]
             if bool((steps.cpu() * slots).any()):
                 self._spell_positions()
-        b, h, t = (filled > 0).nonzero(as_tuple=True)
+        b, h, t = self._present(filled > 0).nonzero(as_tuple=True)
         db, dh, dt = b.to(self.device), h.to(self.device), t.to(self.device)
         ids = self.pool.write({name: field[db, dh, dt] for name, field in fields.items()}, self._alive())
         slots = (self.table >= 0).sum(-1)[rows][b, h] + t
@@ -393,7 +395,8 @@ class TierStore:
             keys, values = self.packed()
             keys, values = self.tier.keys.select(keys, index), self.tier.values.select(values, index)
         else:
-            order = left_pack(tiled.any(-1))[..., : max(1, int(tiled.any(-1).sum(-1).max()))]
+            touched = self._present(tiled.any(-1))
+            order = left_pack(touched)[..., : max(1, int(touched.sum(-1).max()))]
             keys, values = self._read(self.ids().gather(2, order))
             index = (order[..., None] * self.tile + torch.arange(self.tile, device=self.device)).flatten(2)
             inner = by_position(moving.gather(2, index), self.positions().gather(2, index))[..., : int(gone.max())]
@@ -407,7 +410,13 @@ class TierStore:
         statistics = {n: t.flatten(2).gather(2, index) for n, t in self.statistics.items()}
         return Tokens(taken_k, taken_v, positions, gone, statistics)
 
+    def _present(self, wanted: Tensor) -> Tensor:
+        """Tiles that are there if those of bool ``[B, H_kv, n]`` are wanted: some belong to all heads together."""
+        return wanted.any(1, keepdim=True).expand_as(wanted) if self.together else wanted
+
     def _keep_tiles(self, keep: Tensor) -> None:
+        self.counts = self.counts * keep
+        keep = self._present(keep)
         order = left_pack(keep)
         slots = order.to(self.device)
         dropped = ~keep.gather(2, order)

@@ -76,6 +76,26 @@ def test_every_stored_token_is_the_one_its_position_says(model: torch.nn.Module,
                 assert float((found[live] - true).norm() / (true - true.mean(0)).norm()) < 0.25
 
 
+def test_heads_may_lose_different_tokens(model: torch.nn.Module, file: str) -> None:
+    """The heads of a layer share its bits: none may be lost with a sibling's tokens."""
+    ids = torch.randint(VOCAB, (1, 320))
+    exact = transformers.DynamicCache(config=model.config)
+    run(model, exact, ids, 320 - 1)
+    with create_tiered_cache(model, FadeConfig(**fields(file))) as cache:
+        run(model, cache, ids, 320 - 1)
+        for layer, held in zip(cache.tiered, exact.layers, strict=True):
+            tiers = layer.tier_map()
+            tiers[0, 0, 68:132] = -1
+            tiers[0, 1, 10:200] = -1
+            layer.assign(tiers)
+            (store,) = layer.stores
+            live = store.positions() >= 0
+            index = store.positions().clamp_min(0)[..., None].expand(-1, -1, -1, DIM)
+            for found, wanted in zip(store.decoded(), (held.keys, held.values), strict=True):
+                true = wanted.gather(2, index)[live]
+                assert float((found[live] - true).norm() / (true - true.mean(0)).norm()) < 0.25
+
+
 def test_logits_are_close_and_survive_saving(model: torch.nn.Module, file: str, tmp_path: Path) -> None:
     ids = torch.randint(VOCAB, (1, 260))
     wanted = run(model, transformers.DynamicCache(config=model.config), ids, 200)

@@ -33,7 +33,7 @@ class CalibratedQuantizer(Quantizer):
     Channels that matter little get no bits and are not stored at all. Each token and head has a gain of 4 bits, chosen
     among a few for the least weighted error. The query meets the transform once, the output once; the mean of the keys
     adds a constant to each query's scores, which ``scores`` includes. The heads of a layer share its bits unevenly, so
-    their tiles are stored together (``heads_together``): tile ``n`` of every head must stay tile ``n``.
+    their tiles are stored together (``heads_together``).
 
     Args:
         calibration: transform of this layer and side.

@@ -3,8 +3,7 @@
 A stream holds one run after another, wide channels first: the channels of width ``b``, in the order of
 ``StreamLayout.channels``, as planes that ``pack_codes`` packs (3 bits are planes of 2 and 1). Heads own different
 numbers of channels, and a cache stores rows of one size: so the stream of all heads is cut into ``H_kv`` equal rows,
-padded by at most ``H_kv - 1`` words. The heads of a tile therefore belong together: they are kept, moved and dropped
-as one.
+padded by at most ``H_kv - 1`` words. The heads of a tile therefore belong together: all rows are needed to read one.
 """
 
 from __future__ import annotations
