@@ -9,7 +9,7 @@ from fade_core.errors import NonFiniteError, UnsupportedModelError
 from fade_core.interfaces import PromptView
 from fade_quant_rotated.statistics import LayerMoments, LayerSums, Movement, output_metric
 
-QUERIES = 256
+QUERIES = 512
 """Queries of a row that are looked at, spread evenly over those that see tokens outside sinks and window."""
 
 EVEN = 0.05
