@@ -85,6 +85,7 @@ def test_every_command_has_help(fade: Callable[..., Result]) -> None:
         (("generate", "hi", "--config", "saef", "--model", "FOLDER"), "did you mean 'safe'"),
         (("generate", "hi", "--dtype", "float17", "--model", "FOLDER"), "float17"),
         (("eval", "divergnce", "--model", "FOLDER"), "did you mean 'divergence'"),
+        (("eval", "qualty", "--model", "FOLDER"), "did you mean 'quality'"),
         (("eval", "perplexity", "--text", "missing.txt", "--model", "FOLDER"), "missing.txt cannot be read"),
         (("bench", "--config", "safe", "--config", "safe", "--model", "FOLDER"), "compared already"),
         (("check", "policies:h20"), "did you mean 'h2o'"),

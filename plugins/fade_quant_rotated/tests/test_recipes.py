@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -13,18 +14,21 @@ from fade_quant_rotated.recipes import BITS, recipes
 
 
 @pytest.mark.parametrize("head_dim", [64, 80])
-def test_rotated_recipes_can_be_built(head_dim: int) -> None:
+def test_recipes_take_the_bits_of_their_names(head_dim: int) -> None:
     with use_registry(Registry([plugin], entry_points=False)):
         for recipe in recipes():
             config = FadeConfig(**recipe.fields)
-            sides = zip(("key", "value"), (config.keys, config.values), strict=True)
-            bits = [
+            keys, values = (
                 get_quantizer(head_dim=head_dim, side=side, **quantizer.model_dump(exclude_unset=True)).bits_per_element
-                for side, quantizer in sides
-            ]
-            named = "".join(letter for letter in recipe.name if letter.isdigit())
-            assert int(named[0]) < bits[0] <= int(named[0]) + 0.5
-            assert int(named[-1]) < bits[1] <= int(named[-1]) + 0.5
+                for side, quantizer in (("key", config.keys), ("value", config.values))
+            )
+            named = [float(number) for number in re.findall(r"[0-9.]+", recipe.name)]
+            if config.keys.kind == "self-calibrated":  # bits are everything
+                assert named[0] - 0.1 < keys <= named[0]
+                assert named[-1] - 0.1 < values <= named[-1]
+            else:  # widths of the codes; scales come on top
+                assert named[0] < keys <= named[0] + 0.5
+                assert named[-1] < values <= named[-1] + 0.5
 
 
 def test_a_calibration_file_adds_calibrated_recipes(tmp_path: Path) -> None:

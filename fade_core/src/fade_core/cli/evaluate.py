@@ -11,6 +11,8 @@ from typer.main import get_command
 from fade_core.cli import quality, sensitivity
 from fade_core.cli.console import errors, out, print_json, rows, table, working
 from fade_core.cli.options import EXACT, Device, Dtype, Json, Model, TextFiles, named_caches, open_model, read_texts
+from fade_core.errors import UnknownComponentError
+from fade_core.validation import did_you_mean
 
 
 class TaskGroup(TyperGroup):
@@ -24,9 +26,15 @@ class TaskGroup(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         from fade_core.eval.tasks import eval_task
+        from fade_core.plugins import default_registry
 
         found = super().get_command(ctx, cmd_name)
-        return found if found is not None else _command_of(cmd_name, eval_task(cmd_name).summary)
+        if found is not None:
+            return found
+        near = did_you_mean(cmd_name, self.commands)
+        if near and not default_registry().has("eval_tasks", cmd_name):
+            raise UnknownComponentError(f"unknown eval task {cmd_name!r}{near}")
+        return _command_of(cmd_name, eval_task(cmd_name).summary)
 
 
 app = typer.Typer(cls=TaskGroup, help="Measure what a cache costs, in decode, with the bytes that it really held.")

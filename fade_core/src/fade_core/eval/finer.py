@@ -98,18 +98,21 @@ def _together(capacities: list[Capacity]) -> Capacity:
 def _wider(quantizer: QuantizerConfig, context: QuantizerContext) -> dict[str, Any]:
     """The same quantizer at about twice its bits, or ``uniform`` at 8; empty if it has 8 already."""
     own: Any = quantizer.bits  # None for one that knows its width only when it is built
-    if own is None:
-        own = quantizer.build(context).bits_per_element
-    for bits in sorted(range(2, WIDEST + 1), key=lambda width: (abs(width - 2 * own), -width)):
-        if bits <= own:
-            continue
+    now = quantizer.build(context).bits_per_element
+    offered: list[tuple[float, QuantizerConfig]] = []
+    for bits in range(2, WIDEST + 1):
         try:
             finer = quantizer.with_bits(bits)
-            finer.build(context)
+            then = finer.build(context).bits_per_element
         except ConfigError:
             continue  # not a width of this quantizer
+        if then > now:
+            offered.append((then if own is None else bits, finer))
+    width = now if own is None else own
+    if offered:
+        _, finer = min(offered, key=lambda each: (abs(each[0] - 2 * width), -each[0]))
         return finer.model_dump(mode="json", exclude_unset=True, exclude_none=True)
-    if own >= WIDEST:
+    if width >= WIDEST:
         return {}
     return {"kind": "uniform", "bits": WIDEST, "axis": "channel" if context.side == "key" else "token"}
 

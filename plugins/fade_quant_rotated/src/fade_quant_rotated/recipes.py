@@ -1,4 +1,4 @@
-"""What ``fade eval quality`` measures of this distribution: rotated formats, and calibrated ones where there is a file."""
+"""What ``fade eval quality`` measures of this distribution: rotated, self-calibrated and, given a file, calibrated formats."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from fade_core.interfaces import Recipe
 BITS = (4.5, 3.5, 2.5, 2.1, 1.65)
 """Average bits an element that a calibration is asked for, everything counted."""
 
+LEARNT = ((4.75, 4.25), (3.75, 3.25), (2.75, 2.25), (2.35, 1.85))
+"""Bits of keys and of values that are asked for where each prompt is its own calibration."""
+
 TURBO = "random rotation and Lloyd-Max codes, arXiv 2504.19874"
 
 
 def recipes(calibration: str | None = None) -> list[Recipe]:
-    """Rotated recipes, and those of a calibration file that ``fade calibrate`` wrote."""
+    """Rotated and self-calibrated recipes, and those of a calibration file that ``fade calibrate`` wrote."""
     found = [
         *(
             Recipe(f"Hadamard int{bits}", rotated(bits, bits, codes="uniform"), "Hadamard, uniform codes")
@@ -26,6 +29,14 @@ def recipes(calibration: str | None = None) -> list[Recipe]:
             )
             for keys in (4, 3)
         ),
+    ]
+    found += [
+        Recipe(
+            f"self-calibrated K{keys} V{values}",
+            {"keys": {"kind": "self-calibrated", "bits": keys}, "values": {"kind": "self-calibrated", "bits": values}},
+            "learnt from each prompt, no file",
+        )
+        for keys, values in LEARNT
     ]
     if calibration:
         found += [Recipe(f"calibrated {bits}", calibrated(calibration, bits), "fade calibrate") for bits in BITS]
