@@ -109,6 +109,6 @@ _READERS: dict[str, Callable[[str], Any]] = {
 }
 _WRITERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "TOML": _to_toml,
-    "YAML": lambda table: yaml.safe_dump(dict(table), sort_keys=False, allow_unicode=True),
+    "YAML": lambda table: yaml.safe_dump(dict(table), sort_keys=False, allow_unicode=False),
     "JSON": lambda table: json.dumps(table, indent=2, ensure_ascii=False) + "\n",
 }
