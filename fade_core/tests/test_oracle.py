@@ -10,6 +10,7 @@ from tiny import fresh_seed
 from torch import Tensor
 
 from fade_core.interfaces import Quantizer, Tier
+from fade_core.kernels import attention
 from fade_core.kernels.attention import (
     AttentionOutput,
     FullSegment,
@@ -225,3 +226,23 @@ def test_the_registered_implementations_are_the_oracle() -> None:
     assert torch.equal(kernel(query, found.segments, 0.2).output, direct.output)
     expected = attention_mass(query, found.segments[0], direct.lse, 0.2)
     assert torch.equal(mass(query, found.segments[0], direct.lse, 0.2), expected)
+
+
+@pytest.mark.parametrize("kind", ["4token", "2channel", "3channel", "full"])
+@pytest.mark.parametrize("at_once", [TILE, 2 * TILE + 5])
+def test_reading_a_few_tiles_at_once_changes_nothing(kind: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = store_of(kind, torch.tensor([[70, 70], [16, 16], [33, 33]]))
+    segment = PackedSegment(store, valid_mask(store))
+    query = torch.randn(BATCH, 3 * KV_HEADS, 2, DIM)
+    whole = decode_attention(query, [segment], DIM**-0.5, probabilities=True)
+    monkeypatch.setattr(attention, "READ_AT_ONCE", at_once)
+    parts = decode_attention(query, [segment], DIM**-0.5, probabilities=True)
+    torch.testing.assert_close(parts.output, whole.output, rtol=64 * EPS, atol=64 * EPS)
+    torch.testing.assert_close(parts.lse, whole.lse, rtol=64 * EPS, atol=64 * EPS)
+
+
+def valid_mask(store: TierStore) -> Tensor:
+    """bool ``[B, H_kv, 1, T]``: the slots that hold a token."""
+    live = store.valid()
+    assert live is not None
+    return live[:, :, None]

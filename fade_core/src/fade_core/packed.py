@@ -123,6 +123,18 @@ class Packed:
         """Bytes of all fields."""
         return sum(field.numel() * field.element_size() for field in self.fields.values())
 
+    def split(self, tile: int, tiles: int) -> list[Packed]:
+        """Parts of at most ``tiles`` tiles of ``tile`` tokens each, in order; views."""
+        step = tile * tiles
+        return [
+            Packed(
+                {name: field[:, :, start // tile : start // tile + tiles] for name, field in self.fields.items()},
+                min(step, self.length - start),
+                self.dtype,
+            )
+            for start in range(0, self.length, step)
+        ]
+
 
 def pack_codes(codes: Tensor, width: int, layout: Layout) -> Tensor:
     """Pack codes ``[..., tile, D]`` (integers below ``2 ** width``) into int16 words ``[..., R, D]`` or ``[..., D, R]``."""

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from fade_core.interfaces import Kernel, Op, Support
-from fade_core.packed import PackedFormat
+from fade_core.packed import Packed, PackedFormat
 from fade_core.tierstore import TierStore
+
+READ_AT_ONCE = 4096
+"""Packed tokens that are unpacked together: what a step needs beside the cache does not grow with the context."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,19 @@ class PackedSegment:
 
     def scores(self, query: Tensor) -> Tensor:
         """``[B, H_kv, N, T]`` float32."""
-        return self.store.tier.keys.scores(query, self.store.packed_keys())
+        keys = self.store.tier.keys
+        return torch.cat([keys.scores(query, part) for part in self._parts(self.store.packed_keys())], dim=-1)
 
     def combine(self, weights: Tensor) -> Tensor:
         """``[B, H_kv, N, D_v]`` float32."""
-        return self.store.tier.values.combine(weights, self.store.packed_values())
+        parts = self._parts(self.store.packed_values())
+        shares = weights.split([part.length for part in parts], dim=-1)
+        first, *rest = (self.store.tier.values.combine(share, part) for share, part in zip(shares, parts, strict=True))
+        return sum(rest, first)
+
+    def _parts(self, packed: Packed) -> list[Packed]:
+        tile = self.store.tile
+        return packed.split(tile, max(1, READ_AT_ONCE // tile))
 
 
 Segment = FullSegment | PackedSegment
