@@ -7,7 +7,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAt
 from transformers.configuration_utils import PreTrainedConfig
 
 from fade_core import attention, checkpoint
+from fade_core.bytebudget import ByteBudget, LayerShape, layer_budgets
 from fade_core.config import FadeConfig
 from fade_core.errors import ConfigError, InputError, UnsupportedModelError
 from fade_core.incoming import check_finite, check_room, check_tokens
@@ -100,12 +101,14 @@ class TieredKVCache(Cache):
         )
         layers: list[Any] = []
         checked: list[QuantizerConfig] = []
+        tiered = [index for index, plain in enumerate(own_layers) if type(plain) is DynamicLayer]
+        budgets = dict(zip(tiered, layer_budgets(config.policy, len(tiered)), strict=True))
         for index, plain in enumerate(own_layers):
-            if type(plain) is not DynamicLayer:
+            if index not in budgets:
                 layers.append(plain)
                 continue
             own = config.for_layer(index, len(own_layers))
-            ladder = self._ladder(own, text, index, len(own_layers), model)
+            ladder = self._ladder(own, text, index, len(own_layers), model, budgets[index])
             for rung in own.resolved_ladder():
                 for quantizer in (rung.keys, rung.values):
                     if quantizer not in checked:
@@ -346,7 +349,13 @@ class TieredKVCache(Cache):
 
     # --- inside ---
     def _ladder(
-        self, config: FadeConfig, text: PreTrainedConfig, index: int, layers: int, model: PreTrainedModel
+        self,
+        config: FadeConfig,
+        text: PreTrainedConfig,
+        index: int,
+        layers: int,
+        model: PreTrainedModel,
+        budget: int | float | None,
     ) -> Ladder:
         head_dim = _head_dim(text, index)
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
@@ -357,7 +366,26 @@ class TieredKVCache(Cache):
                 for side, quantizer in zip(SIDES, (rung.keys, rung.values), strict=True)
             )
             tiers.append(Tier(rung.name, rung.capacity, keys, values))
-        return Ladder(tuple(tiers), config.n_sink, config.recent_window, config.policy.budget, config.tile)
+        kept, found = config.n_sink + config.recent_window, cast(int | float | ByteBudget | None, budget)
+        if isinstance(config.policy.budget, str):
+            shape = LayerShape(
+                heads,
+                text.num_attention_heads,
+                head_dim,
+                model.dtype.itemsize,
+                len(self.tracker.statistics),
+                not config.policy.build().positional,
+                self.tracker.query_statistics,
+            )
+            found = shape.budget(cast(int, budget), tiers, kept + config.tile, config.policy.every)
+            if found.shortfall(1):
+                raise ConfigError(f"layer {index}: {found.shortfall(1)}")
+        elif isinstance(budget, int) and budget < kept:
+            raise ConfigError(
+                f"policy.schedule leaves layer {index} {budget} tokens, fewer than n_sink and recent_window keep ({kept}); "
+                "take a smaller ratio or a larger budget"
+            )
+        return Ladder(tuple(tiers), config.n_sink, config.recent_window, found, config.tile)
 
     def _kernel(
         self, op: Op, config: FadeConfig, ladder: Ladder, text: PreTrainedConfig, model: PreTrainedModel

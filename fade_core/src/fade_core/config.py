@@ -260,6 +260,8 @@ class FadeConfig(CheckedModel):
 def _check_ladder(config: FadeConfig, path: str) -> None:
     """Refuse a ladder that cannot be filled in order, or a budget that cannot be kept. Raises ``ConfigError``."""
     budget, kept = config.policy.budget, config.n_sink + config.recent_window
+    if config.policy.schedule is not None and budget is None:
+        raise ConfigError("policy.schedule shares out a budget among layers; write policy.budget as well")
     if isinstance(budget, int) and budget < kept:
         raise ConfigError(
             f"policy.budget={budget} tokens is less than what always stays: n_sink={config.n_sink} and "

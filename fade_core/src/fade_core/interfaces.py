@@ -8,14 +8,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from fade_core.errors import CheckpointError, InputError
 from fade_core.packed import Packed, PackedFormat
-from fade_core.validation import Capacity, CheckedModel, Count, Share
+from fade_core.validation import Budget, Capacity, CheckedModel, Count
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -422,19 +423,39 @@ class QuantizerConfig(ComponentConfig):
         return type(self).model_validate({**self.model_dump(exclude_unset=True), "kind": self.kind, "bits": bits})
 
 
+class PyramidSchedule(CheckedModel):
+    """Budgets that fall linearly from the first layer to the last, their mean kept (PyramidKV, arXiv 2406.02069).
+
+    Attributes:
+        kind: "pyramid".
+        ratio: the first layer's budget over the last one's, at least 1.
+    """
+
+    kind: Literal["pyramid"] = "pyramid"
+    ratio: Annotated[float, Field(ge=1)] = 3.0
+
+    def weights(self, layers: int) -> list[float]:
+        """What each of ``layers`` has of the mean budget."""
+        last = 2 / (1 + self.ratio)
+        depth = max(layers - 1, 1)
+        return [last * (self.ratio + (1 - self.ratio) * i / depth) if layers > 1 else 1.0 for i in range(layers)]
+
+
 class PolicyConfig(ComponentConfig):
     """Configuration of an eviction policy.
 
     Attributes:
         kind: literal name.
         budget: tokens kept a row and head, sinks and window included: a count, a fraction of the context, or ``None``
-            to evict nothing.
+            to evict nothing. Or what the whole cache may hold, such as "512MiB".
         every: decode steps between two rankings.
+        schedule: how layers share the budget; ``None`` for equally.
     """
 
     kind: str
-    budget: Share | None = None
+    budget: Budget | None = None
     every: Count = 64
+    schedule: PyramidSchedule | None = None
 
     def build(self) -> EvictionPolicy:
         """The policy object."""

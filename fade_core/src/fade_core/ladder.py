@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fade_core.bytebudget import ByteBudget
 from fade_core.interfaces import Tier
 from fade_core.validation import Capacity
 
@@ -22,14 +23,15 @@ class Ladder:
         tiers: the tiers; overflow of one moves to the next, overflow of the last is evicted.
         n_sink: leading tokens kept in full precision.
         recent_window: newest tokens kept in full precision.
-        budget: tokens kept in all, sinks and window included: a count, a fraction of the context, or ``None``.
+        budget: tokens kept in all, sinks and window included: a count, a fraction of the context, bytes of the layer, or
+            ``None``.
         tile: tokens move in multiples of this.
     """
 
     tiers: tuple[Tier, ...]
     n_sink: int
     recent_window: int
-    budget: int | float | None
+    budget: int | float | ByteBudget | None
     tile: int
 
     @property
@@ -41,6 +43,8 @@ class Ladder:
         """Tokens that may stay packed, int64 ``[B]``, given real lengths and full-precision tokens of each row."""
         if self.budget is None:
             return torch.full_like(lengths, UNBOUNDED)
+        if isinstance(self.budget, ByteBudget):
+            return self.budget.packed([tokens_of(tier.capacity, lengths) for tier in self.tiers], window)
         return (tokens_of(self.budget, lengths) - window).clamp_min(0)
 
     def fill(self, available: Tensor, lengths: Tensor, window: Tensor, room: Tensor | None = None) -> list[Tensor]:

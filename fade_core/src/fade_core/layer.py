@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from fade_core.bytebudget import ByteBudget
 from fade_core.errors import InputError
 from fade_core.handle import Handle
 from fade_core.incoming import check_finite, check_room, check_tokens
@@ -125,6 +126,8 @@ class TieredLayer(CacheLayerMixin):
                 f"layer {self.index}: keys and values have head_dim {key_dim} and {value_states.shape[-1]}; this cache was "
                 f"built for {expected[0]} and {expected[1]}. Create the cache with the model that fills it."
             )
+        if isinstance(ladder.budget, ByteBudget) and ladder.budget.shortfall(batch):
+            raise InputError(f"layer {self.index}: {ladder.budget.shortfall(batch)}")
         self.dtype, self.device = key_states.dtype, key_states.device
         ranked = ladder.bounded and not self.plan.policy.positional
         statistics = tracker.statistics if ladder.bounded else ()

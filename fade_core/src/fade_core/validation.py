@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import types
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin
@@ -144,6 +145,26 @@ def _explain_share(value: Any) -> Any:
     return value
 
 
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def bytes_of(text: str) -> int:
+    """Bytes that ``"512MiB"`` or ``"1.5 GB"`` means. Raises ``ValueError`` for anything else, and for less than a byte."""
+    found = re.fullmatch(_SIZE, text)
+    if found is None or float(found[1]) * _UNITS[found[2]] < 1:
+        raise ValueError(f'bytes are written like "512MiB" (units: {", ".join(_UNITS)}); found {text!r}')
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def _explain_budget(value: Any) -> Any:
+    if isinstance(value, str):
+        bytes_of(value)
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f'tokens, a fraction of the context or bytes such as "512MiB" are needed; found {value!r}')
+    return _explain_share(value)
+
+
 def _explain_capacity(value: Any) -> Any:
     if isinstance(value, str) and value != "rest":
         raise ValueError(f'tokens, a fraction of the context or "rest" is needed; found {value!r}')
@@ -166,6 +187,9 @@ Share = Annotated[Count | Fraction, BeforeValidator(_explain_share)]
 """Tokens (int) or a fraction of the context (float)."""
 Capacity = Annotated[Count | Fraction | Literal["rest"], BeforeValidator(_explain_capacity)]
 """Tokens (int), a fraction of the context (float), or "rest" for no bound."""
+_SIZE = r"^\s*(\d+(?:\.\d+)?)\s*([KMG]i?B|B)\s*$"
+Budget = Annotated[Count | Fraction | Annotated[str, Field(pattern=_SIZE)], BeforeValidator(_explain_budget)]
+"""Tokens (int), a fraction of the context (float), or bytes of the whole cache (such as "512MiB")."""
 Window = Annotated[Count | Literal["all"], BeforeValidator(_explain_window)]
 """Queries (int) or "all"."""
 

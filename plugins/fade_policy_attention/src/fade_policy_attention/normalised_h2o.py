@@ -2,7 +2,7 @@
 
 Statistics: "mass" and "seen", of every query of the prompt.
 Cost: 8 bytes a token and head; the attention logits of the whole prompt a second time at prefill. The core's ``h2o`` sees
-the observation window alone, and is cheaper and worse by that.
+the observation window alone, which costs a fraction of that.
 """
 
 from __future__ import annotations
