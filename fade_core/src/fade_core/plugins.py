@@ -54,7 +54,7 @@ _BASES: dict[Group, type[ComponentConfig]] = {
 }
 
 _FIRST_PARTY: dict[Group, dict[str, str]] = {
-    "quantizers": dict.fromkeys(("rotated", "calibrated", "pq"), "fade-quant-rotated"),
+    "quantizers": dict.fromkeys(("rotated", "calibrated", "self-calibrated", "pq"), "fade-quant-rotated"),
     "tiers": {"pq": "fade-quant-rotated"},
     "policies": {
         "learned": "fade-policy-learned",

@@ -138,6 +138,20 @@ def test_streams_return_every_code_of_every_width(layout: str, tile: int, seed: 
     assert torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize(("layout", "word"), [("token", 768 + 5 * 48 + 40), ("channel", 768 + 40 * 8 + 5)])
+def test_streams_lie_in_memory_as_documented(layout: str, word: int) -> None:
+    """docs/formats.md: widths 0, 2, 4 in groups of 16; channel 40 of head 1 has 2 bits, those of token 37 are found."""
+    widths = torch.tensor([[4] * 32 + [2] * 16 + [0] * 16, [4] * 16 + [2] * 32 + [0] * 16])
+    stream = StreamLayout(widths, 64, layout)
+    assert (stream.words, stream.row, stream.runs) == (1152, 576, ((4, 0, 48), (2, 48, 96)))
+    codes = torch.zeros(1, 1, 64, 96, dtype=torch.int32)
+    at = int((stream.channels == 1 * stream.kept + 40).nonzero())
+    codes[0, 0, 37, at] = 3
+    rows = stream.pack(codes)
+    assert rows.count_nonzero() == 1
+    assert int(rows[0, word // 576, 0, word % 576]) == 3 << 8
+
+
 def test_a_layer_without_bits_stores_gains_only(seed: int) -> None:
     found, mean, cov = side_calibration()
     quantizer = CalibratedQuantizer(found, torch.zeros(HEADS, DIM, dtype=torch.long))

@@ -6,6 +6,7 @@ from fade_quant_rotated.codebook import PQCodebook, load_codebooks, save_codeboo
 from fade_quant_rotated.product import PQConfig, PQQuantizer
 from fade_quant_rotated.rotated import RotatedConfig, RotatedQuantizer
 from fade_quant_rotated.rotation import Rotation
+from fade_quant_rotated.self_calibrated import SelfCalibratedConfig, SelfCalibratedQuantizer
 
 __all__ = [
     "CalibratedConfig",
@@ -17,6 +18,8 @@ __all__ = [
     "RotatedConfig",
     "RotatedQuantizer",
     "Rotation",
+    "SelfCalibratedConfig",
+    "SelfCalibratedQuantizer",
     "load_codebooks",
     "save_codebooks",
 ]
