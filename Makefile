@@ -36,7 +36,7 @@ $(ALL): $(CORE) $(addsuffix /pyproject.toml,$(PLUGINS))
 	@touch $@
 
 demo: $(ALL)
-	$(BIN)/fade demo
+	$(BIN)/fade demo --config safe --config balanced --config aggressive --config examples/calibrated.toml
 
 test:
 	$(MAKE) test-core

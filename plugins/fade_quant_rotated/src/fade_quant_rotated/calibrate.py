@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -107,7 +108,7 @@ def calibrate(
         sketch=sketch,
         defaults={"bits": bits, "widths": list(widths), "group": group},
         notes={
-            "model": str(getattr(model, "name_or_path", "") or type(model).__name__),
+            "model": _name_of(model),
             "architecture": type(model).__name__,
             "texts": len(texts),
             "tokens": sum(len(text) for text in texts),
@@ -117,6 +118,12 @@ def calibrate(
     )
     found.plan(bits, widths, group)
     return found
+
+
+def _name_of(model: PreTrainedModel) -> str:
+    """A hub id as it is, a folder's last part: where a model lies on this machine is nobody's business."""
+    name = str(getattr(model, "name_or_path", "") or type(model).__name__)
+    return Path(name).name if Path(name).exists() else name
 
 
 @contextmanager

@@ -205,7 +205,7 @@ class CalibratedConfig(QuantizerConfig):
     """``kind = "calibrated"``: what ``fade calibrate`` found out about this model.
 
     Attributes:
-        file: the calibration file.
+        file: the calibration file, or the name of one that is shipped ("smollm2").
         bits: average bits an element over keys and values of all layers, everything counted; default: the file's.
         side_bits: average bits of this side (keys or values) alone, instead of ``bits``.
         widths: code widths to choose from, 0 included; default: the file's. ``[0, 2, 4]`` suits kernels.

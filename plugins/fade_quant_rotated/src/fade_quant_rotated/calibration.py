@@ -21,6 +21,8 @@ from fade_quant_rotated.allocation import check_widths, water_fill
 FORMAT = 1
 """Written into files; raised when the meaning of a tensor changes."""
 
+DATA = Path(__file__).parent / "data"
+
 _KIND = "fade-kv-calibration"
 GAIN_BITS = 4
 
@@ -202,9 +204,13 @@ def _loaded(path: str, stamp: tuple[int, int]) -> Calibration:
     return Calibration.load(path)
 
 
+SHIPPED = ("smollm2",)
+"""Calibrations that come with this distribution, by name: SmolLM2-135M-Instruct, from the calibration texts of the core."""
+
+
 def load_calibration(path: str | Path) -> Calibration:
-    """``Calibration.load``, remembered as long as the file does not change."""
-    found = Path(path)
+    """``Calibration.load``, remembered as long as the file does not change; also takes a name in ``SHIPPED``."""
+    found = DATA / f"{path}.safetensors" if path in SHIPPED else Path(path)
     if not found.is_file():
         return Calibration.load(path)
     status = found.stat()
