@@ -99,6 +99,8 @@ def test_python_in_the_documentation_works(monkeypatch: pytest.MonkeyPatch) -> N
         exec(compile(text, "plugins.md", "exec"), vars(module))
     assert type(module.config.policy.build()).__name__ == "KNorm"
     assert module.config.policy.kind == "knorm"
+    with use_registry(Registry([module], entry_points=False)) as registry:
+        assert FadeConfig(**registry.quality_recipes()[-1].fields).keys.bits == 3
 
 
 def test_the_project_table_in_the_documentation_is_one() -> None:
