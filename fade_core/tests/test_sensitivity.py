@@ -97,7 +97,9 @@ def test_one_layer_is_compressed_and_the_others_are_exact(model: Any, ids: Tenso
 def test_each_layer_keeps_its_own_override_and_loses_the_budget() -> None:
     two = {"kind": "uniform", "bits": 2}
     config = FadeConfig(
-        **SMALL, policy={"kind": "h2o", "budget": 0.5}, layers={"1:3": {"keys": two}, "-1": {"n_sink": 0}}
+        **SMALL,
+        policy={"kind": "h2o", "budget": 0.5, "schedule": {"kind": "pyramid"}},
+        layers={"1:3": {"keys": two}, "-1": {"n_sink": 0}},
     )
     middle = alone(config, 1, 4)
     assert middle.policy.kind == "h2o"

@@ -132,8 +132,8 @@ def alone(config: FadeConfig, layer: int, num_layers: int) -> FadeConfig:
 
 
 def _without_budget(config: FadeConfig) -> FadeConfig:
-    budget = {} if config.policy.budget is None else {"policy": {"budget": None}}
-    return config.with_overrides(telemetry=(), **budget)
+    unbounded = {} if config.policy.budget is None else {"policy": {"budget": None, "schedule": None}}
+    return config.with_overrides(telemetry=(), **unbounded)
 
 
 def _rows(found: dict[int, DivergenceResult]) -> tuple[LayerSensitivity, ...]:
