@@ -123,3 +123,31 @@ def test_what_cannot_be_read_says_why(model: Any) -> None:
         assert cache.unreadable == "the model keeps its own attention"
         with pytest.raises(UnsupportedModelError, match="without writing into it: the model keeps"), cache.reading():
             pass
+
+
+@pytest.mark.parametrize("chunk", [None, 40])
+def test_prefill_is_the_models_own_pass_unless_a_policy_has_another(model: Any, chunk: int | None) -> None:
+    ids, mask = padded(fresh_seed(), (150, 110))
+    places = (mask.cumsum(1) - 1).clamp_min(0)
+    with create_tiered_cache(model, config=FadeConfig(**LADDER)) as cache, torch.no_grad():
+        for start in range(0, 150, chunk or 150):
+            part = slice(start, start + (chunk or 150))
+            wanted = model(
+                ids[:, part],
+                attention_mask=mask[:, : part.stop],
+                position_ids=places[:, part],
+                past_key_values=cache,
+                logits_to_keep=2,
+            ).logits
+        by_hand = tensors(cache)
+    with create_tiered_cache(model, config=FadeConfig(**LADDER)) as cache:
+        found = cache.prefill(model, ids, mask, chunk=chunk, logits_to_keep=2).logits
+        assert not found.requires_grad
+        assert torch.equal(found, wanted)
+        for first, later in zip(by_hand, tensors(cache), strict=True):
+            assert all(torch.equal(tensor, later[name]) for name, tensor in first.items())
+        with pytest.raises(InputError, match="the cache holds 150 tokens; prefill takes an empty one"):
+            cache.prefill(model, ids)
+        cache.reset()
+        with pytest.raises(InputError, match="chunk=0 must be at least one token"):
+            cache.prefill(model, ids, chunk=0)

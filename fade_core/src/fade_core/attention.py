@@ -190,22 +190,24 @@ def _reread(
     held = layer.statistics()
     if not any("reread" in statistics for statistics in held):
         return
-    queries, groups = query.shape[2], query.shape[1] // keys.shape[1]
+    (batch, heads), queries = keys.shape[:2], query.shape[2]
+    groups = query.shape[1] // heads
+    block = max(_OBSERVED, heads * keys.shape[3] // groups)  # whose logits take no more elements than the keys do
     sizes = [statistics["reread"].shape[2] for statistics in held]
-    for start in range(0, queries, _OBSERVED):
-        part = slice(start, min(start + _OBSERVED, queries))
+    for start in range(0, queries, block):
+        part = slice(start, min(start + block, queries))
         seen = visible(part)
-        itself = seen[..., -queries:].diagonal(start, -2, -1)
-        for head in range(query.shape[1]):
-            ours = slice(head // groups, head // groups + 1)
-            saw = seen if seen.shape[1] == 1 else seen[:, ours]
-            sink = None if sinks is None else sinks[head : head + 1]
-            segment = FullSegment(keys[:, ours], keys[:, ours, :, :1], saw)
-            found = decode_attention(query[:, head : head + 1, part], [segment], scaling, softcap, sink, True)
-            given = cast(list[Tensor], found.probabilities)[0][..., :-queries].float()
-            given = given * (itself if itself.shape[1] == 1 else itself[:, ours])[..., None]
-            for statistics, probabilities in zip(held, given.split(sizes, dim=3), strict=True):
-                layer.plan.tracker.observe_rereading({n: t[:, ours] for n, t in statistics.items()}, probabilities)
+        itself = seen[..., -queries:].diagonal(start, -2, -1)[..., None]
+        for head in range(heads):
+            ours, mine = slice(head, head + 1), slice(head * groups, (head + 1) * groups)
+            saw, own = (t if t.shape[1] == 1 else t[:, ours] for t in (seen, itself))
+            alike = keys[:, ours].expand(batch, groups, -1, -1)  # a key head for each query head: none is averaged away
+            segment = FullSegment(alike, alike[..., :1], saw)
+            sink = None if sinks is None else sinks[mine]
+            found = decode_attention(query[:, mine, part], [segment], scaling, softcap, sink, probabilities=True)
+            given = cast(list[Tensor], found.probabilities)[0][..., :-queries].float() * own
+            for statistics, most in zip(held, given.amax(1, keepdim=True).split(sizes, dim=3), strict=True):
+                layer.plan.tracker.observe_rereading({n: t[:, ours] for n, t in statistics.items()}, most)
 
 
 def _observe_queries(layer: TieredLayer, query: Tensor, scaling: float, padding: Tensor | None) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self, cast
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
@@ -93,7 +94,7 @@ class TieredKVCache(Cache):
         self._emit = _emitter(self.sinks)
         self.refusals: dict[str, list[tuple[str, str]]] = {}
         mode = _attention_mode(model, config)
-        policy = config.policy.build()
+        self.policy = policy = config.policy.build()
         self.tracker = AttentionTracker(
             policy.statistics if config.evicts or config.ladder or config.layers else (),
             policy.decay,
@@ -200,6 +201,39 @@ class TieredKVCache(Cache):
         self._before.clear()
         self._overwritten.clear()
         super().reset()
+
+    @torch.no_grad()
+    def prefill(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        chunk: int | None = None,
+        **options: Any,
+    ) -> Any:
+        """Feed a prompt in the way that the policy wants; for most that is one forward pass of ``model``.
+
+        ``generate`` goes on from a cache that holds all tokens but the last, so that
+        ``cache.prefill(model, ids[:, :-1])`` and then ``model.generate(ids, past_key_values=cache)`` is a whole.
+
+        Args:
+            model: the model that the cache was made for.
+            input_ids: int64 ``[B, T]``.
+            attention_mask: int ``[B, T]``, 0 for padding on the left; ``None`` for none.
+            chunk: tokens a forward pass; ``None`` for all at once.
+            options: further arguments of the model, such as ``logits_to_keep``.
+
+        Returns:
+            the model's output for the last tokens that were fed.
+
+        Raises:
+            InputError: if the cache holds tokens already, or ``chunk`` is not positive.
+        """
+        if self.get_seq_length():
+            raise InputError(f"the cache holds {self.get_seq_length()} tokens; prefill takes an empty one")
+        if chunk is not None and chunk < 1:
+            raise InputError(f"chunk={chunk} must be at least one token")
+        return self.policy.prefill(model, self, input_ids, attention_mask, chunk, **options)
 
     def settle(self) -> None:
         """Finish what an interrupted forward pass or stock attention left pending."""

@@ -296,6 +296,40 @@ class EvictionPolicy(ABC):
     def score(self, view: LayerView) -> Tensor:
         """Worth of each token, ``[B, H_kv, T]`` float; the lowest are demoted or evicted first."""
 
+    def prefill(
+        self,
+        model: Any,
+        cache: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        chunk: int | None = None,
+        **options: Any,
+    ) -> Any:
+        """Feed a prompt to an empty cache; a policy that has to see more of it than one pass shows overrides this.
+
+        Called by ``TieredKVCache.prefill``, whose ``holding`` and ``reading`` are made for it.
+
+        Args:
+            model: the model that the cache was made for.
+            cache: the ``TieredKVCache``.
+            input_ids: int64 ``[B, T]``.
+            attention_mask: int ``[B, T]``, 0 for padding on the left; ``None`` for none.
+            chunk: tokens a forward pass; ``None`` for all at once.
+            options: further arguments of the model, such as ``logits_to_keep``.
+
+        Returns:
+            the model's output for the last tokens that were fed.
+        """
+        output, width = None, chunk or input_ids.shape[1]
+        for start in range(0, input_ids.shape[1], width):
+            part = slice(start, start + width)
+            if attention_mask is not None:
+                mask = attention_mask[:, : part.stop]
+                places = (mask.cumsum(1) - 1).clamp_min(0)[:, start:]
+                options |= {"attention_mask": mask, "position_ids": places}
+            output = model(input_ids=input_ids[:, part], past_key_values=cache, use_cache=True, **options)
+        return output
+
     def allocate(self, view: LayerView, scores: Tensor, budget: Tensor) -> Tensor | None:
         """How many packed tokens each head may keep; ``None`` (the default) for ``budget`` in every one.
 

@@ -12,11 +12,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from fade_core import FadeConfig, create_tiered_cache
 from fade_core.errors import InputError, UnsupportedModelError
-from fade_policy_attention import AdaKVPolicy, kvzip_prefill
+from fade_core.eval import divergence
 from fade_policy_attention.kvzip import OVERLAP
 
 SHORT = {"n_sink": 2, "recent_window": 16, "tile": 16, "ladder": [{"tier": "fp16"}]}
 KVZIP = {"kind": "kvzip", "budget": 64, "every": 8}
+AROUND_IT = {"kind": "adakv", "budget": 64, "every": 8, "base": {"kind": "kvzip", "chunk": 50}}
 
 
 @pytest.mark.parametrize(("chunk", "instruction"), [(512, []), (48, [7, 9, 4])])
@@ -26,11 +27,12 @@ def test_scores_are_those_of_a_dense_repetition(
     """Rows padded on the left give what each would alone."""
     model = tiny_model(seed)
     ids, mask = left_padded((120, 75), generator)
-    with create_tiered_cache(model, config=FadeConfig(**SHORT, policy=KVZIP)) as cache:
-        listening = Listening(cache.tiered[0].plan.policy)
+    policy = {**KVZIP, "chunk": chunk, "instruction": instruction}
+    with create_tiered_cache(model, config=FadeConfig(**SHORT, policy=policy)) as cache:
+        listening = Listening(cache.policy)
         for layer in cache.tiered:
             layer.plan.policy = listening
-        kvzip_prefill(model, cache, ids, mask, instruction=instruction, chunk=chunk)
+        cache.prefill(model, ids, mask)
         assert [(h.layer, h.length) for h in listening.heard] == [(0, 120), (1, 120)]
         assert cache.get_seq_length() == 120
         assert all(int((layer.tier_map()[0] >= 0).sum(-1).max()) <= 64 for layer in cache.tiered)
@@ -55,7 +57,7 @@ def test_reading_leaves_everything_else_as_it_was(seed: int, generator: torch.Ge
     ids, mask = left_padded((90, 70), generator)
     policy = {"kind": "adakv", "budget": 64, "base": {"kind": "kvzip"}}
     with create_tiered_cache(model, config=FadeConfig(**SHORT, policy=policy)) as cache, torch.no_grad():
-        kvzip_prefill(model, cache, ids, mask)
+        cache.prefill(model, ids, mask)
         before = [{n: t.clone() for n, t in layer.tensors().items()} for layer in cache.tiered]
         logits = []
         for _ in range(2):
@@ -82,12 +84,12 @@ def test_reading_leaves_everything_else_as_it_was(seed: int, generator: torch.Ge
         assert cache.get_seq_length() == 95
 
 
-@pytest.mark.parametrize("policy", [KVZIP, {"kind": "adakv", "budget": 64, "every": 8, "base": {"kind": "kvzip"}}])
+@pytest.mark.parametrize("policy", [KVZIP, AROUND_IT])
 def test_generates_after_it(policy: dict[str, Any], seed: int, generator: torch.Generator) -> None:
     model = tiny_model(seed)
     ids, mask = left_padded((120, 100), generator)
     with create_tiered_cache(model, config=FadeConfig(**SHORT, policy=policy)) as cache:
-        kvzip_prefill(model, cache, ids[:, :-1], mask[:, :-1], chunk=50)
+        cache.prefill(model, ids[:, :-1], mask[:, :-1], chunk=70)
         output = model.generate(
             ids, attention_mask=mask, past_key_values=cache, max_new_tokens=60, min_new_tokens=60, do_sample=False
         )
@@ -101,26 +103,17 @@ def test_generates_after_it(policy: dict[str, Any], seed: int, generator: torch.
 def test_a_plain_prefill_says_what_to_do(seed: int, generator: torch.Generator) -> None:
     model = tiny_model(seed)
     ids, _ = left_padded((120,), generator)
-    saying = pytest.raises(InputError, match=r"kvzip_prefill\(model, cache, input_ids\)")
+    saying = pytest.raises(InputError, match=r"feed the prompt with cache\.prefill\(model, ")
     with create_tiered_cache(model, config=FadeConfig(**SHORT, policy=KVZIP)) as cache, torch.no_grad(), saying:
         model(ids, past_key_values=cache)
 
 
-def test_what_cannot_be_repeated_is_refused(seed: int, generator: torch.Generator) -> None:
-    model = tiny_model(seed)
-    ids, _ = left_padded((60,), generator)
-    other = create_tiered_cache(model, config=FadeConfig(**SHORT, policy={"kind": "h2o", "budget": 64}))
-    with other, pytest.raises(InputError, match="policy does not read what a repetition tells"):
-        kvzip_prefill(model, other, ids)
-    with create_tiered_cache(model, config=FadeConfig(**SHORT, policy=KVZIP)) as cache:
-        with pytest.raises(InputError, match="nothing to read yet"), cache.reading():
-            pass
-        with pytest.raises(InputError, match="chunk=0"):
-            kvzip_prefill(model, cache, ids, chunk=0)
-        kvzip_prefill(model, cache, ids)
-        with pytest.raises(InputError, match="the cache holds 60 tokens"):
-            kvzip_prefill(model, cache, ids)
-        assert not AdaKVPolicy(cache.tiered[0].plan.policy).positional
+@pytest.mark.parametrize("policy", [KVZIP, AROUND_IT])
+def test_evaluation_feeds_prompts_as_the_policy_wants(policy: dict[str, Any], seed: int) -> None:
+    text = torch.randint(1, 96, (1, 150), generator=torch.Generator().manual_seed(seed))
+    config = FadeConfig(**SHORT, policy=policy)
+    found = divergence(tiny_model(seed), [text], config, prompt_tokens=130, steps=12)
+    assert found.held.cache < found.held.exact
 
 
 def small(model_type: str, seed: int, **fields: Any) -> Any:
@@ -137,7 +130,7 @@ def test_sliding_layers_are_left_as_they_were(seed: int, generator: torch.Genera
     with create_tiered_cache(model, config=FadeConfig(**SHORT, policy=KVZIP)) as cache, torch.no_grad():
         plain = create_tiered_cache(model, config=FadeConfig(**SHORT))
         wanted = model(ids, past_key_values=plain).logits
-        found = kvzip_prefill(model, cache, ids, chunk=40).logits
+        found = cache.prefill(model, ids).logits
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.std()))
         sliding, other = cache.layers[0], plain.layers[0]
         assert torch.equal(sliding.keys, other.keys)
@@ -157,5 +150,5 @@ def test_a_model_with_recurrent_layers_is_refused(seed: int, generator: torch.Ge
     )
     with create_tiered_cache(model, config=config) as cache:
         with refused:
-            kvzip_prefill(model, cache, ids)
+            cache.prefill(model, ids)
         assert cache.get_seq_length() == 0

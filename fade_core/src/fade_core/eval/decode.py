@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fade_core.cache import TieredKVCache
 from fade_core.errors import InputError
 
 
@@ -23,6 +24,9 @@ def prefill(model: Any, ids: Tensor, cache: Any, chunk: int | None = None) -> Te
         cache: what the model writes its keys and values to.
         chunk: tokens a forward pass; ``None`` for all at once.
     """
+    if isinstance(cache, TieredKVCache) and not cache.get_seq_length():
+        out = cache.prefill(model, ids, chunk=chunk, **_options(model, 1))
+        return _finite(model, out.logits[:, -1:].float(), cache)[:, -1]
     logits = torch.empty(0)
     for part in torch.split(ids, chunk or ids.shape[1], dim=1):
         logits = _forward(model, part, cache, keep=1)
@@ -48,15 +52,21 @@ def greedy(model: Any, first: Tensor, cache: Any, count: int) -> list[int]:
 
 def _forward(model: Any, ids: Tensor, cache: Any, keep: int) -> Tensor:
     """Logits ``[B, keep, V]`` in float32 of the last ``keep`` tokens."""
-    options = {"logits_to_keep": keep} if _keeps_logits(type(model).forward) else {}
-    out = model(input_ids=ids, past_key_values=cache, use_cache=True, **options)
-    logits: Tensor = out.logits[:, -keep:].float()
+    out = model(input_ids=ids, past_key_values=cache, use_cache=True, **_options(model, keep))
+    return _finite(model, out.logits[:, -keep:].float(), cache)
+
+
+def _finite(model: Any, logits: Tensor, cache: Any) -> Tensor:
     if not torch.isfinite(logits).all():
         name, length = type(model).__name__, cache.get_seq_length()
         raise InputError(
             f"{name} gave logits that are not finite after {length} tokens; load it in float32 or bfloat16"
         )
     return logits
+
+
+def _options(model: Any, keep: int) -> dict[str, Any]:
+    return {"logits_to_keep": keep} if _keeps_logits(type(model).forward) else {}
 
 
 @functools.cache

@@ -6,7 +6,7 @@ Cost: one sort of a layer's scores at every ranking; heads of unequal length.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -36,6 +36,9 @@ class AdaKVPolicy(EvictionPolicy):
 
     def score(self, view: LayerView) -> Tensor:
         return self.base.score(view)
+
+    def prefill(self, *args: Any, **options: Any) -> Any:
+        return self.base.prefill(*args, **options)
 
     def allocate(self, view: LayerView, scores: Tensor, budget: Tensor) -> Tensor:
         """The best ``H_kv * budget`` tokens of each row, counted by head, after each head's floor has been served."""

@@ -7,17 +7,14 @@ attention logit of that is computed a second time; until then the cache holds th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from fade_core.errors import InputError, UnsupportedModelError
 from fade_core.interfaces import EvictionPolicy, LayerView, PolicyConfig
-
-if TYPE_CHECKING:
-    from fade_core import TieredKVCache
 
 OVERLAP = 8
 """Tokens before a chunk that tell the model where to go on."""
@@ -28,90 +25,80 @@ class KVzipPolicy(EvictionPolicy):
 
     Tokens that came after the repetition are kept before all others. The paper's softmax runs over the chunk that is
     repeated; here it runs over the whole text, as the model's does.
+
+    Args:
+        chunk: tokens repeated in one forward pass.
+        instruction: token ids before each chunk that ask for the repetition, such as those of "Repeat the previous
+            context exactly.", with empty lines around it.
     """
 
     kind: ClassVar[str] = "kvzip"
     statistics: tuple[str, ...] = ("reread",)
+
+    def __init__(self, chunk: int = 512, instruction: tuple[int, ...] = ()) -> None:
+        self.chunk, self.instruction = chunk, instruction
 
     def score(self, view: LayerView) -> Tensor:
         given = view.statistic("reread")
         first = view.positions == (view.logical_length - view.lengths.to(given.device))[:, None, None]
         if bool((first & view.valid & (given == 0)).any()):
             raise InputError(
-                "policy 'kvzip' ranks a prompt that the model has not repeated yet; feed it with "
-                "fade_policy_attention.kvzip_prefill(model, cache, input_ids) instead of model(input_ids)"
+                "policy 'kvzip' ranks a prompt that the model has not repeated; feed the prompt with "
+                "cache.prefill(model, input_ids[:, :-1]) before generate"
             )
         return torch.where(given == 0, 2.0, given)  # attention is at most 1
 
+    def prefill(
+        self,
+        model: Any,
+        cache: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        chunk: int | None = None,
+        **options: Any,
+    ) -> Any:
+        """Feed the prompt, have the model repeat it, and only then compress and evict.
+
+        Raises:
+            UnsupportedModelError: if a layer of the model cannot be read without changing it.
+        """
+        if cache.unreadable:
+            raise UnsupportedModelError(
+                f"the model cannot repeat a prompt without adding to the cache: {cache.unreadable}"
+            )
+        with cache.holding():
+            output = super().prefill(model, cache, input_ids, attention_mask, chunk, **options)
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            asked = torch.tensor(self.instruction, dtype=torch.long, device=input_ids.device)
+            asked = asked.expand(input_ids.shape[0], -1)
+            with cache.reading():
+                for start in range(0, input_ids.shape[1], self.chunk):
+                    part = slice(max(0, start - OVERLAP), start + self.chunk)
+                    ids = torch.cat([asked, input_ids[:, part]], 1)
+                    seen = torch.cat([mask, torch.ones_like(asked), mask[:, part]], 1)
+                    places = (seen.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+                    model(
+                        input_ids=ids,
+                        attention_mask=seen,
+                        position_ids=places,
+                        past_key_values=cache,
+                        use_cache=True,
+                        **options,
+                    )
+        return output
+
 
 class KVzipConfig(PolicyConfig):
-    """``kind = "kvzip"``: least attended while repeating first. Needs ``kvzip_prefill``."""
+    """``kind = "kvzip"``: least attended while repeating first. The prompt goes in through ``cache.prefill``.
+
+    Attributes:
+        chunk: tokens repeated in one forward pass.
+        instruction: token ids that ask for the repetition.
+    """
 
     kind: Literal["kvzip"] = "kvzip"
+    chunk: Annotated[int, Field(strict=True, ge=1)] = 512
+    instruction: tuple[Annotated[int, Field(strict=True, ge=0)], ...] = ()
 
     def build(self) -> KVzipPolicy:
-        return KVzipPolicy()
-
-
-@torch.no_grad()
-def kvzip_prefill(
-    model: Any,
-    cache: TieredKVCache,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    *,
-    instruction: Sequence[int] = (),
-    chunk: int = 512,
-) -> Any:
-    """Feed a prompt to an empty cache, have the model repeat it, and only then compress and evict.
-
-    ``generate`` goes on from the last token, so leave that out: ``kvzip_prefill(model, cache, ids[:, :-1])``, then
-    ``model.generate(ids, past_key_values=cache)``.
-
-    Args:
-        model: the model the cache was made for.
-        cache: an empty cache whose policy is "kvzip", or has it inside.
-        input_ids: int64 ``[B, T]``.
-        attention_mask: int ``[B, T]``, 0 for padding on the left; ``None`` for none.
-        instruction: token ids before each chunk that ask for the repetition, such as those of "Repeat the previous
-            context exactly.", with empty lines around it.
-        chunk: tokens repeated in one forward pass.
-
-    Returns:
-        the model's output for the prompt.
-
-    Raises:
-        InputError: if the cache holds tokens, its policy does not read "reread", or ``chunk`` is not positive.
-        UnsupportedModelError: if a layer of the model cannot be read without changing it.
-    """
-    if "reread" not in cache.tracker.statistics:
-        raise InputError(
-            "the cache's policy does not read what a repetition tells; create the cache with policy = {kind = 'kvzip', ...} "
-            "or {kind = 'adakv', base = {kind = 'kvzip'}, ...}"
-        )
-    if cache.unreadable:
-        raise UnsupportedModelError(f"the model cannot repeat a prompt without adding to the cache: {cache.unreadable}")
-    if cache.get_seq_length():
-        raise InputError(f"the cache holds {cache.get_seq_length()} tokens; kvzip_prefill takes an empty one")
-    if chunk < 1:
-        raise InputError(f"chunk={chunk} must be at least one token")
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    with cache.holding():
-        output = _pass(model, cache, input_ids, mask)
-        with cache.reading():
-            for start in range(0, input_ids.shape[1], chunk):
-                part = slice(max(0, start - OVERLAP), start + chunk)
-                asked = torch.tensor(list(instruction), dtype=torch.long, device=input_ids.device)
-                asked = asked.expand(input_ids.shape[0], -1)
-                ids = torch.cat([asked, input_ids[:, part]], 1)
-                seen = torch.cat([mask, torch.ones_like(asked), mask[:, part]], 1)
-                _pass(model, cache, ids, seen, logits_to_keep=1)
-    return output
-
-
-def _pass(model: Any, cache: TieredKVCache, ids: Tensor, mask: Tensor, **options: Any) -> Any:
-    """One forward pass of ``ids``, the last columns of ``mask``, at the positions that unpadded rows would have."""
-    positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-    return model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **options
-    )
+        return KVzipPolicy(self.chunk, self.instruction)
