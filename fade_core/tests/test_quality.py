@@ -242,6 +242,27 @@ def test_what_cannot_run_here_is_left_out_with_the_reason(model: Any, ids: Tenso
         measure_quality(model, None, [tiered("fine")], ids, **SIZES, needles=-1)
 
 
+class Tired(DynamicCache):
+    """Gives up when it holds 75 tokens."""
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.get_seq_length(layer) == 75:
+            raise MemoryError("no more room")
+        return super().update(key, value, layer, *args, **kwargs)
+
+
+def test_a_peer_that_fails_on_the_way_does_not_take_the_others_down(model: Any, ids: Tensor) -> None:
+    tired = Contender("tired", lambda _: Tired(), "peer")
+    found = measure_quality(model, None, [tired, tiered("fine")], ids, **SIZES, needles=0)
+    assert [row.name for row in found.rows] == ["fine"]
+    assert found.left_out == {"tired": "MemoryError: no more room"}
+    assert found.rows == measure_quality(model, None, [tiered("fine")], ids, **SIZES, needles=0).rows
+    with pytest.raises(ConfigError, match="tired: MemoryError"):
+        measure_quality(model, None, [tired], ids, **SIZES, needles=0)
+    with pytest.raises(MemoryError):
+        measure_quality(model, None, [Contender("own", tired.factory)], ids, **SIZES, needles=0)
+
+
 def test_transformers_own_compressed_cache_runs_or_says_why_not(model: Any, ids: Tensor) -> None:
     peers = [c for c in contenders(only=["QuantizedCache"], window=8) if c.source == "peer"]
     assert len(peers) == 5

@@ -109,22 +109,25 @@ def _named(offered: Iterable[Contender], peers: Iterable[Contender], only: Seque
 
 
 def refusal(contender: Contender, model: Any, ids: Tensor) -> str:
-    """Why a contender cannot run on ``model``, tried on token ids ``[B, T >= 3]``; "" if it can.
-
-    Raises:
-        FadeError: what one's own configuration raises: that one was asked for.
-    """
+    """Why a contender cannot run on ``model``, tried on token ids ``[B, T >= 3]``; "" if it can. Raises as ``excuse``."""
     try:
         with opened(contender.factory, model) as cache:
             prefill(model, ids[:, :-2], cache)
             for _ in feed(model, ids[:, -2:], cache):
                 pass
-    except FadeError as error:
-        if contender.source == "configuration":
-            raise
-        return str(error)
-    except Exception as error:
-        if contender.source != "peer":
-            raise
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    except Exception as error:  # noqa: BLE001 (excuse raises what may not be left out)
+        return excuse(contender, error)
     return ""
+
+
+def excuse(contender: Contender, error: Exception) -> str:
+    """The reason to leave a contender out: a recipe that does not fit this model, or whatever a peer raises.
+
+    Raises:
+        Exception: ``error`` again, if it is a mistake in FADE or in a plugin, or comes from one's own configuration.
+    """
+    if contender.source == "peer":
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if contender.source == "recipe" and isinstance(error, FadeError):
+        return str(error)
+    raise error

@@ -12,7 +12,7 @@ from torch import Tensor
 from fade_core.errors import ConfigError
 from fade_core.eval.bits import packed_bits
 from fade_core.eval.caches import opened
-from fade_core.eval.contenders import Contender, refusal
+from fade_core.eval.contenders import Contender, excuse, refusal
 from fade_core.eval.decode import prefill
 from fade_core.eval.haystack import Needle, NeedleResult, ask, judge, needle_prompts
 from fade_core.eval.kl import ExactRun, Steps, follow, run_exact, summarise, text_batches
@@ -142,8 +142,13 @@ def quality(
     found = {contender.name: _Measured() for contender in running}
     for batch in batches:
         run = run_exact(model, batch, prompt_tokens, steps_per_forward=steps_per_forward, advance=advance)
-        for contender in running:
-            _compare(model, contender, run, found[contender.name], steps_per_forward, advance)
+        for contender in tuple(running):
+            try:
+                _compare(model, contender, run, found[contender.name], steps_per_forward, advance)
+            except Exception as error:  # noqa: BLE001 (excuse raises what may not be left out)
+                left_out[contender.name] = excuse(contender, error)
+                running.remove(contender)
+    _check_some(running, left_out)
     if needles:
         prompts = needle_prompts(tokenizer, needles, prompt_tokens, seed=seed, haystack=_haystack(texts))
         _ask_all(model, tokenizer, running, found, prompts, advance)
@@ -165,9 +170,13 @@ def _able(contenders: Sequence[Contender], model: Any, batch: Tensor) -> tuple[l
     reasons = {contender.name: refusal(contender, model, batch[:, :TRIED]) for contender in contenders}
     running = [contender for contender in contenders if not reasons[contender.name]]
     left_out = {name: reason for name, reason in reasons.items() if reason}
+    _check_some(running, left_out)
+    return running, left_out
+
+
+def _check_some(running: Sequence[Contender], left_out: dict[str, str]) -> None:
     if not running:
         raise ConfigError("; ".join(f"{name}: {reason}" for name, reason in left_out.items()) or "nothing to compare")
-    return running, left_out
 
 
 def _compare(
