@@ -116,6 +116,21 @@ class Twin:
                     statistic += torch.rand_like(statistic)
             self.layer.settle()
 
+    def hold(self, holding: bool) -> None:
+        """Keep everything in full precision from here on, or send it where it belongs."""
+        if holding:
+            self.layer.holding = True
+        elif self.layer.holding:
+            self.layer.release()
+
+    def read(self, count: int) -> None:
+        """A forward pass that leaves nothing."""
+        self.layer.settle()
+        self.layer.reading = True
+        self.layer.update(*torch.randn(2, self.rows, HEADS, count, DIM))
+        self.layer.settle()
+        self.layer.reading = False
+
     def crop(self, count: int) -> None:
         self.layer.crop(-count)
         self.keys, self.values = (t[:, :, : self.logical - count] for t in (self.keys, self.values))
@@ -185,6 +200,8 @@ OPERATIONS = st.one_of(
     st.tuples(st.just("repeat"), st.integers(1, 2)),
     st.tuples(st.just("rank")),
     st.tuples(st.just("record"), st.booleans()),
+    st.tuples(st.just("hold"), st.booleans()),
+    st.tuples(st.just("read"), st.integers(1, 60)),
 )
 
 
@@ -208,6 +225,10 @@ def apply(twin: Twin, operation: tuple) -> None:  # type: ignore[type-arg]
         twin.layer.rank()
     elif name == "record":
         twin.layer.record_past = arguments[0]
+    elif name == "hold":
+        twin.hold(arguments[0])
+    elif name == "read" and twin.logical:
+        twin.read(arguments[0])
 
 
 @pytest.mark.parametrize("config", CONFIGS)
