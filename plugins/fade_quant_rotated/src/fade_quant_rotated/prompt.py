@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fade_core.errors import NonFiniteError, UnsupportedModelError
 from fade_core.interfaces import PromptView
-from fade_quant_rotated.statistics import LayerMoments, LayerSums, Movement, output_metric
+from fade_quant_rotated.statistics import LayerMoments, LayerSums, Movement, by_group, output_metric
 
 QUERIES = 512
 """Queries of a row that are looked at, spread evenly over those that see tokens outside sinks and window."""
@@ -18,7 +18,7 @@ EVEN = 0.05
 TINY = 1e-30
 """Weight of a query whose logits move nothing, so that a head that attends to sinks and window only has moments."""
 
-TOKENS = 4096
+TOKENS = 512
 """Tokens whose second moments are summed at once."""
 
 
@@ -83,7 +83,7 @@ def _add_row(
         seen = prompt.visible(part)
         q = prompt.queries[row, :, part].float().unflatten(0, (heads, -1)) * prompt.scaling  # [H_kv, G, q, D]
         a = _attention(q, keys, seen[row if len(seen) > 1 else 0], prompt)
-        outputs = a @ values[:, None]
+        outputs = by_group(a, values)
         middle = (place >= prompt.n_sink) & (place <= place[first + part, None] - window)
         a = a.square_() * middle
         weight_v += a.sum((1, 2)).double()
@@ -100,7 +100,7 @@ def _add_row(
 
 def _attention(q: Tensor, keys: Tensor, seen: Tensor, prompt: PromptView) -> Tensor:
     """Probabilities ``[H_kv, G, q, T]`` of scaled queries ``[H_kv, G, q, D]`` that see ``[H_kv or 1, q, T]``."""
-    logits = q @ keys[:, None].transpose(-1, -2)
+    logits = by_group(q, keys.transpose(-1, -2))
     if prompt.softcap:
         logits = prompt.softcap * torch.tanh(logits / prompt.softcap)
     logits.masked_fill_(~seen[:, None], -torch.inf)

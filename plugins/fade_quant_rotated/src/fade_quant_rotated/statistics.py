@@ -182,7 +182,7 @@ class Collector:
         weight_k, weight_v = torch.zeros(2, heads, length, dtype=torch.float64, device=q.device)
         for start in range(0, length, self.block):
             rows = at[start : start + self.block, None]
-            logits = q[:, :, start : start + self.block] @ k[:, None].transpose(-1, -2)
+            logits = by_group(q[:, :, start : start + self.block], k.transpose(-1, -2))
             if softcap:
                 logits = softcap * torch.tanh(logits / softcap)
             hidden = at > rows
@@ -194,7 +194,7 @@ class Collector:
                 a = torch.cat([logits, extra], -1).softmax(-1)[..., :-1]
             else:
                 a = logits.softmax(-1)
-            o = a @ v[:, None]
+            o = by_group(a, v)
             out[:, :, start : start + self.block] = o
             if not gather:
                 continue
@@ -253,20 +253,40 @@ class Movement:
 
     def __init__(self, values: Tensor, metric: Tensor) -> None:
         self.values, self.metric = values, metric
-        self.own = (torch.einsum("hje,hgef->hgjf", values, metric) * values[:, None]).sum(-1)  # [H_kv, G, T]
+        heads = [(values @ metric[:, g]).mul_(values).sum(-1) for g in range(metric.shape[1])]
+        self.own = torch.stack(heads, 1)  # [H_kv, G, T]
 
     def __call__(self, outputs: Tensor) -> Tensor:
         """``[H_kv, G, q, T]`` of heads' outputs ``[H_kv, G, q, E]``."""
-        om = torch.einsum("hgte,hgef->hgtf", outputs, self.metric)
-        cross = om @ self.values[:, None].transpose(-1, -2)
+        om = outputs @ self.metric
+        cross = by_group(om, self.values.transpose(-1, -2))
         return cross.mul_(-2).add_(self.own[:, :, None]).add_((om * outputs).sum(-1)[..., None]).clamp_min_(0)
 
 
+def by_group(grouped: Tensor, shared: Tensor) -> Tensor:
+    """``[H_kv, G, q, X] @ [H_kv, X, Y]``: what a group shares is not repeated for each of its heads."""
+    return (grouped.flatten(1, 2) @ shared).unflatten(1, grouped.shape[1:3])
+
+
 def output_metric(module: nn.Module, heads: int, group: int, width: int, device: torch.device) -> Tensor:
-    """``W_o^T W_o`` of each query head, float32 ``[H_kv, G, E, E]``. Raises as ``output_projection`` does."""
-    weight = output_projection(module, heads * group * width).detach().float()
-    weight = weight.to(device).unflatten(1, (heads, group, width)).permute(1, 2, 0, 3)
-    return weight.transpose(-1, -2) @ weight
+    """``W_o^T W_o`` of each query head, float32 ``[H_kv, G, E, E]``.
+
+    Raises:
+        UnsupportedModelError: if the attention module has no output projection that can be read.
+        NonFiniteError: if it holds NaN or infinity.
+    """
+    weight = output_projection(module, heads * group * width).detach()
+    metric = torch.stack([_square(part.to(device).float()) for part in weight.split(width, dim=1)])
+    if not bool(metric.isfinite().all()):
+        raise NonFiniteError(
+            f"the output projection of {type(module).__name__} holds NaN or infinity: nothing can be calibrated. Check the "
+            "weights"
+        )
+    return metric.unflatten(0, (heads, group))
+
+
+def _square(weight: Tensor) -> Tensor:
+    return weight.T @ weight
 
 
 def readable(weight: Tensor) -> bool:
@@ -279,7 +299,6 @@ def output_projection(attention: nn.Module, features: int) -> Tensor:
 
     Raises:
         UnsupportedModelError: if there is none, or its numbers cannot be read.
-        NonFiniteError: if it holds NaN or infinity.
     """
     for name in PROJECTIONS:
         module = getattr(attention, name, None)
@@ -290,10 +309,6 @@ def output_projection(attention: nn.Module, features: int) -> Tensor:
             raise UnsupportedModelError(
                 f"{name} of {type(attention).__name__} is {weight.dtype} on {weight.device}, which calibration cannot "
                 f"read; load the model in float32 or bfloat16 on one device, or use kind='rotated'"
-            )
-        if not bool(weight.isfinite().all()):
-            raise NonFiniteError(
-                f"{name} of {type(attention).__name__} holds NaN or infinity: nothing can be calibrated. Check the weights"
             )
         return weight
     found = {name: tuple(parameter.shape) for name, parameter in attention.named_parameters()}
