@@ -54,7 +54,7 @@ class Installed:
         if self.group in _describing:  # a component of its own group, as a policy around a policy
             return {
                 "type": "object",
-                "properties": {self.discriminator: {"enum": list(default_registry().names(self.group))}},
+                "properties": {self.discriminator: {"enum": sorted(default_registry().all(self.group))}},
                 "required": [self.discriminator],
             }
         choices = {name: TypeAdapter(config).core_schema for name, config in default_registry().all(self.group).items()}
