@@ -78,17 +78,20 @@ def _add_row(
     evenly = torch.linspace(0, len(able) - 1, min(queries, len(able)), device=able.device)
     movement = Movement(values, metric)
     weight_k, weight_v = torch.zeros(2, heads, total, dtype=torch.float64, device=keys.device)
-    block = max(4, heads * dim // (2 * prompt.queries.shape[1]))  # whose logits are half as large as the keys
+    block = max(4, heads * dim // prompt.queries.shape[1])  # whose logits are as large as the keys
     for part in able[evenly.round().long()].split(block):
         seen = prompt.visible(part)
+        seen = seen[row if len(seen) > 1 else 0]  # [H_kv or 1, q, T]
+        columns = seen.any(1).any(0).nonzero()
+        stop = int(columns.max()) + 1 if len(columns) else total  # what none of them sees is not computed
         q = prompt.queries[row, :, part].float().unflatten(0, (heads, -1)) * prompt.scaling  # [H_kv, G, q, D]
-        a = _attention(q, keys, seen[row if len(seen) > 1 else 0], prompt)
-        outputs = by_group(a, values)
+        a = _attention(q, keys[:, :stop], seen[..., :stop], prompt)
+        outputs = by_group(a, values[:, :stop])
         middle = (place >= prompt.n_sink) & (place <= place[first + part, None] - window)
-        a = a.square_() * middle
-        weight_v += a.sum((1, 2)).double()
-        w = a.mul_(movement(outputs))
-        weight_k += w.sum((1, 2)).double()
+        a = a.square_() * middle[:, :stop]
+        weight_v[:, :stop] += a.sum((1, 2)).double()
+        w = a.mul_(movement(outputs, stop))
+        weight_k[:, :stop] += w.sum((1, 2)).double()
         squares = q.double() * (w.sum(-1).double() + TINY).sqrt()[..., None]
         sums.query_square += (squares.transpose(-1, -2) @ squares).sum(1)
     kept = (real & (place >= prompt.n_sink)).nonzero().flatten()

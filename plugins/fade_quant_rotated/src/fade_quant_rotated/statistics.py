@@ -256,11 +256,11 @@ class Movement:
         heads = [(values @ metric[:, g]).mul_(values).sum(-1) for g in range(metric.shape[1])]
         self.own = torch.stack(heads, 1)  # [H_kv, G, T]
 
-    def __call__(self, outputs: Tensor) -> Tensor:
-        """``[H_kv, G, q, T]`` of heads' outputs ``[H_kv, G, q, E]``."""
+    def __call__(self, outputs: Tensor, tokens: int | None = None) -> Tensor:
+        """``[H_kv, G, q, T]`` of heads' outputs ``[H_kv, G, q, E]``, for the first ``tokens`` of the values."""
         om = outputs @ self.metric
-        cross = by_group(om, self.values.transpose(-1, -2))
-        return cross.mul_(-2).add_(self.own[:, :, None]).add_((om * outputs).sum(-1)[..., None]).clamp_min_(0)
+        cross = by_group(om, self.values[:, :tokens].transpose(-1, -2))
+        return cross.mul_(-2).add_(self.own[:, :, None, :tokens]).add_((om * outputs).sum(-1)[..., None]).clamp_min_(0)
 
 
 def by_group(grouped: Tensor, shared: Tensor) -> Tensor:
