@@ -109,7 +109,7 @@ def test_moments_are_those_that_calibration_finds(kind: str, seed: int) -> None:
     found: dict[int, LayerMoments] = {}
 
     def observe(self: Any, prompt: PromptView) -> None:
-        moments = moments_of(prompt, 1, queries=10**6, even=0.0)
+        moments = moments_of(prompt, 1, queries=10**6, even=0.0, drift=0.0)
         assert isinstance(moments, LayerMoments)
         found[prompt.layer] = moments
 
@@ -183,6 +183,19 @@ def test_a_head_that_attends_to_nothing_but_sinks_gets_a_transform(seed: int) ->
     assert all(bool(tensor.isfinite().all()) for tensor in state.values())
     error = quantizer.decode(quantizer.encode(blind.keys)) - blind.keys
     assert float(error[0, 0].norm() / blind.keys[0, 0].norm()) < 0.3
+
+
+def test_a_mean_that_later_positions_turn_is_not_taken_for_constant(seed: int) -> None:
+    """Keys that the prompt shows at one angle are still coded after the rotary embedding has turned them."""
+    shown = view()
+    shown.keys[..., [5, 5 + DIM // 2]] = torch.tensor([6.0, 1.0]) + 0.01 * torch.randn(1, HEADS, 400, 2)
+    later = shown.keys.clone()
+    later[..., 5], later[..., 5 + DIM // 2] = -shown.keys[..., 5 + DIM // 2], shown.keys[..., 5]
+    quantizer = SelfCalibratedQuantizer(DIM, 3.0)
+    quantizer.observe(shown)
+    for keys in (shown.keys, later):
+        error = quantizer.decode(quantizer.encode(keys)) - keys
+        assert float(error[..., [5, 5 + DIM // 2]].square().mean()) < 0.2 * 18.5
 
 
 # --- bits ---

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,13 @@ QUERIES = 512
 EVEN = 0.05
 """Weight that all tokens share evenly, beside what attention gives them: a prompt has few tokens that matter much."""
 
+DRIFT = 0.4
+"""Share of the mean key's energy that counts as variance, since positions after the prompt's turn the mean further.
+
+Channels that the rotary embedding turns slowly look constant in a short prompt. Without this they would get no bits, and
+be wrong for every token of a long answer.
+"""
+
 TINY = 1e-30
 """Weight of a query whose logits move nothing, so that a head that attends to sinks and window only has moments."""
 
@@ -22,7 +31,9 @@ TOKENS = 512
 """Tokens whose second moments are summed at once."""
 
 
-def moments_of(prompt: PromptView, needed: int, queries: int = QUERIES, even: float = EVEN) -> LayerMoments | str:
+def moments_of(
+    prompt: PromptView, needed: int, queries: int = QUERIES, even: float = EVEN, drift: float = DRIFT
+) -> LayerMoments | str:
     """Moments of a layer over the real tokens of all rows, weighted as in ``statistics``; or why there are none.
 
     Args:
@@ -30,6 +41,7 @@ def moments_of(prompt: PromptView, needed: int, queries: int = QUERIES, even: fl
         needed: tokens outside the sinks that it takes.
         queries: most queries of a row to look at.
         even: share of keys' and values' weight that goes to all tokens alike.
+        drift: share of the mean key's energy that counts as variance.
     """
     rows, _, total, _ = prompt.keys.shape
     last = torch.tensor([prompt.queries.shape[2] - 1], device=prompt.keys.device)
@@ -44,7 +56,15 @@ def moments_of(prompt: PromptView, needed: int, queries: int = QUERIES, even: fl
         _add_row(sums, prompt, row, real[row], place[row], metric, queries, even)
     if not bool(sums.key_weight.isfinite().all()):
         return "the prompt's attention is not finite"
-    return sums.moments()
+    moments = sums.moments()
+    return replace(moments, key_cov=moments.key_cov + drift * torch.diag_embed(_turning(moments.key_mean)))
+
+
+def _turning(mean: Tensor) -> Tensor:
+    """Variance ``[H_kv, D]`` of means ``[H_kv, D]`` turned by any angle in the planes of channels ``i`` and ``i + D / 2``."""
+    half = mean.shape[-1] // 2
+    energy = (mean[:, :half].square() + mean[:, half : 2 * half].square()) / 2
+    return torch.cat([energy, energy, torch.zeros_like(mean[:, 2 * half :])], -1)
 
 
 def _metric(prompt: PromptView) -> Tensor:
