@@ -8,6 +8,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+for name in ("COLUMNS", "LINES"):  # workers of pytest-xdist are born with 80 x 24, which rich would keep for good
+    os.environ.pop(name, None)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: its kernels run on the CPU
 

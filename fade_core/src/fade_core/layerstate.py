@@ -129,7 +129,7 @@ def _check_store(store: TierStore, state: Mapping[str, Tensor], logical: int) ->
         saved = state[f"pool.{name}"]
         _check(saved.dtype == field.dtype and saved.shape == (capacity, *field.shape[1:]), f"field {name} of {what}")
     _check(_within(table, -1, capacity - 1) and _within(counts, 0, store.tile), f"book of {what}")
-    _check(bool(((table >= 0) | (counts == 0)).all()), f"book of {what}")
+    _check(torch.equal(table >= 0, store.present(counts > 0)), f"book of {what}")
     if store.explicit:
         offsets = state["offsets"].cpu()
         _check(offsets.shape == (*shape, store.tile), f"positions of {what}")

@@ -209,6 +209,10 @@ class TierStore:
             self._alike = not self.explicit and torch.equal(self.starts, one[0]) and torch.equal(self.counts, one[1])
         return self._alike
 
+    def present(self, wanted: Tensor) -> Tensor:
+        """Tiles that are there if those of bool ``[B, H_kv, n]`` are wanted: some belong to all heads together."""
+        return wanted.any(1, keepdim=True).expand_as(wanted) if self.together else wanted
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor held, by what it is for."""
         held = self.pool.tensors()
@@ -243,7 +247,7 @@ class TierStore:
         width = int(counts.max())
         new = -(-width // self.tile)
         filled = (counts[..., None] - torch.arange(new) * self.tile).clamp(0, self.tile)  # [b, H, new]
-        self.pool.reserve(int(self._present(filled > 0).sum()), self._alive())
+        self.pool.reserve(int(self.present(filled > 0).sum()), self._alive())
         block = max(4, -(-new // 8))
         for first in range(0, new, block):
             part = slice(first * self.tile, min((first + block) * self.tile, width))
@@ -368,7 +372,7 @@ class TierStore:
             slots = torch.arange(self.tile) < filled[..., None]
             if bool((steps.cpu() * slots).any()):
                 self._spell_positions()
-        b, h, t = self._present(filled > 0).nonzero(as_tuple=True)
+        b, h, t = self.present(filled > 0).nonzero(as_tuple=True)
         db, dh, dt = b.to(self.device), h.to(self.device), t.to(self.device)
         ids = self.pool.write({name: field[db, dh, dt] for name, field in fields.items()}, self._alive())
         slots = (self.table >= 0).sum(-1)[rows][b, h] + t
@@ -395,7 +399,7 @@ class TierStore:
             keys, values = self.packed()
             keys, values = self.tier.keys.select(keys, index), self.tier.values.select(values, index)
         else:
-            touched = self._present(tiled.any(-1))
+            touched = self.present(tiled.any(-1))
             order = left_pack(touched)[..., : max(1, int(touched.sum(-1).max()))]
             keys, values = self._read(self.ids().gather(2, order))
             index = (order[..., None] * self.tile + torch.arange(self.tile, device=self.device)).flatten(2)
@@ -410,13 +414,9 @@ class TierStore:
         statistics = {n: t.flatten(2).gather(2, index) for n, t in self.statistics.items()}
         return Tokens(taken_k, taken_v, positions, gone, statistics)
 
-    def _present(self, wanted: Tensor) -> Tensor:
-        """Tiles that are there if those of bool ``[B, H_kv, n]`` are wanted: some belong to all heads together."""
-        return wanted.any(1, keepdim=True).expand_as(wanted) if self.together else wanted
-
     def _keep_tiles(self, keep: Tensor) -> None:
         self.counts = self.counts * keep
-        keep = self._present(keep)
+        keep = self.present(keep)
         order = left_pack(keep)
         slots = order.to(self.device)
         dropped = ~keep.gather(2, order)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from fade_core.cli.console import errors, out, print_json
+from fade_core.cli.console import errors, out, print_json, say
 from fade_core.errors import FadeError
 
 app = typer.Typer(help="Show, validate and describe configurations.", no_args_is_help=True)
@@ -39,7 +39,7 @@ def validate(files: Annotated[list[Path], typer.Argument(help="Configuration fil
             broken += 1
             errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         else:
-            out.print(f"{path}: valid", markup=False, highlight=False)
+            say(f"{path}: valid")
     if broken:
         raise typer.Exit(2)
 
@@ -56,4 +56,4 @@ def schema(
         print_json(described)
     else:
         output.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-        out.print(f"wrote {output}", markup=False, highlight=False)
+        say(f"wrote {output}")

@@ -58,6 +58,11 @@ def rows(made: Table, lines: Sequence[Sequence[object]]) -> Table:
     return made
 
 
+def say(line: str) -> None:
+    """A line on stdout as it is: paths stay whole, however narrow the terminal."""
+    out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def print_json(value: Any) -> None:
     """``value`` as indented JSON on stdout; NaN becomes null."""
     print(json.dumps(_finite(value), indent=2))  # noqa: T201 (rich would wrap long lines)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fade_core.cli.console import Advance, errors, out, rows, size, table, working
+from fade_core.cli.console import Advance, errors, out, rows, say, size, table, working
 from fade_core.cli.generate import run_generate
 from fade_core.cli.options import EXACT, PRESETS, Caches, Device, Dtype, Model, named_caches, open_model
 from fade_core.errors import FadeError, InputError
@@ -87,7 +87,7 @@ def demo(
         draw(pictures, output_dir / "tiers.png")
     _print(results, loaded, ids.shape[1])
     _save(results, pictures, output_dir / "demo.json", model, ids.shape[1])
-    out.print(f"picture: {output_dir / 'tiers.png'}   figures: {output_dir / 'demo.json'}", markup=False)
+    say(f"picture: {output_dir / 'tiers.png'}   figures: {output_dir / 'demo.json'}")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fade_core.cli.console import errors, out, print_json, rows, table, working
+from fade_core.cli.console import errors, out, print_json, rows, say, table, working
 from fade_core.cli.options import Device, Dtype, Json, Model, TextFiles, named_caches, open_model, read_texts
 from fade_core.errors import InputError
 
@@ -95,7 +95,7 @@ def quality(
         print_json({**about, **found.to_dict()})
         return
     _print(found, about)
-    out.print(f"figures: {output_dir / 'quality.csv'}   plot: {output_dir / 'quality.png'}", markup=False)
+    say(f"figures: {output_dir / 'quality.csv'}   plot: {output_dir / 'quality.png'}")
 
 
 def _shipped(split: Literal["evaluation", "unlike", "calibration"]) -> list[str] | None:

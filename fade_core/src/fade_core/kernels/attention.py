@@ -61,8 +61,13 @@ class PackedSegment:
 
     def scores(self, query: Tensor) -> Tensor:
         """``[B, H_kv, N, T]`` float32."""
-        keys = self.store.tier.keys
-        return torch.cat([keys.scores(query, part) for part in self._parts(self.store.packed_keys())], dim=-1)
+        keys, parts = self.store.tier.keys, self._parts(self.store.packed_keys())
+        if len(parts) == 1:
+            return keys.scores(query, parts[0])
+        found = query.new_empty((*query.shape[:3], sum(part.length for part in parts)))
+        for out, part in zip(found.split([part.length for part in parts], dim=-1), parts, strict=True):
+            out.copy_(keys.scores(query, part))
+        return found
 
     def combine(self, weights: Tensor) -> Tensor:
         """``[B, H_kv, N, D_v]`` float32."""
