@@ -12,6 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
+from fade_core.fixed import FixedLayer, Step
 from fade_core.handle import Handle, is_handle
 from fade_core.interfaces import PromptView
 from fade_core.kernels.attention import AttentionOutput, FullSegment, TorchDecodeAttention, decode_attention
@@ -51,6 +52,9 @@ def fade_attention(
         output ``[B, Q, H_q, D]`` and ``None`` in place of attention weights.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(key, Step):  # a compiled step
+        output = key.layer.attend(query, _as_bool(attention_mask), scaling, softcap, s_aux)
+        return output.transpose(1, 2).contiguous(), None
     if not is_handle(key):
         if not softcap and s_aux is None:
             plain: tuple[Tensor, None] = sdpa_attention_forward(
@@ -63,8 +67,12 @@ def fade_attention(
     mask = _as_bool(attention_mask)
     if layer.pending is not None:
         output = _chunk_attention(module, layer, query, mask, scaling, softcap, s_aux)
+    elif isinstance(layer, FixedLayer) and layer.stepping:
+        return layer.attend(query, mask, scaling, softcap, s_aux).transpose(1, 2).contiguous(), None
     else:
         output = _step_attention(layer, query, mask, scaling, softcap, s_aux)
+    if isinstance(layer, FixedLayer) and query.device.type != "cpu":  # on a CPU every step's mask is read
+        layer.trusting = mask is None or _is_plain(mask[:, :, -1:], layer)
     return output.transpose(1, 2).contiguous(), None
 
 

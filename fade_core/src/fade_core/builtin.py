@@ -38,9 +38,10 @@ def fade_policies() -> Sequence[type[PolicyConfig]]:
 
 @hookimpl
 def fade_kernels() -> Sequence[type[Kernel]]:
+    from fade_core.kernels.append import TorchAppend
     from fade_core.kernels.attention import TorchAttentionMass, TorchDecodeAttention
 
-    return [TorchDecodeAttention, TorchAttentionMass]
+    return [TorchDecodeAttention, TorchAttentionMass, TorchAppend]
 
 
 @hookimpl

@@ -12,13 +12,22 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+    StaticCache,
+    StaticLayer,
+)
 from transformers.configuration_utils import PreTrainedConfig
 
 from fade_core import attention, checkpoint
 from fade_core.bytebudget import ByteBudget, LayerShape, layer_budgets
 from fade_core.config import FadeConfig
 from fade_core.errors import ConfigError, InputError, UnsupportedModelError
+from fade_core.fixed import FixedLayer, bucket, refusal
 from fade_core.incoming import check_finite, check_room, check_tokens
 from fade_core.interfaces import (
     Event,
@@ -38,6 +47,7 @@ from fade_core.report import MemoryReport, measure
 from fade_core.tracker import AttentionTracker
 
 SIDES: tuple[Side, Side] = ("key", "value")
+_OPS: tuple[Op, ...] = ("decode_attention", "attention_mass", "append")
 
 
 def create_tiered_cache(
@@ -51,7 +61,9 @@ def create_tiered_cache(
     Args:
         model: a decoder-only transformers model.
         config: what to compress and how; ``FadeConfig.safe()`` by default.
-        max_cache_len: most tokens the cache may see; longer input is refused before anything changes.
+        max_cache_len: most tokens the cache may see; longer input is refused before anything changes. Where nothing is
+            evicted and the ladder has one tier, buffers of that size are allocated once and ``generate`` can compile the
+            decode step (``is_compileable``); ``compile_refusal`` says why not elsewhere, and the cache grows up to there.
         **overrides: fields of the configuration to change, flat spelling included.
 
     Raises:
@@ -80,7 +92,10 @@ class TieredKVCache(Cache):
     Args:
         model: a decoder-only transformers model.
         config: what to compress and how.
-        max_cache_len: most tokens the cache may see.
+        max_cache_len: most tokens the cache may see; see ``create_tiered_cache``.
+
+    Attributes:
+        compile_refusal: why decoding cannot be compiled with this cache; empty if it can.
     """
 
     def __init__(self, model: PreTrainedModel, config: FadeConfig, max_cache_len: int | None = None) -> None:
@@ -102,6 +117,7 @@ class TieredKVCache(Cache):
         )
         layers: list[Any] = []
         checked: list[QuantizerConfig] = []
+        appenders: dict[int, tuple[Kernel, str]] = {}
         tiered = [index for index, plain in enumerate(own_layers) if type(plain) is DynamicLayer]
         budgets = dict(zip(tiered, layer_budgets(config.policy, len(tiered)), strict=True))
         for index, plain in enumerate(own_layers):
@@ -120,7 +136,7 @@ class TieredKVCache(Cache):
                     f"{type(model).__name__} keeps its own attention here, which cannot leave evicted tokens out; use a "
                     "configuration without budget and bounded tiers, or a model that takes attn_implementation='fade'"
                 )
-            kernels = {op: self._kernel(op, own, ladder, text, model) for op in ("decode_attention", "attention_mass")}
+            kernels: dict[Op, Kernel] = {op: self._kernel(op, own, ladder, text, model) for op in _OPS}
             plan = LayerPlan(
                 index,
                 len(own_layers),
@@ -136,6 +152,10 @@ class TieredKVCache(Cache):
                 _weakly(self._roll_back),
             )
             layers.append(TieredLayer(plan, max_cache_len))
+            appenders[index] = kernels["append"], own.model_dump_json(include={"keys", "values", "ladder", "tile"})
+        self.compile_refusal = _not_fixed(layers, max_cache_len)
+        if max_cache_len is not None and not self.compile_refusal:
+            layers = _fixed(layers, appenders, text, max_cache_len)
         super().__init__(layers=layers)
         self._last = max(
             i for i, layer in enumerate(layers) if isinstance(layer, TieredLayer) or _replaces_tensors(layer)
@@ -175,6 +195,9 @@ class TieredKVCache(Cache):
         if not 0 <= layer_idx < len(self.layers):
             raise InputError(f"layer {layer_idx} does not exist: the cache was built for {len(self.layers)} layers")
         layer = self.layers[layer_idx]
+        if not self.compile_refusal and torch.compiler.is_compiling():
+            traced: tuple[Tensor, Tensor] = layer.update(key_states, value_states, *args, **kwargs)
+            return traced
         if self._reading and not isinstance(layer, TieredLayer):
             apart: tuple[Tensor, Tensor] = copy.copy(layer).update(key_states, value_states, *args, **kwargs)
             return apart
@@ -196,8 +219,13 @@ class TieredKVCache(Cache):
         self._overwritten.add(layer_idx)
         return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
 
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        """Logical length for masks; a tensor where only the device knows it (compiled steps)."""
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        return layer.query_offset() if isinstance(layer, FixedLayer) else self.get_seq_length(layer_idx)
+
     def reset(self) -> None:
-        """Forget everything and free it; the cache can be used again."""
+        """Forget everything; the cache can be used again. Memory is freed, save for buffers of fixed size, which stay."""
         self._before.clear()
         self._overwritten.clear()
         super().reset()
@@ -301,15 +329,13 @@ class TieredKVCache(Cache):
             self._reading = False
 
     def enable_compile(self) -> None:
-        """Refused with the reason: compiled decoding needs buffers of fixed size, which this version does not have yet.
+        """Make sure that ``generate`` compiles the decode step; caches of fixed size do so by themselves.
 
         Raises:
-            ConfigError: always; decoding works uncompiled.
+            ConfigError: if this cache is not one, with the reason (``compile_refusal``); decoding works uncompiled.
         """
-        raise ConfigError(
-            "this version cannot compile decoding: its buffers grow with the context. Decode uncompiled; "
-            "a cache of fixed size is on the way (CHANGELOG.md)"
-        )
+        if self.compile_refusal:
+            raise ConfigError(f"decoding cannot be compiled with this cache: {self.compile_refusal}. Decode uncompiled.")
 
     def set_codebooks(self, codebooks: Mapping[str, Tensor]) -> None:
         """Give the quantizers of every layer tensors they need to decode (codebooks), as ``"layer.side.name"``.
@@ -473,6 +499,8 @@ class TieredKVCache(Cache):
         elif index in self._overwritten:
             layer.reset()
             return not length
+        elif isinstance(layer, StaticLayer):
+            return int(layer.get_seq_length()) <= length
         return True
 
     def __repr__(self) -> str:
@@ -501,6 +529,39 @@ def _weakly(method: Callable[[int, int], str]) -> Callable[[int, int], str]:
         return "" if found is None else found(index, length)
 
     return call
+
+
+def _not_fixed(layers: list[Any], max_cache_len: int | None) -> str:
+    """Why these layers cannot be of fixed size, or are not; empty if they are to be."""
+    if max_cache_len is None:
+        return "its buffers grow with the context; create it with max_cache_len for buffers of fixed size"
+    for index, layer in enumerate(layers):
+        if isinstance(layer, TieredLayer):
+            reason = refusal(layer.plan)
+        elif type(layer) is DynamicSlidingWindowLayer or layer.is_compileable:
+            continue
+        else:
+            reason = f"transformers cannot compile a {type(layer).__name__}"
+        if reason:
+            return f"layer {index}: {reason}"
+    return ""
+
+
+def _fixed(
+    layers: list[Any], appenders: Mapping[int, tuple[Kernel, str]], text: PreTrainedConfig, max_cache_len: int
+) -> list[Any]:
+    """The same layers in buffers of fixed size; sliding windows become transformers' static ones."""
+    static = StaticCache(config=text, max_cache_len=bucket(max_cache_len)).layers
+    found: list[Any] = []
+    for index, layer in enumerate(layers):
+        if isinstance(layer, TieredLayer):
+            append, meaning = appenders[index]
+            layer = FixedLayer(layer.plan, max_cache_len, meaning, append)
+            layer.watches = not any(isinstance(before, FixedLayer) for before in found)
+        elif type(layer) is DynamicSlidingWindowLayer:
+            layer = static[index]
+        found.append(layer)
+    return found
 
 
 def _replaces_tensors(layer: Any) -> bool:

@@ -115,6 +115,7 @@ def restore(cache: TieredKVCache, state: Mapping[str, Any]) -> None:
     cache.reset()
     for layer, found in zip(cache.layers, fresh, strict=True):
         vars(layer).update(vars(found))
+    cache.settle()
 
 
 def save(cache: TieredKVCache, path: str | Path) -> None:

@@ -26,14 +26,14 @@ class Handle(Tensor):
     def __new__(cls, layer: TieredLayer, side: str) -> Handle:
         """A handle on ``layer``'s "key" or "value" tokens."""
         handle: Handle = Tensor._make_wrapper_subclass(
-            cls, layer.dense_shape(side), dtype=layer.dtype, device=layer.device
+            cls, layer.shown_shape(side), dtype=layer.dtype, device=layer.device
         )
         handle.layer, handle.side = layer, side
         return handle
 
     def materialise(self) -> Tensor:
         """The dequantised tokens, a plain tensor of the handle's shape."""
-        return self.layer.dense(self.side)
+        return self.layer.shown(self.side)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Handle({self.side}s of layer {self.layer.index}, shape={tuple(self.shape)})"

@@ -129,17 +129,27 @@ class TieredLayer(CacheLayerMixin):
         if isinstance(ladder.budget, ByteBudget) and ladder.budget.shortfall(batch):
             raise InputError(f"layer {self.index}: {ladder.budget.shortfall(batch)}")
         self.dtype, self.device = key_states.dtype, key_states.device
-        ranked = ladder.bounded and not self.plan.policy.positional
         statistics = tracker.statistics if ladder.bounded else ()
-        slots = ladder.n_sink + ladder.recent_window + ladder.tile
-        self.window = Window(batch, heads, key_dim, value_states.shape[-1], slots, self.dtype, self.device, statistics)
-        self.stores = tuple(
-            TierStore(tier, batch, heads, self.device, self.dtype, ranked, statistics) for tier in ladder.tiers
-        )
+        self.window, self.stores = self._buffers(batch, heads, key_dim, value_states.shape[-1], statistics)
         if tracker.query_statistics and ladder.bounded:
             self.queries = QueryMoments("query_covariance" in tracker.query_statistics)
         self.padding = torch.zeros(batch, dtype=torch.long)
         self.is_initialized = True
+
+    def _buffers(
+        self, batch: int, heads: int, key_dim: int, value_dim: int, statistics: tuple[str, ...]
+    ) -> tuple[Window, tuple[TierStore, ...]]:
+        """An empty window and empty stores for tokens of this shape."""
+        ladder = self.plan.ladder
+        ranked = ladder.bounded and not self.plan.policy.positional
+        slots = ladder.n_sink + ladder.recent_window + ladder.tile
+        window = Window(batch, heads, key_dim, value_dim, slots, self.dtype, self.device, statistics)
+        stores = (TierStore(tier, batch, heads, self.device, self.dtype, ranked, statistics) for tier in ladder.tiers)
+        return window, tuple(stores)
+
+    def fresh(self) -> TieredLayer:
+        """An empty layer of the same plan."""
+        return TieredLayer(self.plan, self.max_length)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take the new tokens ``[B, H_kv, Q, D]`` and return what attention should read.
@@ -622,6 +632,14 @@ class TieredLayer(CacheLayerMixin):
         window = self._window()
         held = window.keys if side == "key" else window.values
         return (held.shape[0], held.shape[1], self.logical, held.shape[3])
+
+    def shown_shape(self, side: str) -> tuple[int, int, int, int]:
+        """Shape of a handle on "key" or "value"."""
+        return self.dense_shape(side)
+
+    def shown(self, side: str) -> Tensor:
+        """What a handle decodes to."""
+        return self.dense(side)
 
     def dense(self, side: str) -> Tensor:
         """Dequantised tokens at their logical positions; zeros where nothing is stored (padding).

@@ -49,7 +49,7 @@ def tiered_layer(like: TieredLayer, facts: Mapping[str, Any], tensors: Mapping[s
     Raises:
         CheckpointError: for a state that no such layer can have.
     """
-    layer = TieredLayer(like.plan, like.max_length)
+    layer = like.fresh()
     if not facts["initialized"]:
         return layer
     dtype = getattr(torch, facts["dtype"])

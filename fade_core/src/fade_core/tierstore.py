@@ -37,12 +37,12 @@ class DeviceBook:
     """The book as kernels read it: int32, on the tokens' device.
 
     Attributes:
-        table: pool ids ``[B, H_kv, tiles]``, the used ones first.
+        table: pool ids ``[B, H_kv, tiles]``, the used ones first; ``None`` if the tiles of a row and head follow one another.
         used: tiles in use, ``[B, H_kv]``.
         counts: live tokens of each tile, ``[B, H_kv, tiles]``; ``None`` if every used tile is full.
     """
 
-    table: Tensor
+    table: Tensor | None
     used: Tensor
     counts: Tensor | None
 
@@ -224,7 +224,9 @@ class TierStore:
         if self._valid is not None:
             held["valid"] = self._valid
         if self._device_book is not None:
-            held["device.table"], held["device.used"] = self._device_book.table, self._device_book.used
+            held["device.used"] = self._device_book.used
+            if self._device_book.table is not None:
+                held["device.table"] = self._device_book.table
             if self._device_book.counts is not None:
                 held["device.counts"] = self._device_book.counts
         held.update({f"statistic.{name}": t for name, t in self.statistics.items()})

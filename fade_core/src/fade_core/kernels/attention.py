@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fade_core.fixedstore import TileView
 from fade_core.interfaces import Kernel, Op, Support
 from fade_core.packed import Packed, PackedFormat
 from fade_core.tierstore import TierStore
@@ -27,7 +28,8 @@ class FullSegment:
         mask: bool broadcastable to ``[B, H_kv, Q, T]``, true where a query may attend; ``None`` for everywhere.
         plain: the last ``Q`` tokens of each row are the queries' own, and ``mask`` says no more than causality and
             ``lengths`` do: an implementation that knows these need not read it.
-        lengths: leading tokens of each row that are meant, int64 ``[B]`` on the CPU; ``None`` for all ``T``.
+        lengths: leading tokens of each row that are meant, int64 ``[B]`` on the CPU, or int32 where the tokens are (then
+            no one has to read them back); ``None`` for all ``T``.
     """
 
     keys: Tensor
@@ -50,12 +52,13 @@ class PackedSegment:
     """Tokens of one packed tier, read in place.
 
     Attributes:
-        store: the tier's tiles and tables; torch reads them through the quantizers, a kernel word by word.
+        store: the tier's tiles and tables; torch reads them through the quantizers, a kernel word by word. A ``TileView``
+            has no table: its tiles lie one after the other.
         mask: as in ``FullSegment``, over ``store.tiles * store.tile`` slots.
         plain: every token is older than the queries, and ``mask`` says no more than ``store.counts`` does.
     """
 
-    store: TierStore
+    store: TierStore | TileView
     mask: Tensor | None = None
     plain: bool = False
 

@@ -1,0 +1,469 @@
+"""A layer of fixed size: buffers that never move and lengths on the device, so that a decode step compiles as one graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fade_core.errors import ConfigError, InputError, NonFiniteError
+from fade_core.fixedstore import FixedStore
+from fade_core.fixedwindow import FixedWindow
+from fade_core.handle import Handle
+from fade_core.incoming import check_room, check_tokens
+from fade_core.interfaces import Kernel
+from fade_core.kernels.append import LOGICAL, NONFINITE, ODD_MASK, AppendRule
+from fade_core.layer import REJECTABLE, LayerPlan, TieredLayer
+from fade_core.step import plan_step
+from fade_core.tierstore import TierStore
+from fade_core.window import Window
+
+SMALLEST = 256
+"""Tokens of the smallest bucket."""
+
+
+def bucket(tokens: int) -> int:
+    """The size of buffers for ``tokens``: one of four an octave, so that few sizes are ever compiled for."""
+    if tokens <= SMALLEST:
+        return SMALLEST
+    step = 1 << ((tokens - 1).bit_length() - 3)
+    return -(-tokens // step) * step
+
+
+def refusal(plan: LayerPlan) -> str:
+    """Why a layer of this plan cannot have a fixed size; empty if it can."""
+    ladder = plan.ladder
+    if plan.attention != "fade":
+        return "the model keeps its own attention, which reads dequantised tokens"
+    if ladder.bounded:
+        return "its tokens are evicted or demoted as the policy ranks them, and tiles of fixed places do not move"
+    if len(ladder.tiers) != 1:
+        return f"its ladder has {len(ladder.tiers)} tiers, and buffers of fixed size hold one"
+    tier = ladder.tiers[0]
+    learner = next((q for q in (tier.keys, tier.values) if q.learns), None)
+    if learner is not None:
+        return f"quantizer {learner.kind!r} learns from each prompt, and a compiled graph would go on with the last one's"
+    return ""
+
+
+class Step:
+    """What a compiled ``update`` returns in place of keys and values: FADE's attention takes the layer out of it.
+
+    Args:
+        layer: the layer that has taken the new token in.
+    """
+
+    def __init__(self, layer: FixedLayer) -> None:
+        self.layer = layer
+
+    def to(self, *_: Any, **__: Any) -> Step:
+        """Itself: the tokens stay where they are."""
+        return self
+
+
+class FixedLayer(TieredLayer):
+    """A ``TieredLayer`` of one packed tier without eviction, in buffers for ``slots`` tokens that are allocated once.
+
+    Prompts, rejected drafts, beams and checkpoints go the way of the growing layer, eagerly and on the host's book. A
+    step of one token goes through two custom ops that read and write the device's lengths; the host's book is brought
+    up to date when somebody asks for it, from one number read back. Both ways encode the same tiles.
+
+    Args:
+        plan: what the layer is made of.
+        max_length: most tokens the layer may see.
+        meaning: the configuration of its quantizers, written out.
+        append: implementation of the op ``append``.
+
+    Attributes:
+        slots: tokens that the buffers have room for.
+        watches: whether this layer looks at the masks of steps for all layers.
+        trusting: whether the mask of a step is taken to hide padding alone, as the prompt's did.
+    """
+
+    def __init__(self, plan: LayerPlan, max_length: int, meaning: str, append: Kernel) -> None:
+        ladder = plan.ladder
+        self.slots, self.meaning = bucket(max_length), meaning
+        self.threshold = ladder.n_sink + ladder.recent_window + ladder.tile
+        self.step_plan = plan_step(
+            AppendRule(ladder.tiers[0], ladder.n_sink, self.threshold, plan.on_nonfinite, plan.index),
+            append,
+            plan.kernel,
+            meaning,
+        )
+        self.step_name = self.step_plan.name
+        self._kept: tuple[FixedWindow, FixedStore] | None = None
+        self._logical = self._behind = self._asked = self._open = 0
+        self._stale = self.ready = self.stepping = self.trusting = self.watches = False
+        super().__init__(plan, max_length)
+
+    def fresh(self) -> FixedLayer:
+        layer = FixedLayer(self.plan, self.max_length or self.slots, self.meaning, self.step_plan.append)
+        layer.watches = self.watches
+        return layer
+
+    @property
+    def is_compileable(self) -> bool:  # type: ignore[override]
+        """Whether the next step of one token may be compiled; drafts that may be rejected are kept eager."""
+        return not (self.record_past or self.reading)
+
+    # --- buffers ---
+    def _blank(self) -> None:
+        self._stale = self.ready = self.stepping = self.trusting = False
+        self._behind = self._asked = self._open = 0
+        super()._blank()
+        if self._kept is not None:  # addresses stay: compiled graphs know them
+            self._kept[0].clear()
+            self._kept[1].clear()
+            self._counters.zero_()
+
+    def _buffers(
+        self, batch: int, heads: int, key_dim: int, value_dim: int, statistics: tuple[str, ...]
+    ) -> tuple[Window, tuple[TierStore, ...]]:
+        ladder = self.plan.ladder
+        shape = (batch, heads, self.threshold + REJECTABLE)
+        if self._kept is None or not self._fits(self._kept[0], (*shape, key_dim), (*shape, value_dim)):
+            window = FixedWindow(batch, heads, key_dim, value_dim, shape[2], self.dtype, self.device)
+            tiles = max(1, (self.slots - ladder.n_sink - ladder.recent_window) // ladder.tile)
+            self._kept = window, FixedStore(ladder.tiers[0], batch, heads, self.device, self.dtype, tiles)
+            self._counters = torch.zeros(3, dtype=torch.long, device=self.device)
+            self._wire()
+        return self._kept[0], (self._kept[1],)
+
+    def _fits(self, window: FixedWindow, keys: tuple[int, ...], values: tuple[int, ...]) -> bool:
+        shapes = tuple(window.keys.shape), tuple(window.values.shape)
+        return shapes == (keys, values) and (window.keys.dtype, window.keys.device) == (self.dtype, self.device)
+
+    def _wire(self) -> None:
+        """Lay out what a step hands to its ops, and promise the compiler that it stays there."""
+        window, store = self._parts()
+        self._first = torch.zeros(len(store.per_row), dtype=torch.long, device=self.device)
+        tier = store.tier
+        self._key_fields = [store.fields[f"k.{name}"] for name in tier.keys.field_shapes()]
+        self._value_fields = [store.fields[f"v.{name}"] for name in tier.values.field_shapes()]
+        self._window_keys, self._window_values = window.keys, window.values
+        self._lengths, self._used = window.device_lengths, store.used
+        for tensor in (
+            *(*self._key_fields, *self._value_fields, self._window_keys, self._window_values),
+            *(self._lengths, self._used, self._counters, self._first),
+        ):
+            # unguarded: another cache of the same shapes runs the same graph, and CUDA graphs are recorded anew
+            torch._dynamo.mark_static_address(tensor, guard=False)
+
+    def _parts(self) -> tuple[FixedWindow, FixedStore]:
+        if self._kept is None:
+            raise InputError(f"layer {self.index} is empty: it has not seen a token yet")
+        return self._kept
+
+    # --- the host's book, brought up to date by whoever reads it ---
+    @property
+    def logical(self) -> int:  # type: ignore[override]
+        """Tokens the model has seen."""
+        self._catch_up()
+        return self._logical
+
+    @logical.setter
+    def logical(self, length: int) -> None:
+        self._logical = length
+
+    @property
+    def window(self) -> Window | None:  # type: ignore[override]
+        """The full-precision tokens."""
+        self._catch_up()
+        return self._window_now
+
+    @window.setter
+    def window(self, window: Window | None) -> None:
+        self._window_now = window
+
+    @property
+    def stores(self) -> tuple[TierStore, ...]:  # type: ignore[override]
+        """The packed tokens."""
+        self._catch_up()
+        return self._stores_now
+
+    @stores.setter
+    def stores(self, stores: tuple[TierStore, ...]) -> None:
+        self._stores_now = stores
+
+    def _catch_up(self) -> None:
+        """Bring the host's book up to the device's: one read back after compiled steps, none after eager ones.
+
+        Raises:
+            InputError: if compiled steps went past ``max_cache_len`` or were given a mask that hid stored tokens.
+            NonFiniteError: if compiled steps were given NaN or infinity.
+        """
+        if self._stale:
+            counters = self._counters.tolist()
+            self._complain(counters)
+            self._behind, self._stale = counters[LOGICAL] - self._logical, False
+        self._asked = 0
+        if self._behind:
+            steps, self._behind = self._behind, 0
+            self._advance(steps)
+
+    def _complain(self, counters: list[int]) -> None:
+        what, error = "", InputError
+        if self.max_length is not None and counters[LOGICAL] > self.max_length:
+            what = f"{counters[LOGICAL]} tokens were fed to a cache of max_cache_len={self.max_length}"
+        if counters[ODD_MASK]:
+            what = (
+                f"{counters[ODD_MASK]} steps came with a mask that hides stored tokens, while the prompt's hid padding alone"
+            )
+        if counters[NONFINITE]:
+            error, what = NonFiniteError, f"{counters[NONFINITE]} steps brought NaN or infinity"
+        if what:
+            raise error(f"layer {self.index}: {what}; compiled steps cannot refuse. Call reset() and start again")
+
+    def _advance(self, steps: int) -> None:
+        """Do on the host's book what ``steps`` tokens did on the device's."""
+        window, store = self._parts()
+        ladder = self.plan.ladder
+        self._logical += steps
+        self.since_ranking += steps
+        real, before = self._logical - self.padding, store.per_row
+        due = (real - 1 - ladder.n_sink - ladder.recent_window).div(ladder.tile, rounding_mode="floor")
+        tiles = torch.maximum(before, due.clamp_max(store.max_tiles))
+        packed = tiles * ladder.tile
+        store.occupy(tiles, torch.where(before > 0, store.first, self.padding + ladder.n_sink))
+        window.locate(real - packed, self.padding, ladder.n_sink, packed)
+        encoded = int((tiles - before).sum()) * ladder.tile * store.heads
+        if encoded:
+            self._report("encode", encoded, self.nbytes(), 0.0)
+        for op, kernel, reason in sorted(self.step_plan.refused):
+            self._say_once({"op": op, "kernel": kernel, "reason": reason})
+
+    def _publish(self) -> None:
+        """Write the host's book to the device: the next step goes on from there."""
+        if not self.is_initialized:
+            return
+        window, store = self._parts()
+        if len(self._first) != len(self.padding):
+            self._wire()
+        window.publish()
+        store.publish()
+        self._counters[LOGICAL] = self._logical
+        self._first.copy_(self.padding)
+        self.ready = bool((window.lengths > 0).all())
+
+    # --- what transformers asks ---
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Take the new tokens ``[B, H_kv, Q, D]`` and return what attention should read; as ``TieredLayer.update``."""
+        if torch.compiler.is_compiling():
+            if self.steps(key_states.shape[2]):
+                self._stale = True
+                self._take_in(key_states, value_states)
+                return Step(self), Step(self)
+            torch._dynamo.graph_break()
+        return self._update_eagerly(key_states, value_states, *args, **kwargs)
+
+    @torch.compiler.disable
+    def _update_eagerly(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.stepping = keys.dim() == 4 and self.steps(keys.shape[2])
+        if not self.stepping:
+            return super().update(keys, values, *args, **kwargs)
+        self.commit()
+        if self._stale:
+            self._catch_up()
+        try:
+            check_tokens(self.index, keys, values, (self._window_keys, self._window_values))
+            check_room(self.index, self._length(), 1, self.max_length)
+            self._take_in(keys, values)
+        except InputError as error:
+            outcome = self.plan.on_failure(self.index, self.logical)
+            raise type(error)(f"{error} {outcome}".rstrip()) from None
+        self._open = 1
+        self._behind += 1
+        return Handle(self, "key"), Handle(self, "value")
+
+    def steps(self, queries: int) -> bool:
+        """Whether the next ``queries`` tokens are a step that two custom ops take."""
+        return queries == 1 and self.ready and not (self.record_past or self.reading)
+
+    def _take_in(self, keys: Tensor, values: Tensor) -> None:
+        torch.ops.fade.append(
+            keys,
+            values,
+            self._window_keys,
+            self._window_values,
+            self._key_fields,
+            self._value_fields,
+            self._lengths,
+            self._used,
+            self._counters,
+            self.step_name,
+        )
+
+    def get_seq_length(self) -> Any:
+        """Logical length; a tensor inside a compiled graph."""
+        return self._counters[LOGICAL] if torch.compiler.is_compiling() and self.ready else self._length()
+
+    def query_offset(self) -> Any:
+        """Logical length for masks: where the host does not know it, the device's own."""
+        if self._stale or (torch.compiler.is_compiling() and self.ready):
+            return self._counters[LOGICAL]
+        return self._length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Masks of a step span all slots, those of other passes the logical length.
+
+        Raises:
+            InputError: if the tokens would pass ``max_length``; nothing has changed then.
+        """
+        stepping = self.steps(int(query_length))
+        if torch.compiler.is_compiling() and stepping:
+            return self.slots, 0
+        self._check_room(int(query_length))
+        return (self.slots if stepping else self.logical + int(query_length)), 0
+
+    def _check_room(self, tokens: int) -> None:
+        """Refuse tokens past ``max_length``, reading the device's length only where it may matter."""
+        if self._stale and self._logical + self._asked + tokens <= (self.max_length or 0):
+            self._asked += tokens  # at least as many as have been fed
+            return
+        check_room(self.index, self._length(), tokens, self.max_length)
+
+    def _length(self) -> int:
+        """The logical length, without bringing the rest of the book up to date."""
+        return self.logical if self._stale else self._logical + self._behind
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens.
+
+        A packed tile that is cut gives what is left of it back to the window, as it decodes.
+        """
+        reopened = self._cut_tiles(self.logical + tokens_to_remove) if tokens_to_remove < 0 and self.is_initialized else []
+        super().crop(tokens_to_remove)
+        if self.is_initialized:
+            self._reopen(reopened)
+        self._publish()
+
+    def _cut_tiles(self, end: int) -> list[tuple[int, Tensor, Tensor]]:
+        """Row, keys and values ``[H_kv, n, D]`` of tokens before ``end`` whose tile reaches past it."""
+        _, store = self._parts()
+        found = []
+        for row, (tiles, first) in enumerate(zip(store.per_row.tolist(), store.first.tolist(), strict=True)):
+            whole, rest = divmod(max(0, end - first), store.tile)
+            if rest and whole < tiles:
+                keys, values = store.decode_tile(row, whole)
+                found.append((row, keys[0, :, :rest], values[0, :, :rest]))
+        return found
+
+    def _reopen(self, cut: list[tuple[int, Tensor, Tensor]]) -> None:
+        """Put tokens of cut tiles behind the sinks, which are all that is left in those rows' windows."""
+        if not cut:
+            return
+        window, store = self._parts()
+        lengths = window.lengths.clone()
+        for row, keys, values in cut:
+            start, count = int(lengths[row]), keys.shape[1]
+            window.keys[row, :, start : start + count] = keys
+            window.values[row, :, start : start + count] = values
+            lengths[row] += count
+        ladder = self.plan.ladder
+        window.locate(lengths, self.padding, ladder.n_sink, store.per_row * ladder.tile)
+
+    def reset(self) -> None:
+        """Forget everything; the buffers stay where they are."""
+        self.record_past = False
+        self._blank()
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep, repeat or reorder rows: in place if their number stays, else in new buffers."""
+        super().batch_select_indices(indices)
+        self._publish()
+
+    # --- what attention asks ---
+    def attend(
+        self, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None, sinks: Tensor | None
+    ) -> Tensor:
+        """Attention ``[B, H_q, 1, D]`` of the token that ``update`` has just taken in.
+
+        On a CPU every mask is honoured. Elsewhere nothing may be read back: while the prompt's mask hid nothing but
+        padding, a step's is taken to do the same, and the first layer counts the steps for which that was wrong.
+        """
+        if mask is not None and self.trusting:
+            if self.watches:
+                self._watch(mask)
+            mask = None
+        output: Tensor = torch.ops.fade.decode_attention(
+            query,
+            self._window_keys,
+            self._window_values,
+            self._key_fields,
+            self._value_fields,
+            self._lengths,
+            self._used,
+            self._first,
+            mask,
+            sinks,
+            scaling,
+            softcap,
+            self.step_name,
+        )
+        return output
+
+    def _watch(self, mask: Tensor) -> None:
+        where = torch.arange(mask.shape[3], device=mask.device)
+        stored = (where >= self._first[:, None]) & (where < self._counters[LOGICAL])
+        self._counters[ODD_MASK] += (stored & ~mask[:, 0, 0]).any()
+
+    def shown_shape(self, side: str) -> tuple[int, int, int, int]:
+        """Shape of a handle: as wide as the mask."""
+        if not self.stepping:
+            return self.dense_shape(side)
+        held = self._window_keys if side == "key" else self._window_values
+        return (held.shape[0], held.shape[1], self.slots, held.shape[3])
+
+    def shown(self, side: str) -> Tensor:
+        """What a handle decodes to; zeros where no token is yet."""
+        dense = self.dense(side)
+        if not self.stepping:
+            return dense
+        return torch.nn.functional.pad(dense, (0, 0, 0, self.slots - dense.shape[2]))
+
+    # --- a forward pass that may fail in a later layer ---
+    def commit(self) -> None:
+        self._open = 0
+        super().commit()
+
+    def go_back(self) -> None:
+        if self._open:
+            self._open = 0
+            window, _ = self._parts()
+            self.logical -= 1
+            window.crop(self._logical)
+        else:
+            super().go_back()
+        self._publish()
+
+    # --- compression ---
+    def settle(self, padding: Tensor | None = None, statistics: Any = None) -> None:
+        super().settle(padding, statistics)
+        self._publish()
+
+    def assign(self, tiers: Tensor) -> None:
+        raise InputError("tokens of fixed places cannot be assigned to tiers by hand; create the cache without max_cache_len")
+
+    @property
+    def holding(self) -> bool:  # type: ignore[override]
+        """Never: a window of fixed size cannot keep a prompt in full precision."""
+        return False
+
+    @holding.setter
+    def holding(self, wanted: bool) -> None:
+        if wanted:
+            raise ConfigError("a cache of fixed size cannot hold a prompt in full precision; create it without max_cache_len")
+
+    # --- introspection ---
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor the layer keeps, as "tier/kind"; after ``reset`` as before it."""
+        if self._kept is None:
+            return {}
+        held = super().tensors()
+        window, store = self._parts()
+        if not held:
+            held = {f"fp16/{n}": t for n, t in window.tensors().items()}
+            tiled = "tiles." if store.tier.name == "fp16" else ""
+            held |= {f"{store.tier.name}/{tiled}{n}": t for n, t in store.tensors().items()}
+        return held | {"layer/counters": self._counters, "layer/first": self._first}

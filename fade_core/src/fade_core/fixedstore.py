@@ -1,0 +1,248 @@
+"""The packed tokens of a layer whose buffers never move: tile ``n`` of a row and head has one place for good."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fade_core.errors import CheckpointError, InputError
+from fade_core.interfaces import Tier
+from fade_core.packed import Packed
+from fade_core.tierstore import DeviceBook, TierStore, Tokens
+
+
+class TileView:
+    """Packed tiles in place, as attention reads them: fields ``[B, H_kv, tiles, ...]`` and how many a row and head uses.
+
+    Args:
+        tier: name and quantizers.
+        keys: fields of the keys by name.
+        values: fields of the values.
+        used: int32 ``[B, H_kv]`` on the device: tiles in use; those after them hold anything.
+        dtype: dtype that decoding gives back.
+    """
+
+    def __init__(
+        self, tier: Tier, keys: Mapping[str, Tensor], values: Mapping[str, Tensor], used: Tensor, dtype: torch.dtype
+    ) -> None:
+        self.tier, self.keys, self.values, self.used, self.dtype = tier, dict(keys), dict(values), used, dtype
+        self.tile, (self.heads, self.tiles) = tier.keys.tile, next(iter(keys.values())).shape[1:3]
+
+    def packed_keys(self) -> Packed:
+        """All keys, views."""
+        return Packed(self.keys, self.tiles * self.tile, self.dtype)
+
+    def packed_values(self) -> Packed:
+        """All values, views."""
+        return Packed(self.values, self.tiles * self.tile, self.dtype)
+
+    def device_book(self) -> DeviceBook:
+        """No table: tiles follow one another."""
+        return DeviceBook(None, self.used, None)
+
+
+@dataclass(frozen=True)
+class _Before:
+    """Tiles in use and where they begin, at one moment."""
+
+    per_row: Tensor
+    first: Tensor
+
+
+class FixedStore(TierStore):
+    """Tiles of one tier in buffers of one size, filled from the front; all heads of a row are alike.
+
+    Rows hold whole tiles of consecutive positions. What is past ``per_row`` is free to be written over, so that a crop
+    or an undone pass only changes that number. The host's book has a copy on the device, ``used``, which decode steps
+    change alone.
+
+    Args:
+        tier: name and quantizers.
+        batch: rows ``B``.
+        heads: KV heads ``H_kv``.
+        device: where tokens live.
+        dtype: dtype that decoding gives back.
+        max_tiles: tiles a row and head has room for.
+    """
+
+    def __init__(
+        self, tier: Tier, batch: int, heads: int, device: torch.device, dtype: torch.dtype, max_tiles: int
+    ) -> None:
+        self.max_tiles = max_tiles
+        self._before: _Before | None = None
+        super().__init__(tier, batch, heads, device, dtype, explicit=False)
+
+    def _forget(self, batch: int) -> None:
+        lead = (batch, self.heads, self.max_tiles)
+        self.fields = {
+            name: torch.zeros((*lead, *shape), dtype=dtype, device=self.device)
+            for name, (shape, dtype) in self._shapes().items()
+        }
+        self.used = torch.zeros(lead[:2], dtype=torch.int32, device=self.device)
+        self.offsets = torch.empty((batch, self.heads, 0, self.tile), dtype=torch.int32, device=self.device)
+        self.statistics = {}
+        self.first = torch.zeros(batch, dtype=torch.long)
+        self._pool_is_fields()
+        self.occupy(torch.zeros(batch, dtype=torch.long))
+
+    def side(self, name: str) -> dict[str, Tensor]:
+        """Fields of "k" or "v" by the quantizer's names."""
+        return {field[2:]: tensor for field, tensor in self.fields.items() if field[0] == name}
+
+    def occupy(self, per_row: Tensor, first: Tensor | None = None) -> None:
+        """Say on the host how many tiles each row uses, int64 ``[B]``, and the position of its first packed token."""
+        self.per_row = per_row
+        self.first = self.first if first is None else first
+        batch, slots = len(per_row), torch.arange(self.max_tiles)
+        live, longest = (slots < per_row[:, None])[:, None], int(per_row.max()) if batch else 0
+        ids = torch.arange(batch * self.heads * self.max_tiles).view(batch, self.heads, self.max_tiles)
+        starts = self.first[:, None, None] + slots * self.tile
+        self.table = ids.masked_fill(~live, -1)[..., :longest]
+        self.counts = (live * self.tile).expand_as(ids)[..., :longest]
+        self.starts = starts.expand_as(ids)[..., :longest]
+        self._book_changed()
+
+    def publish(self) -> None:
+        """Write the host's book to the device."""
+        self.used.copy_(self.per_row[:, None].expand_as(self.used))
+
+    def clear(self) -> None:
+        """Hold no token."""
+        self.occupy(torch.zeros_like(self.per_row))
+        self.publish()
+
+    # --- what is here ---
+    @property
+    def alike(self) -> bool:
+        return True
+
+    def valid(self) -> Tensor | None:
+        if bool((self.per_row == self.tiles).all()):
+            return None
+        slots = torch.arange(self.tiles * self.tile)
+        found = slots < (self.per_row * self.tile)[:, None]
+        return found[:, None].expand(-1, self.heads, -1).to(self.device)
+
+    def packed_keys(self) -> Packed:
+        return self._part("k", slice(0, self.tiles))
+
+    def packed_values(self) -> Packed:
+        return self._part("v", slice(0, self.tiles))
+
+    def device_book(self) -> DeviceBook:
+        return DeviceBook(None, self.used, None)
+
+    def decode_into(self, keys: Tensor, values: Tensor) -> None:
+        block = max(4, -(-self.tiles // 8))
+        for first in range(0, self.tiles, block):
+            tiles = slice(first, min(first + block, self.tiles))
+            part = slice(tiles.start * self.tile, tiles.stop * self.tile)
+            keys[:, :, part] = self.tier.keys.decode(self._part("k", tiles))
+            values[:, :, part] = self.tier.values.decode(self._part("v", tiles))
+
+    def decode_tile(self, row: int, number: int) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[1, H_kv, tile, D]`` of one tile of a row."""
+        at = {side: {n: f[row : row + 1, :, number : number + 1] for n, f in self.side(side).items()} for side in "kv"}
+        keys, values = (Packed(at[side], self.tile, self.dtype) for side in "kv")
+        return self.tier.keys.decode(keys), self.tier.values.decode(values)
+
+    def tensors(self) -> dict[str, Tensor]:
+        held = {**self.fields, "table": self.table, "counts": self.counts, "starts": self.starts}
+        return held | {"device.used": self.used, "per_row": self.per_row, "first": self.first}
+
+    # --- moving tokens ---
+    def append(self, tokens: Tokens, index: Tensor | None = None) -> None:
+        """Encode whole tiles behind what is here. Raises ``InputError`` if there is no room for them."""
+        per_row = tokens.counts[:, 0] // self.tile
+        if index is not None or bool((tokens.counts != (per_row * self.tile)[:, None]).any()):
+            raise InputError("tiles of fixed places take whole tiles of consecutive tokens, the same in every head")
+        after = self.per_row + per_row
+        if int(after.max()) > self.max_tiles:
+            raise InputError(f"{int(after.max())} tiles are wanted and {self.max_tiles} fit; raise max_cache_len")
+        new = int(per_row.max())
+        block = max(4, -(-new // 8))
+        for start in range(0, new, block):
+            part = slice(start * self.tile, min(start + block, new) * self.tile)
+            encoded = {"k": self.tier.keys.encode(tokens.keys[:, :, part])}
+            encoded["v"] = self.tier.values.encode(tokens.values[:, :, part])
+            self._write(encoded, start, per_row)
+        fresh = tokens.positions[:, 0, 0].cpu()
+        self.occupy(after, torch.where(self.per_row > 0, self.first, fresh))
+
+    def _write(self, encoded: Mapping[str, Packed], start: int, per_row: Tensor) -> None:
+        tiles = next(iter(encoded["k"].fields.values())).shape[2]
+        row, number = (torch.arange(start, start + tiles) < per_row[:, None]).nonzero(as_tuple=True)
+        at, slot, source = (t.to(self.device) for t in (row, self.per_row[row] + start + number, number))
+        for side, packed in encoded.items():
+            for name, field in packed.fields.items():
+                held = self.fields[f"{side}.{name}"]
+                held[at, :, slot] = field[at, :, source].to(held.dtype)
+
+    def split(self, moving: Tensor, decode: bool = True) -> Tokens | None:
+        raise InputError("tokens of fixed places cannot be moved or evicted; create the cache without max_cache_len")
+
+    def crop(self, end: int) -> None:
+        """Forget every tile that reaches position ``end`` or further, whole."""
+        kept = (end - self.first).div(self.tile, rounding_mode="floor").clamp_min(0)
+        self.occupy(torch.minimum(self.per_row, kept))
+
+    def select_rows(self, index: Tensor) -> None:
+        at, index = index.to(self.device), index.cpu()
+        if len(index) == len(self.per_row):
+            tiles = self.tiles
+            for field in self.fields.values():
+                field[:, :, :tiles] = field[at, :, :tiles]
+        else:
+            self.fields = {name: field[at] for name, field in self.fields.items()}
+            self.used = self.used[at]
+            self.offsets = self.offsets[at]
+            self._pool_is_fields()
+        self.occupy(self.per_row[index], self.first[index])
+
+    # --- undoing a forward pass ---
+    def hold(self) -> None:
+        self._before = _Before(self.per_row, self.first)
+
+    def let_go(self) -> None:
+        self._before = None
+
+    def go_back(self) -> None:
+        if self._before is not None:
+            before, self._before = self._before, None
+            self.occupy(before.per_row, before.first)
+
+    # --- state for checkpoints ---
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what ``state`` gave. Raises ``CheckpointError`` for tokens that such a store cannot hold."""
+        table, counts, starts = (state[name].cpu() for name in ("table", "counts", "starts"))
+        per_row = (counts[:, 0] > 0).sum(-1)
+        live = (torch.arange(table.shape[2]) < per_row[:, None])[:, None].expand_as(table)
+        first = starts[:, 0, 0] if table.shape[2] else torch.zeros_like(per_row)
+        there = first[:, None, None] + torch.arange(table.shape[2]) * self.tile
+        whole = torch.equal(counts, live * self.tile) and bool((starts == there)[live].all())
+        if not whole or table.shape[2] > self.max_tiles:
+            raise CheckpointError(
+                f"a cache of fixed size holds up to {self.max_tiles} whole tiles a row, one after the other; what was "
+                "saved is something else: load it into a cache without max_cache_len"
+            )
+        for name, field in self.fields.items():
+            tiles = state[f"pool.{name}"].to(self.device)
+            if table.shape[2]:
+                field[:, :, : table.shape[2]][live.to(self.device)] = tiles[table[live].to(self.device)]
+        self.occupy(per_row, first)
+
+    # --- inside ---
+    def _part(self, side: str, tiles: slice) -> Packed:
+        fields = {name: field[:, :, tiles] for name, field in self.side(side).items()}
+        return Packed(fields, (tiles.stop - tiles.start) * self.tile, self.dtype)
+
+    def _pool_is_fields(self) -> None:
+        """Show the fields to whoever looks into a pool (checkpoints): the same memory."""
+        self.pool.fields = {name: field.flatten(0, 2) for name, field in self.fields.items()}
+        self.pool.capacity = next(iter(self.pool.fields.values())).shape[0]
+
+    def _release(self) -> None:
+        return

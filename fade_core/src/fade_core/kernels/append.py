@@ -1,0 +1,136 @@
+"""Taking one token into buffers of fixed size, in plain torch: the oracle of the op ``append``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fade_core.incoming import check_finite
+from fade_core.interfaces import Kernel, Op, Quantizer, Support, Tier
+from fade_core.packed import PackedFormat
+
+LOGICAL, NONFINITE, ODD_MASK = 0, 1, 2
+"""What the three ``counters`` count: tokens seen, tokens that were not finite, steps whose mask said more than it may."""
+
+
+@dataclass(frozen=True)
+class AppendRule:
+    """How a layer of fixed size takes tokens in; shared by all of its steps.
+
+    Attributes:
+        tier: where tokens go that leave the window.
+        n_sink: leading tokens that never leave it.
+        threshold: tokens that a full window holds; one tile leaves before the next token comes.
+        on_nonfinite: "raise" or "zero".
+        layer: layer index, for messages.
+    """
+
+    tier: Tier
+    n_sink: int
+    threshold: int
+    on_nonfinite: str = "raise"
+    layer: int = 0
+
+    @property
+    def tile(self) -> int:
+        """Tokens that leave the window together."""
+        return self.tier.keys.tile
+
+
+@dataclass(frozen=True)
+class FixedBuffers:
+    """What a layer of fixed size holds; all of it is written in place, and lengths are read where they lie.
+
+    Attributes:
+        keys: full-precision window ``[B, H_kv, capacity, D]``, left-aligned: sinks, then the newest tokens.
+        values: likewise.
+        key_fields: packed fields ``[B, H_kv, tiles, ...]`` by the quantizer's names.
+        value_fields: likewise.
+        lengths: int32 ``[B]``: tokens in the window.
+        used: int32 ``[B, H_kv]``: tiles in use, the same in all heads of a row.
+        counters: int64 ``[3]``: see ``LOGICAL``.
+    """
+
+    keys: Tensor
+    values: Tensor
+    key_fields: Mapping[str, Tensor]
+    value_fields: Mapping[str, Tensor]
+    lengths: Tensor
+    used: Tensor
+    counters: Tensor
+
+
+def append(keys: Tensor, values: Tensor, held: FixedBuffers, rule: AppendRule) -> None:
+    """Write one token a row behind the window; where the window is full, encode its oldest tile in place first.
+
+    On a CPU the lengths are looked at, so that nothing is encoded in vain. Elsewhere nothing is read back: every step
+    encodes the tile that would be next and keeps it where the window is full.
+
+    Args:
+        keys: ``[B, H_kv, 1, D]`` in the window's dtype.
+        values: likewise.
+        held: the buffers.
+        rule: when and how tokens leave the window.
+
+    Raises:
+        NonFiniteError: on a CPU, for NaN or infinity under ``on_nonfinite="raise"``; nothing has changed then. Elsewhere
+            ``counters`` says so.
+    """
+    host = keys.device.type == "cpu"
+    if host:
+        keys, values = check_finite(rule.layer, keys, values, int(held.counters[LOGICAL]), rule.on_nonfinite)
+    elif rule.on_nonfinite == "zero":
+        keys, values = (t.masked_fill(~torch.isfinite(t), 0) for t in (keys, values))
+    else:
+        held.counters[NONFINITE] += ~torch.isfinite(keys.float().sum() + values.float().sum())
+    full = (held.lengths >= rule.threshold) & (held.used[:, 0] < next(iter(held.key_fields.values())).shape[2])
+    if not host:
+        _encode_oldest(held, rule, torch.arange(len(full), device=full.device), full)
+    elif bool(full.any()):
+        rows = full.nonzero().flatten()
+        _encode_oldest(held, rule, rows, full[rows])
+    rows = torch.arange(len(full), device=full.device)
+    slots = held.lengths.clamp_max(held.keys.shape[2] - 1).long()
+    held.keys[rows, :, slots] = keys[:, :, 0]
+    held.values[rows, :, slots] = values[:, :, 0]
+    held.lengths.add_(1)
+    held.counters[LOGICAL] += 1
+
+
+def _encode_oldest(held: FixedBuffers, rule: AppendRule, rows: Tensor, full: Tensor) -> None:
+    """Encode the oldest tile of ``rows`` and close the gap, where they are ``full`` (bool, one a row)."""
+    first, last = rule.n_sink, rule.n_sink + rule.tile
+    most = next(iter(held.key_fields.values())).shape[2] - 1
+    number = held.used[rows, 0].clamp_max(most).long()
+    slots = torch.arange(held.keys.shape[2], device=rows.device)
+    source = torch.where((slots >= first) & full[:, None], slots + rule.tile, slots).clamp_max(len(slots) - 1)
+    sides: tuple[tuple[Quantizer, Tensor, Mapping[str, Tensor]], ...] = (
+        (rule.tier.keys, held.keys, held.key_fields),
+        (rule.tier.values, held.values, held.value_fields),
+    )
+    for quantizer, window, fields in sides:
+        ours = window[rows]
+        packed = quantizer.encode(ours[:, :, first:last])
+        for name, field in fields.items():
+            new = packed.fields[name][:, :, 0].to(field.dtype)
+            field[rows, :, number] = torch.where(full.view(-1, *(1,) * (new.dim() - 1)), new, field[rows, :, number])
+        window[rows] = ours.gather(2, source[:, None, :, None].expand_as(ours))
+    held.lengths[rows] -= rule.tile * full.int()
+    held.used[rows] += full.int()[:, None]
+
+
+class TorchAppend(Kernel):
+    """``append`` in torch: runs everywhere, with every quantizer."""
+
+    name: ClassVar[str] = "torch"
+    op: ClassVar[Op] = "append"
+
+    def supports(self, format: PackedFormat | None, head_dim: int, device: torch.device, dtype: torch.dtype) -> Support:
+        return Support(True)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        append(*args, **kwargs)

@@ -1,0 +1,251 @@
+"""A decode step over buffers of fixed size, as two custom ops that a compiled graph holds: take a token in, attend.
+
+Custom ops take tensors and plain values. What else a step needs (quantizers, kernels, sinks and window) is a ``StepPlan``
+known by a name, and the name goes into the graph. Layers of the same meaning share a plan, so that a graph compiled for one
+cache serves the next.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fade_core.errors import InputError
+from fade_core.fixedstore import TileView
+from fade_core.interfaces import Kernel
+from fade_core.kernels.append import AppendRule, FixedBuffers, TorchAppend
+from fade_core.kernels.attention import FullSegment, PackedSegment, Segment, TorchDecodeAttention
+
+_ORACLES: dict[str, Kernel] = {"append": TorchAppend(), "decode_attention": TorchDecodeAttention()}
+_plans: weakref.WeakValueDictionary[str, StepPlan] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+@dataclass(eq=False)
+class StepPlan:
+    """What the steps of one layer have in common.
+
+    Attributes:
+        name: what graphs call it.
+        rule: sinks, window, quantizers.
+        append: implementation of ``append``.
+        attention: implementation of ``decode_attention``.
+        refused: op, implementation and reason of calls that the oracle computed instead.
+    """
+
+    name: str
+    rule: AppendRule
+    append: Kernel
+    attention: Kernel
+    refused: set[tuple[str, str, str]] = field(default_factory=set)
+
+    def choose(self, kernel: Kernel, *args: object) -> Kernel:
+        """``kernel`` if it accepts this very call, else the oracle."""
+        support = kernel.accepts(*args)
+        if support:
+            return kernel
+        self.refused.add((kernel.op, kernel.name, support.reason))
+        return _ORACLES[kernel.op]
+
+
+def plan_step(rule: AppendRule, append: Kernel, attention: Kernel, meaning: str) -> StepPlan:
+    """The plan of a layer, shared with every layer of the same ``meaning`` if its quantizers keep no state.
+
+    Args:
+        rule: sinks, window, quantizers.
+        append: implementation of ``append``.
+        attention: implementation of ``decode_attention``.
+        meaning: the configuration of the quantizers, written out.
+    """
+    name = f"{rule.layer}:{rule.n_sink}:{rule.threshold}:{rule.on_nonfinite}:{append.name}:{attention.name}:{meaning}"
+    if rule.tier.keys.state_dict() or rule.tier.values.state_dict():
+        name = f"{name}:{next(_numbers)}"  # tensors may be replaced: codebooks, a loaded state
+    found = _plans.get(name)
+    if found is None:
+        _plans[name] = found = StepPlan(name, rule, append, attention)
+    return found
+
+
+def _plan(name: str) -> StepPlan:
+    found = _plans.get(name)
+    if found is None:
+        raise InputError("a compiled step was run for a cache that is gone; run it with the cache it is meant for")
+    return found
+
+
+@torch.library.custom_op(
+    "fade::append",
+    mutates_args=("window_keys", "window_values", "key_fields", "value_fields", "lengths", "used", "counters"),
+)
+def append(
+    keys: Tensor,
+    values: Tensor,
+    window_keys: Tensor,
+    window_values: Tensor,
+    key_fields: Sequence[Tensor],
+    value_fields: Sequence[Tensor],
+    lengths: Tensor,
+    used: Tensor,
+    counters: Tensor,
+    plan: str,
+) -> None:
+    """Take one token a row in (``fade_core.kernels.append.append``).
+
+    Args:
+        keys: ``[B, H_kv, 1, D]``.
+        values: likewise.
+        window_keys: ``[B, H_kv, capacity, D]``.
+        window_values: likewise.
+        key_fields: ``[B, H_kv, tiles, ...]``, in the order of the quantizer's ``field_shapes``.
+        value_fields: likewise.
+        lengths: int32 ``[B]``.
+        used: int32 ``[B, H_kv]``.
+        counters: int64 ``[3]``.
+        plan: name of the layer's ``StepPlan``.
+    """
+    ours = _plan(plan)
+    tier = ours.rule.tier
+    held = FixedBuffers(
+        window_keys,
+        window_values,
+        dict(zip(tier.keys.field_shapes(), key_fields, strict=True)),
+        dict(zip(tier.values.field_shapes(), value_fields, strict=True)),
+        lengths,
+        used,
+        counters,
+    )
+    ours.choose(ours.append, keys, values, held, ours.rule)(keys, values, held, ours.rule)
+
+
+@append.register_fake
+def _append_fake(
+    keys: Tensor,
+    values: Tensor,
+    window_keys: Tensor,
+    window_values: Tensor,
+    key_fields: Sequence[Tensor],
+    value_fields: Sequence[Tensor],
+    lengths: Tensor,
+    used: Tensor,
+    counters: Tensor,
+    plan: str,
+) -> None:
+    return
+
+
+@torch.library.custom_op("fade::decode_attention", mutates_args=())
+def decode_attention(
+    query: Tensor,
+    window_keys: Tensor,
+    window_values: Tensor,
+    key_fields: Sequence[Tensor],
+    value_fields: Sequence[Tensor],
+    lengths: Tensor,
+    used: Tensor,
+    padding: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    plan: str,
+) -> Tensor:
+    """Attention of the newest token over all that a layer of fixed size holds.
+
+    Args:
+        query: ``[B, H_q, 1, D]``.
+        window_keys: ``[B, H_kv, capacity, D]``; the query's own token is the last of each row.
+        window_values: likewise.
+        key_fields: ``[B, H_kv, tiles, ...]``.
+        value_fields: likewise.
+        lengths: int32 ``[B]``.
+        used: int32 ``[B, H_kv]``.
+        padding: int64 ``[B]``: positions before the first token of each row, which are not stored.
+        mask: bool ``[B or 1, 1, 1, T]`` over positions, honoured token by token; ``None`` if it hides padding alone.
+        sinks: attention-sink logits ``[H_q]``.
+        scaling: factor of the logits.
+        softcap: soft cap of the logits.
+        plan: name of the layer's ``StepPlan``.
+
+    Returns:
+        ``[B, H_q, 1, D_v]`` in the query's dtype.
+    """
+    ours = _plan(plan)
+    tier = ours.rule.tier
+    keys = dict(zip(tier.keys.field_shapes(), key_fields, strict=True))
+    values = dict(zip(tier.values.field_shapes(), value_fields, strict=True))
+    view = TileView(tier, keys, values, used, window_keys.dtype)
+    segments = _segments(view, window_keys, window_values, lengths, padding, mask, ours.rule.n_sink)
+    kernel = ours.choose(ours.attention, query, segments, scaling, softcap, sinks)
+    output: Tensor = kernel(query, segments, scaling, softcap, sinks).output
+    return output.contiguous()
+
+
+@decode_attention.register_fake
+def _decode_attention_fake(
+    query: Tensor,
+    window_keys: Tensor,
+    window_values: Tensor,
+    key_fields: Sequence[Tensor],
+    value_fields: Sequence[Tensor],
+    lengths: Tensor,
+    used: Tensor,
+    padding: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    plan: str,
+) -> Tensor:
+    return query.new_empty((*query.shape[:3], window_values.shape[3]))
+
+
+def _segments(
+    view: TileView, keys: Tensor, values: Tensor, lengths: Tensor, padding: Tensor, mask: Tensor | None, n_sink: int
+) -> list[Segment]:
+    """Packed tiles and window with what of them is there; on a CPU no more of the buffers than is in use."""
+    tile, held, tiles, longest = view.tile, view.used[:, :1], view.tiles, keys.shape[2]
+    if keys.device.type == "cpu":
+        tiles, longest = int(held.max()), int(lengths.max())
+        view = TileView(
+            view.tier,
+            {name: field[:, :, :tiles] for name, field in view.keys.items()},
+            {name: field[:, :, :tiles] for name, field in view.values.items()},
+            view.used,
+            view.dtype,
+        )
+        if mask is not None and _hides_padding_alone(mask, padding, held * tile + lengths[:, None]):
+            mask = None
+    slots = torch.arange(tiles * tile, device=keys.device)
+    packed = slots < held * tile  # [B, T]
+    recent = torch.arange(longest, device=keys.device)
+    live = recent < lengths[:, None]
+    plain = mask is None
+    packed_mask, live_mask = packed[:, None, None], live[:, None, None]
+    if mask is not None:
+        behind = torch.where(recent < n_sink, 0, held * tile)
+        packed_mask = packed_mask & _at(mask, padding[:, None] + n_sink + slots)
+        live_mask = live_mask & _at(mask, padding[:, None] + behind + recent)
+    elif keys.device.type == "cpu":  # a mask that hides nothing costs time and says nothing
+        packed_mask = None if bool(packed.all()) else packed_mask
+        live_mask = None if bool(live.all()) else live_mask
+    found: list[Segment] = [PackedSegment(view, packed_mask, plain)] if tiles else []
+    found.append(FullSegment(keys[:, :, :longest], values[:, :, :longest], live_mask, plain, lengths))
+    return found
+
+
+def _at(mask: Tensor, positions: Tensor) -> Tensor:
+    """``mask`` ``[B or 1, 1, 1, T]`` at ``positions`` ``[B, N]``, as bool ``[B, 1, 1, N]``."""
+    rows = mask.expand(len(positions), -1, -1, -1)[:, 0, 0]
+    return rows.gather(1, positions.clamp(0, rows.shape[1] - 1))[:, None, None]
+
+
+def _hides_padding_alone(mask: Tensor, padding: Tensor, stored: Tensor) -> bool:
+    """Whether every stored token is seen. Reads the mask: for a CPU."""
+    where = torch.arange(mask.shape[3], device=mask.device)
+    ours = (where >= padding[:, None]) & (where < padding[:, None] + stored)
+    return bool((mask[:, 0, 0] | ~ours).all())
