@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from test_modes import FAMILIES, PACKED, model_of
 from tinymodels import fresh_seed, left_padded, prompt
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.backends.registry import lookup_backend
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, PreTrainedModel
 
@@ -36,8 +37,14 @@ class NoHostRead(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def compiling(counter: CompileCounterWithBackend) -> CompileConfig:
-    config = CompileConfig(fullgraph=True, dynamic=None, backend=counter, mode=None)
+def compiling(name: str, graphs: list[torch.fx.GraphModule]) -> CompileConfig:
+    """Settings with which ``generate`` compiles on a CPU; graphs that are compiled go into ``graphs``."""
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return lookup_backend(name)(graph, inputs)
+
+    config = CompileConfig(fullgraph=True, dynamic=None, backend=backend, mode=None)
     config._compile_all_devices = True
     return config
 
@@ -59,11 +66,175 @@ def test_generate_compiles_one_graph_for_200_tokens(family: str, backend: str) -
     model, inputs = model_of(family), rows()
     with create_tiered_cache(model, CONFIG) as growing:
         wanted = generate(model, growing, inputs, 200)
-    counter = CompileCounterWithBackend(backend)
+    graphs: list[torch.fx.GraphModule] = []
     with create_tiered_cache(model, CONFIG, max_cache_len=400) as cache, torch._dynamo.config.patch(
         error_on_recompile=True
     ):
-        found = generate(model, cache, inputs, 200, compile_config=compiling(counter))
+        found = generate(model, cache, inputs, 200, compile_config=compiling(backend, graphs))
         assert torch.equal(found, wanted)
-        assert counter.frame_count == 1
+        assert len(graphs) == 1
         assert cache.get_seq_length() == growing.get_seq_length()
+
+
+def test_the_next_cache_of_the_same_shape_runs_the_same_graph() -> None:
+    model, inputs, graphs = model_of("llama"), rows(), list[torch.fx.GraphModule]()
+    settings = compiling("eager", graphs)
+    found = []
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            with create_tiered_cache(model, CONFIG, max_cache_len=200) as cache:
+                found.append(model.generate(**inputs, past_key_values=cache, max_new_tokens=40, do_sample=False, compile_config=settings))  # fmt: skip
+    assert torch.equal(*found)
+    assert len(graphs) == 1
+
+
+def test_a_hybrid_model_compiles_with_transformers_own_sliding_windows() -> None:
+    """Their length is a number of the host's: a few graphs, and then no more."""
+    model, inputs, graphs = model_of("gemma3_text"), {"input_ids": prompt(3, 60, 2)}, list[torch.fx.GraphModule]()
+    with create_tiered_cache(model, CONFIG) as growing:
+        wanted = generate(model, growing, inputs, 150)
+    with create_tiered_cache(model, CONFIG, max_cache_len=256) as cache:
+        found = generate(model, cache, inputs, 150, compile_config=compiling("eager", graphs))
+    assert torch.equal(found, wanted)
+    assert 1 <= len(graphs) <= 3
+
+
+def step_inputs(cache: TieredKVCache, ids: Tensor) -> dict[str, Any]:
+    """What ``generate`` hands to a step: a mask over all slots, positions."""
+    length = cache.get_seq_length()
+    slots = cache.tiered[0].slots
+    mask = (torch.arange(slots) <= length).expand(len(ids), 1, 1, -1).contiguous()
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": torch.full((len(ids), 1), length)}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@torch.no_grad()
+def test_no_step_is_read_by_the_host_and_nothing_moves_or_grows(compiled: bool) -> None:
+    def unread(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        def run(*args: Any) -> Any:
+            with NoHostRead():
+                return graph(*args)
+
+        return run
+
+    model, seed = model_of("llama"), fresh_seed()
+    forward = torch.compile(model, backend=unread, fullgraph=True) if compiled else model
+    with create_tiered_cache(model, CONFIG, max_cache_len=400) as cache:
+        for _ in range(2):  # again after reset
+            model(prompt(seed, 70, 2), past_key_values=cache, use_cache=True)
+            places, total = addresses(cache), cache.memory_report().total
+            inputs = step_inputs(cache, prompt(seed, 2, 2)[:, -1:])
+            for step in range(3 * CONFIG.tile):
+                inputs["attention_mask"][..., 70 + step] = True
+                inputs["position_ids"].fill_(70 + step)
+                with contextlib.nullcontext() if compiled else NoHostRead():
+                    forward(**inputs, past_key_values=cache, use_cache=True)
+                assert addresses(cache) == places
+            assert cache.get_seq_length() == 70 + 3 * CONFIG.tile
+            assert cache.memory_report().total == total
+            cache.reset()
+            assert addresses(cache) == places
+            assert cache.get_seq_length() == 0
+
+
+def addresses(cache: TieredKVCache) -> list[int]:
+    """Where the tensors lie that a compiled step knows."""
+    return [
+        t.data_ptr()
+        for layer in cache.tiered
+        for t in (
+            *(*layer._key_fields, *layer._value_fields, layer._window_keys, layer._window_values),
+            *(layer._lengths, layer._used, layer._counters, layer._first),
+        )
+    ]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_tokens_past_max_cache_len_are_refused_before_anything_changes(compiled: bool) -> None:
+    model, graphs = model_of("llama"), list[torch.fx.GraphModule]()
+    options = {"compile_config": compiling("eager", graphs)} if compiled else {}
+    with create_tiered_cache(model, CONFIG, max_cache_len=100) as cache:
+        with pytest.raises(InputError, match="100 tokens are cached and 1 more would pass max_cache_len=100"):
+            generate(model, cache, {"input_ids": prompt(1, 60, 2)}, 50, **options)
+        assert cache.get_seq_length() == 100
+        assert len(graphs) == compiled
+        with pytest.raises(InputError, match="would pass max_cache_len=100"):
+            model(prompt(1, 1, 2), past_key_values=cache, use_cache=True)
+        cache.crop(-20)
+        model(prompt(1, 20, 2), past_key_values=cache, use_cache=True)
+        assert cache.get_seq_length() == 100
+
+
+@torch.no_grad()
+def test_steps_that_were_compiled_without_generate_and_went_too_far_are_reported() -> None:
+    model = model_of("llama")
+    with create_tiered_cache(model, CONFIG, max_cache_len=80) as cache:
+        model(prompt(1, 70, 1), past_key_values=cache, use_cache=True)
+        forward = torch.compile(model, backend="eager", fullgraph=True)
+        for _ in range(11):
+            forward(prompt(1, 1, 1), past_key_values=cache, use_cache=True)
+        with pytest.raises(InputError, match="81 tokens were fed to a cache of max_cache_len=80.*reset"):
+            cache.memory_report()
+        with pytest.raises(InputError, match="reset"):
+            cache.get_seq_length()
+        cache.reset()
+        assert cache.get_seq_length() == 0
+
+
+@torch.no_grad()
+def test_a_compiled_step_without_a_mask_is_the_eager_one() -> None:
+    """Positions come from the device's length."""
+    model, found = model_of("qwen3"), []
+    for compiled in (False, True):
+        with create_tiered_cache(model, CONFIG, max_cache_len=200) as cache:
+            model(prompt(1, 50, 2), past_key_values=cache, use_cache=True)
+            forward = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+            found.append(torch.cat([forward(prompt(i, 1, 2), past_key_values=cache, use_cache=True).logits for i in range(60)], 1))  # fmt: skip
+    torch.testing.assert_close(*found)
+
+
+def test_a_mask_with_holes_is_honoured_step_by_step() -> None:
+    """Columns of the prompt that the mask hides stay hidden in compiled and eager steps."""
+    model = model_of("llama")
+    inputs = {"input_ids": prompt(4, 60, 2), "attention_mask": torch.ones(2, 60, dtype=torch.long)}
+    inputs["attention_mask"][0, [0, 9, 30, 31]] = 0
+    inputs["attention_mask"][1, 41] = 0
+    with create_tiered_cache(model, CONFIG) as growing:
+        wanted = generate(model, growing, inputs, 60)
+    for options in ({}, {"compile_config": compiling("eager", [])}):
+        with create_tiered_cache(model, CONFIG, max_cache_len=200) as cache:
+            assert torch.equal(generate(model, cache, inputs, 60, **options), wanted)
+
+
+def test_two_turns_beams_and_samples_compile() -> None:
+    model = model_of("llama")
+    for options in ({"num_beams": 3}, {"do_sample": True}):
+        results = []
+        for length in (None, 300):
+            compiled = {"compile_config": compiling("eager", [])} if length else {}
+            with create_tiered_cache(model, CONFIG, max_cache_len=length) as cache:
+                torch.manual_seed(5)
+                first = generate(model, cache, {"input_ids": prompt(1, 60, 1)}, 40, **options, **compiled)
+                said = torch.cat([first, prompt(2, 30, 1)], 1)
+                results.append(generate(model, cache, {"input_ids": said}, 40, **options, **compiled))
+        assert torch.equal(*results)
+
+
+def test_refusals_say_why() -> None:
+    model = model_of("llama")
+    for config, length, reason in (
+        (CONFIG, None, "create it with max_cache_len"),
+        (FadeConfig(policy={"kind": "h2o", "budget": 0.5}), 200, "evicted"),
+        (FadeConfig(ladder=[{"tier": "int4", "capacity": 64}, {"tier": "int2"}]), 200, "demoted"),
+        (FadeConfig(attention="stock"), 200, "its own attention"),
+    ):
+        with create_tiered_cache(model, config, max_cache_len=length) as cache:
+            assert not cache.is_compileable
+            with pytest.raises(Exception, match=reason):
+                cache.enable_compile()
+    with create_tiered_cache(model, CONFIG, max_cache_len=200) as cache:
+        cache.enable_compile()
+        assert cache.is_compileable
+        assert cache.compile_refusal == ""
+        with pytest.raises(Exception, match="without max_cache_len"), cache.holding():
+            pass

@@ -197,7 +197,7 @@ class FixedLayer(TieredLayer):
             counters = self._counters.tolist()
             self._complain(counters)
             self._behind, self._stale = counters[LOGICAL] - self._logical, False
-        self._asked = 0
+            self._asked = 1  # somebody may have asked, and not fed yet
         if self._behind:
             steps, self._behind = self._behind, 0
             self._advance(steps)
@@ -318,10 +318,10 @@ class FixedLayer(TieredLayer):
 
     def _check_room(self, tokens: int) -> None:
         """Refuse tokens past ``max_length``, reading the device's length only where it may matter."""
-        if self._stale and self._logical + self._asked + tokens <= (self.max_length or 0):
-            self._asked += tokens  # at least as many as have been fed
-            return
-        check_room(self.index, self._length(), tokens, self.max_length)
+        if not self._stale or self._logical + self._asked + tokens > (self.max_length or 0):
+            check_room(self.index, self._length(), tokens, self.max_length)
+            self._asked = self._behind
+        self._asked += tokens  # at least as many as will have been fed
 
     def _length(self) -> int:
         """The logical length, without bringing the rest of the book up to date."""

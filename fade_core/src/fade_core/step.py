@@ -179,7 +179,8 @@ def decode_attention(
     keys = dict(zip(tier.keys.field_shapes(), key_fields, strict=True))
     values = dict(zip(tier.values.field_shapes(), value_fields, strict=True))
     view = TileView(tier, keys, values, used, window_keys.dtype)
-    segments = _segments(view, window_keys, window_values, lengths, padding, mask, ours.rule.n_sink)
+    look = query.device.type == "cpu"
+    segments = step_segments(view, window_keys, window_values, lengths, padding, mask, ours.rule.n_sink, look)
     kernel = ours.choose(ours.attention, query, segments, scaling, softcap, sinks)
     output: Tensor = kernel(query, segments, scaling, softcap, sinks).output
     return output.contiguous()
@@ -204,12 +205,19 @@ def _decode_attention_fake(
     return query.new_empty((*query.shape[:3], window_values.shape[3]))
 
 
-def _segments(
-    view: TileView, keys: Tensor, values: Tensor, lengths: Tensor, padding: Tensor, mask: Tensor | None, n_sink: int
+def step_segments(
+    view: TileView,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    padding: Tensor,
+    mask: Tensor | None,
+    n_sink: int,
+    look: bool,
 ) -> list[Segment]:
-    """Packed tiles and window with what of them is there; on a CPU no more of the buffers than is in use."""
+    """Packed tiles and window with masks of what is there; where the host may ``look``, no more of them than is in use."""
     tile, held, tiles, longest = view.tile, view.used[:, :1], view.tiles, keys.shape[2]
-    if keys.device.type == "cpu":
+    if look:
         tiles, longest = int(held.max()), int(lengths.max())
         view = TileView(
             view.tier,
@@ -230,7 +238,7 @@ def _segments(
         behind = torch.where(recent < n_sink, 0, held * tile)
         packed_mask = packed_mask & _at(mask, padding[:, None] + n_sink + slots)
         live_mask = live_mask & _at(mask, padding[:, None] + behind + recent)
-    elif keys.device.type == "cpu":  # a mask that hides nothing costs time and says nothing
+    elif look:  # a mask that hides nothing costs time and says nothing
         packed_mask = None if bool(packed.all()) else packed_mask
         live_mask = None if bool(live.all()) else live_mask
     found: list[Segment] = [PackedSegment(view, packed_mask, plain)] if tiles else []

@@ -64,7 +64,7 @@ class FixedBuffers:
     counters: Tensor
 
 
-def append(keys: Tensor, values: Tensor, held: FixedBuffers, rule: AppendRule) -> None:
+def append(keys: Tensor, values: Tensor, held: FixedBuffers, rule: AppendRule, look: bool | None = None) -> None:
     """Write one token a row behind the window; where the window is full, encode its oldest tile in place first.
 
     On a CPU the lengths are looked at, so that nothing is encoded in vain. Elsewhere nothing is read back: every step
@@ -75,12 +75,13 @@ def append(keys: Tensor, values: Tensor, held: FixedBuffers, rule: AppendRule) -
         values: likewise.
         held: the buffers.
         rule: when and how tokens leave the window.
+        look: whether lengths and tokens may be read on the host; ``None``: if they lie there.
 
     Raises:
-        NonFiniteError: on a CPU, for NaN or infinity under ``on_nonfinite="raise"``; nothing has changed then. Elsewhere
-            ``counters`` says so.
+        NonFiniteError: if they may, for NaN or infinity under ``on_nonfinite="raise"``; nothing has changed then. ``counters``
+            says so otherwise.
     """
-    host = keys.device.type == "cpu"
+    host = keys.device.type == "cpu" if look is None else look
     if host:
         keys, values = check_finite(rule.layer, keys, values, int(held.counters[LOGICAL]), rule.on_nonfinite)
     elif rule.on_nonfinite == "zero":
