@@ -26,8 +26,8 @@ _ORACLE = TorchDecodeAttention()
 def fade_attention(
     module: torch.nn.Module,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | Step,
+    value: Tensor | Step,
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -40,7 +40,7 @@ def fade_attention(
     Args:
         module: the model's attention module.
         query: ``[B, H_q, Q, D]``.
-        key: a ``Handle``, or ``[B, H_kv, T, D]``.
+        key: a ``Handle``, a ``Step`` inside a compiled graph, or ``[B, H_kv, T, D]``.
         value: likewise.
         attention_mask: bool ``[B, 1, Q, T]`` over logical positions, or ``None``.
         dropout: for plain tensors in training; a packed cache is not trained through.
@@ -55,6 +55,7 @@ def fade_attention(
     if isinstance(key, Step):  # a compiled step
         output = key.layer.attend(query, _as_bool(attention_mask), scaling, softcap, s_aux)
         return output.transpose(1, 2).contiguous(), None
+    value = cast(Tensor, value)
     if not is_handle(key):
         if not softcap and s_aux is None:
             plain: tuple[Tensor, None] = sdpa_attention_forward(

@@ -219,6 +219,30 @@ class TieredKVCache(Cache):
         self._overwritten.add(layer_idx)
         return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
 
+    def activate_past_recording(self) -> None:
+        """Tokens may be taken back from here on (assisted decoding). Raises ``UnsupportedModelError`` as ``crop`` does."""
+        self._check_all("crop")
+        super().activate_past_recording()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens.
+
+        Raises:
+            UnsupportedModelError: if a layer of transformers' own cannot; nothing has changed then.
+        """
+        self._check_all("crop")
+        super().crop(tokens_to_remove)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row ``repeats`` times. Raises ``UnsupportedModelError`` as ``crop`` does."""
+        self._check_all("batch_repeat_interleave")
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep, repeat or reorder rows. Raises ``UnsupportedModelError`` as ``crop`` does."""
+        self._check_all("batch_select_indices")
+        super().batch_select_indices(indices)
+
     def get_query_offset(self, layer_idx: int = 0) -> Any:
         """Logical length for masks; a tensor where only the device knows it (compiled steps)."""
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
@@ -335,7 +359,9 @@ class TieredKVCache(Cache):
             ConfigError: if this cache is not one, with the reason (``compile_refusal``); decoding works uncompiled.
         """
         if self.compile_refusal:
-            raise ConfigError(f"decoding cannot be compiled with this cache: {self.compile_refusal}. Decode uncompiled.")
+            raise ConfigError(
+                f"decoding cannot be compiled with this cache: {self.compile_refusal}. Decode uncompiled."
+            )
 
     def set_codebooks(self, codebooks: Mapping[str, Tensor]) -> None:
         """Give the quantizers of every layer tensors they need to decode (codebooks), as ``"layer.side.name"``.
@@ -457,6 +483,15 @@ class TieredKVCache(Cache):
         )
         self.refusals[op] = refusals
         return kernel
+
+    def _check_all(self, method: str) -> None:
+        """Refuse what transformers' own layers of fixed size do not offer. Raises ``UnsupportedModelError``."""
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, StaticLayer) and not hasattr(layer, method):
+                raise UnsupportedModelError(
+                    f"layer {index}: transformers' {type(layer).__name__} has no {method}, which assisted decoding, taking "
+                    "tokens back or choosing rows needs; create the cache without max_cache_len for this"
+                )
 
     def _admitted(self, layer: DynamicLayer, index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """New tokens that a layer of transformers' own can take. Raises ``InputError``."""

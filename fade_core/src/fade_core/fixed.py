@@ -43,7 +43,9 @@ def refusal(plan: LayerPlan) -> str:
     tier = ladder.tiers[0]
     learner = next((q for q in (tier.keys, tier.values) if q.learns), None)
     if learner is not None:
-        return f"quantizer {learner.kind!r} learns from each prompt, and a compiled graph would go on with the last one's"
+        return (
+            f"quantizer {learner.kind!r} learns from each prompt, and a compiled graph would go on with the last one's"
+        )
     return ""
 
 
@@ -157,7 +159,7 @@ class FixedLayer(TieredLayer):
 
     # --- the host's book, brought up to date by whoever reads it ---
     @property
-    def logical(self) -> int:  # type: ignore[override]
+    def logical(self) -> int:
         """Tokens the model has seen."""
         self._catch_up()
         return self._logical
@@ -167,7 +169,7 @@ class FixedLayer(TieredLayer):
         self._logical = length
 
     @property
-    def window(self) -> Window | None:  # type: ignore[override]
+    def window(self) -> Window | None:
         """The full-precision tokens."""
         self._catch_up()
         return self._window_now
@@ -177,7 +179,7 @@ class FixedLayer(TieredLayer):
         self._window_now = window
 
     @property
-    def stores(self) -> tuple[TierStore, ...]:  # type: ignore[override]
+    def stores(self) -> tuple[TierStore, ...]:
         """The packed tokens."""
         self._catch_up()
         return self._stores_now
@@ -207,9 +209,7 @@ class FixedLayer(TieredLayer):
         if self.max_length is not None and counters[LOGICAL] > self.max_length:
             what = f"{counters[LOGICAL]} tokens were fed to a cache of max_cache_len={self.max_length}"
         if counters[ODD_MASK]:
-            what = (
-                f"{counters[ODD_MASK]} steps came with a mask that hides stored tokens, while the prompt's hid padding alone"
-            )
+            what = f"{counters[ODD_MASK]} steps came with a mask that hides stored tokens, while the prompt's hid padding alone"
         if counters[NONFINITE]:
             error, what = NonFiniteError, f"{counters[NONFINITE]} steps brought NaN or infinity"
         if what:
@@ -252,12 +252,12 @@ class FixedLayer(TieredLayer):
         if torch.compiler.is_compiling():
             if self.steps(key_states.shape[2]):
                 self._stale = True
-                self._take_in(key_states, value_states)
+                self._step_in(key_states, value_states)
                 return Step(self), Step(self)
             torch._dynamo.graph_break()
         return self._update_eagerly(key_states, value_states, *args, **kwargs)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _update_eagerly(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.stepping = keys.dim() == 4 and self.steps(keys.shape[2])
         if not self.stepping:
@@ -268,7 +268,7 @@ class FixedLayer(TieredLayer):
         try:
             check_tokens(self.index, keys, values, (self._window_keys, self._window_values))
             check_room(self.index, self._length(), 1, self.max_length)
-            self._take_in(keys, values)
+            self._step_in(keys, values)
         except InputError as error:
             outcome = self.plan.on_failure(self.index, self.logical)
             raise type(error)(f"{error} {outcome}".rstrip()) from None
@@ -280,7 +280,7 @@ class FixedLayer(TieredLayer):
         """Whether the next ``queries`` tokens are a step that two custom ops take."""
         return queries == 1 and self.ready and not (self.record_past or self.reading)
 
-    def _take_in(self, keys: Tensor, values: Tensor) -> None:
+    def _step_in(self, keys: Tensor, values: Tensor) -> None:
         torch.ops.fade.append(
             keys,
             values,
@@ -332,7 +332,9 @@ class FixedLayer(TieredLayer):
 
         A packed tile that is cut gives what is left of it back to the window, as it decodes.
         """
-        reopened = self._cut_tiles(self.logical + tokens_to_remove) if tokens_to_remove < 0 and self.is_initialized else []
+        reopened = (
+            self._cut_tiles(self.logical + tokens_to_remove) if tokens_to_remove < 0 and self.is_initialized else []
+        )
         super().crop(tokens_to_remove)
         if self.is_initialized:
             self._reopen(reopened)
@@ -443,17 +445,21 @@ class FixedLayer(TieredLayer):
         self._publish()
 
     def assign(self, tiers: Tensor) -> None:
-        raise InputError("tokens of fixed places cannot be assigned to tiers by hand; create the cache without max_cache_len")
+        raise InputError(
+            "tokens of fixed places cannot be assigned to tiers by hand; create the cache without max_cache_len"
+        )
 
     @property
-    def holding(self) -> bool:  # type: ignore[override]
+    def holding(self) -> bool:
         """Never: a window of fixed size cannot keep a prompt in full precision."""
         return False
 
     @holding.setter
     def holding(self, wanted: bool) -> None:
         if wanted:
-            raise ConfigError("a cache of fixed size cannot hold a prompt in full precision; create it without max_cache_len")
+            raise ConfigError(
+                "a cache of fixed size cannot hold a prompt in full precision; create it without max_cache_len"
+            )
 
     # --- introspection ---
     def tensors(self) -> dict[str, Tensor]:

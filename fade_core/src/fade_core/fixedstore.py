@@ -31,6 +31,19 @@ class TileView:
         self.tier, self.keys, self.values, self.used, self.dtype = tier, dict(keys), dict(values), used, dtype
         self.tile, (self.heads, self.tiles) = tier.keys.tile, next(iter(keys.values())).shape[1:3]
 
+    def first(self, tiles: int) -> TileView:
+        """The first ``tiles`` of every row and head, views."""
+        keys, values = ({n: f[:, :, :tiles] for n, f in side.items()} for side in (self.keys, self.values))
+        return TileView(self.tier, keys, values, self.used, self.dtype)
+
+    def packed(self) -> tuple[Packed, Packed]:
+        """All tokens, views."""
+        return self.packed_keys(), self.packed_values()
+
+    def kernel_fields(self, side: str) -> dict[str, Tensor]:
+        """Fields ``[B, H_kv, tiles, ...]`` of "k" or "v"."""
+        return self.keys if side == "k" else self.values
+
     def packed_keys(self) -> Packed:
         """All keys, views."""
         return Packed(self.keys, self.tiles * self.tile, self.dtype)
@@ -88,8 +101,11 @@ class FixedStore(TierStore):
         self._pool_is_fields()
         self.occupy(torch.zeros(batch, dtype=torch.long))
 
+    def kernel_fields(self, side: str) -> dict[str, Tensor]:
+        return self.side(side)
+
     def side(self, name: str) -> dict[str, Tensor]:
-        """Fields of "k" or "v" by the quantizer's names."""
+        """Fields ``[B, H_kv, max_tiles, ...]`` of "k" or "v" by the quantizer's names."""
         return {field[2:]: tensor for field, tensor in self.fields.items() if field[0] == name}
 
     def occupy(self, per_row: Tensor, first: Tensor | None = None) -> None:

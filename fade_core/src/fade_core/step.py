@@ -179,7 +179,10 @@ def decode_attention(
     keys = dict(zip(tier.keys.field_shapes(), key_fields, strict=True))
     values = dict(zip(tier.values.field_shapes(), value_fields, strict=True))
     view = TileView(tier, keys, values, used, window_keys.dtype)
-    look = query.device.type == "cpu"
+    host = query.device.type == "cpu"
+    if host and mask is not None and _hides_padding_alone(mask, padding, used[:, :1] * view.tile + lengths[:, None]):
+        mask = None
+    look = host and isinstance(ours.attention, TorchDecodeAttention)  # kernels take the buffers whole
     segments = step_segments(view, window_keys, window_values, lengths, padding, mask, ours.rule.n_sink, look)
     kernel = ours.choose(ours.attention, query, segments, scaling, softcap, sinks)
     output: Tensor = kernel(query, segments, scaling, softcap, sinks).output
@@ -215,34 +218,36 @@ def step_segments(
     n_sink: int,
     look: bool,
 ) -> list[Segment]:
-    """Packed tiles and window with masks of what is there; where the host may ``look``, no more of them than is in use."""
+    """Packed tiles and window with masks of what is there; where the host may ``look``, no more of them than is in use.
+
+    Args:
+        view: packed tiles.
+        keys: window ``[B, H_kv, capacity, D]``.
+        values: likewise.
+        lengths: tokens of it, int32 ``[B]``.
+        padding: positions before each row's first token, int64 ``[B]``.
+        mask: bool ``[B or 1, 1, 1, T]`` over positions, or ``None`` if it hides padding alone.
+        n_sink: tokens of the window that come before the packed ones.
+        look: whether lengths may be read on the host.
+    """
     tile, held, tiles, longest = view.tile, view.used[:, :1], view.tiles, keys.shape[2]
     if look:
         tiles, longest = int(held.max()), int(lengths.max())
-        view = TileView(
-            view.tier,
-            {name: field[:, :, :tiles] for name, field in view.keys.items()},
-            {name: field[:, :, :tiles] for name, field in view.values.items()},
-            view.used,
-            view.dtype,
-        )
-        if mask is not None and _hides_padding_alone(mask, padding, held * tile + lengths[:, None]):
-            mask = None
+        view = view.first(tiles)
     slots = torch.arange(tiles * tile, device=keys.device)
     packed = slots < held * tile  # [B, T]
     recent = torch.arange(longest, device=keys.device)
     live = recent < lengths[:, None]
     plain = mask is None
-    packed_mask, live_mask = packed[:, None, None], live[:, None, None]
+    masks: list[Tensor | None] = [packed[:, None, None], live[:, None, None]]
     if mask is not None:
         behind = torch.where(recent < n_sink, 0, held * tile)
-        packed_mask = packed_mask & _at(mask, padding[:, None] + n_sink + slots)
-        live_mask = live_mask & _at(mask, padding[:, None] + behind + recent)
+        masks[0] = packed[:, None, None] & _at(mask, padding[:, None] + n_sink + slots)
+        masks[1] = live[:, None, None] & _at(mask, padding[:, None] + behind + recent)
     elif look:  # a mask that hides nothing costs time and says nothing
-        packed_mask = None if bool(packed.all()) else packed_mask
-        live_mask = None if bool(live.all()) else live_mask
-    found: list[Segment] = [PackedSegment(view, packed_mask, plain)] if tiles else []
-    found.append(FullSegment(keys[:, :, :longest], values[:, :, :longest], live_mask, plain, lengths))
+        masks = [None if bool(there.all()) else m for there, m in zip((packed, live), masks, strict=True)]
+    found: list[Segment] = [PackedSegment(view, masks[0], plain)] if tiles else []
+    found.append(FullSegment(keys[:, :, :longest], values[:, :, :longest], masks[1], plain, lengths))
     return found
 
 

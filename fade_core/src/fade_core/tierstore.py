@@ -176,6 +176,10 @@ class TierStore:
             self._ids = self.table.where(self.table >= 0, live).to(self.device)
         return self._ids
 
+    def kernel_fields(self, side: str) -> dict[str, Tensor]:
+        """Fields of "k" or "v" by the quantizer's names: a pool ``[tiles, ...]`` if ``device_book`` has a table."""
+        return {name[2:]: field for name, field in self.pool.fields.items() if name[0] == side}
+
     def device_book(self) -> DeviceBook:
         """Tables for kernels, made once a change of the book."""
         if self._device_book is None:

@@ -136,15 +136,15 @@ def _moves(quantizer: Quantizer) -> bool:
 
 def _tier(segment: PackedSegment) -> PackedTier:
     store = segment.store
-    book, fields = store.device_book(), store.pool.fields
+    book, key_fields, value_fields = store.device_book(), store.kernel_fields("k"), store.kernel_fields("v")
     keys, values = store.tier.keys.format, store.tier.values.format
     if keys is None or values is None:
         raise InputError(f"tier {store.tier.name!r} has no packed format")
     return PackedTier(
         keys,
         values,
-        {name: fields[f"k.{name}"] for name in keys.field_shapes()},
-        {name: fields[f"v.{name}"] for name in values.field_shapes()},
+        {name: key_fields[name] for name in keys.field_shapes()},
+        {name: value_fields[name] for name in values.field_shapes()},
         book.used,
         book.table,
         book.counts,
@@ -153,6 +153,10 @@ def _tier(segment: PackedSegment) -> PackedTier:
 
 def _window(segment: FullSegment, query: Tensor) -> Window:
     rows, tokens = query.shape[0], segment.keys.shape[2]
+    if (
+        segment.lengths is not None and segment.lengths.dtype == torch.int32
+    ):  # on the device already: nothing is read back
+        return Window(segment.keys, segment.values, segment.lengths)
     lengths = (tokens,) if segment.lengths is None else tuple(segment.lengths.tolist())
     return Window(segment.keys, segment.values, _on_device(lengths, query.device).expand(rows))
 
