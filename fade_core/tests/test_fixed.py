@@ -47,7 +47,7 @@ def rule_and_buffers(
     rule = AppendRule(Tier("int", "rest", *sides), SINK, SINK + RECENT + TILE)
     capacity = rule.threshold + 5
     window = [torch.randn(rows, heads, capacity, dim) for _ in sides]
-    lengths = torch.randint(1, rule.threshold + 1, (rows,), dtype=torch.int32)
+    lengths = torch.randint(1, rule.threshold + 1, (rows, 1), dtype=torch.int32).expand(-1, heads).contiguous()
     lengths[0] = rule.threshold
     used = torch.randint(0, tiles, (rows, 1), dtype=torch.int32).expand(-1, heads).contiguous()
     nan = int(torch.tensor([float("nan")] * 2, dtype=torch.float16).view(torch.int32))
@@ -58,7 +58,7 @@ def rule_and_buffers(
         packed["meta"][unused] = nan
         fields.append(packed)
     for held in window:
-        held[(torch.arange(capacity) >= lengths[:, None])[:, None].expand(-1, heads, -1)] = torch.nan
+        held[torch.arange(capacity) >= lengths[..., None]] = torch.nan
     return rule, FixedBuffers(*window, *fields, lengths, used, torch.zeros(3, dtype=torch.long))
 
 
@@ -74,7 +74,7 @@ def same_live(ours: FixedBuffers, theirs: FixedBuffers) -> None:
     assert torch.equal(ours.lengths, theirs.lengths)
     assert torch.equal(ours.used, theirs.used)
     assert torch.equal(ours.counters, theirs.counters)
-    live = (torch.arange(ours.keys.shape[2]) < ours.lengths[:, None])[:, None].expand(ours.keys.shape[:3])
+    live = torch.arange(ours.keys.shape[2]) < ours.lengths[..., None]
     assert torch.equal(ours.keys[live], theirs.keys[live])
     assert torch.equal(ours.values[live], theirs.values[live])
     for mine, his in ((ours.key_fields, theirs.key_fields), (ours.value_fields, theirs.value_fields)):
@@ -97,9 +97,9 @@ def test_append_without_looking_is_append_with_it(axis: str, bits: int) -> None:
         same_live(seen, blind)
         assert int(seen.counters[LOGICAL]) == step + 1
         grown = seen.used[:, 0] - before.used[:, 0]
-        full = (before.lengths >= rule.threshold) & (before.used[:, 0] < 5)
+        full = (before.lengths[:, 0] >= rule.threshold) & (before.used[:, 0] < 5)
         assert torch.equal(grown, full.int())
-        assert torch.equal(seen.lengths, before.lengths + 1 - TILE * full)
+        assert torch.equal(seen.lengths[:, 0], before.lengths[:, 0] + 1 - TILE * full)
 
 
 def test_a_full_store_is_never_written_over() -> None:
@@ -131,7 +131,7 @@ def test_what_is_not_finite_is_refused_or_counted_or_stored_as_zero(bad: float) 
     for look in (True, False):
         held = copied(before)
         append(token, token, held, zero, look)
-        assert float(held.keys[1, 0, int(held.lengths[1]) - 1, 3]) == 0
+        assert float(held.keys[1, 0, int(held.lengths[1, 0]) - 1, 3]) == 0
         assert int(held.counters[NONFINITE]) == 0
 
 
@@ -144,7 +144,7 @@ def test_segments_without_looking_are_segments_with_it(holes: bool) -> None:
     held.keys.nan_to_num_()
     held.values.nan_to_num_()
     padding = torch.tensor([0, 5, 2])
-    stored = padding + held.used[:, 0] * TILE + held.lengths
+    stored = padding + held.used[:, 0] * TILE + held.lengths[:, 0]
     where = torch.arange(int(stored.max()) + 9)
     mask = ((where >= padding[:, None]) & (where < stored[:, None]))[:, None, None]
     if holes:
@@ -161,8 +161,9 @@ def test_segments_without_looking_are_segments_with_it(holes: bool) -> None:
         step_segments(view, held.keys, held.values, held.lengths, padding, mask if holes else None, SINK, False)
     torch.testing.assert_close(found[0].output, found[1].output)
     for row in range(3):  # token by token, in order of position
-        packed = [q.decode(p)[row, :, : int(held.used[row, 0]) * TILE] for q, p in zip((rule.tier.keys, rule.tier.values), view.packed(), strict=True)]  # fmt: skip
-        live = int(held.lengths[row])
+        quantizers, count = (rule.tier.keys, rule.tier.values), int(held.used[row, 0]) * TILE
+        packed = [q.decode(p)[row, :, :count] for q, p in zip(quantizers, view.packed(), strict=True)]
+        live = int(held.lengths[row, 0])
         sinks = min(SINK, live)
         keys, values = (
             torch.cat([w[row, :, :sinks], p, w[row, :, sinks:live]], 1)

@@ -189,13 +189,13 @@ class FixedLayer(TieredLayer):
         self._stores_now = stores
 
     def _catch_up(self) -> None:
-        """Bring the host's book up to the device's: one read back after compiled steps, none after eager ones.
+        """Bring the host's book up to the device's, if steps were taken since it was last: one read back.
 
         Raises:
             InputError: if compiled steps went past ``max_cache_len`` or were given a mask that hid stored tokens.
             NonFiniteError: if compiled steps were given NaN or infinity.
         """
-        if self._stale:
+        if self._stale or self._behind:
             counters = self._counters.tolist()
             self._complain(counters)
             self._behind, self._stale = counters[LOGICAL] - self._logical, False

@@ -25,7 +25,8 @@ class _Copy:
 class FixedWindow(Window):
     """A window in buffers of one size: everything is written in place, nothing is ever replaced.
 
-    The host's ``lengths`` have a copy on the device, ``device_lengths``, int32 ``[B]``; a decode step changes that copy
+    The host's ``lengths`` have a copy on the device, ``device_lengths``, int32 ``[B, H_kv]`` (one a program of a kernel,
+    the same in all heads of a row); a decode step changes that copy
     alone, and ``locate`` brings the host up to it.
     """
 
@@ -40,12 +41,12 @@ class FixedWindow(Window):
         device: torch.device,
     ) -> None:
         super().__init__(batch, heads, key_dim, value_dim, capacity, dtype, device)
-        self.device_lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.device_lengths = torch.zeros((batch, heads), dtype=torch.int32, device=device)
         self._copy: _Copy | None = None
 
     def publish(self) -> None:
         """Write the host's lengths to the device."""
-        self.device_lengths.copy_(self.lengths)
+        self.device_lengths.copy_(self.lengths[:, None].expand_as(self.device_lengths))
 
     def locate(self, lengths: Tensor, first: Tensor, sinks: int, packed: Tensor) -> None:
         """Take over what decode steps have made of the window.

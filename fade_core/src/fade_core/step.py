@@ -103,7 +103,7 @@ def append(
         window_values: likewise.
         key_fields: ``[B, H_kv, tiles, ...]``, in the order of the quantizer's ``field_shapes``.
         value_fields: likewise.
-        lengths: int32 ``[B]``.
+        lengths: int32 ``[B, H_kv]``.
         used: int32 ``[B, H_kv]``.
         counters: int64 ``[3]``.
         plan: name of the layer's ``StepPlan``.
@@ -162,7 +162,7 @@ def decode_attention(
         window_values: likewise.
         key_fields: ``[B, H_kv, tiles, ...]``.
         value_fields: likewise.
-        lengths: int32 ``[B]``.
+        lengths: int32 ``[B, H_kv]``.
         used: int32 ``[B, H_kv]``.
         padding: int64 ``[B]``: positions before the first token of each row, which are not stored.
         mask: bool ``[B or 1, 1, 1, T]`` over positions, honoured token by token; ``None`` if it hides padding alone.
@@ -180,7 +180,7 @@ def decode_attention(
     values = dict(zip(tier.values.field_shapes(), value_fields, strict=True))
     view = TileView(tier, keys, values, used, window_keys.dtype)
     host = query.device.type == "cpu"
-    if host and mask is not None and _hides_padding_alone(mask, padding, used[:, :1] * view.tile + lengths[:, None]):
+    if host and mask is not None and _hides_padding_alone(mask, padding, used[:, :1] * view.tile + lengths[:, :1]):
         mask = None
     look = host and isinstance(ours.attention, TorchDecodeAttention)  # kernels take the buffers whole
     segments = step_segments(view, window_keys, window_values, lengths, padding, mask, ours.rule.n_sink, look)
@@ -224,7 +224,7 @@ def step_segments(
         view: packed tiles.
         keys: window ``[B, H_kv, capacity, D]``.
         values: likewise.
-        lengths: tokens of it, int32 ``[B]``.
+        lengths: tokens of it, int32 ``[B, H_kv]``.
         padding: positions before each row's first token, int64 ``[B]``.
         mask: bool ``[B or 1, 1, 1, T]`` over positions, or ``None`` if it hides padding alone.
         n_sink: tokens of the window that come before the packed ones.
@@ -237,7 +237,7 @@ def step_segments(
     slots = torch.arange(tiles * tile, device=keys.device)
     packed = slots < held * tile  # [B, T]
     recent = torch.arange(longest, device=keys.device)
-    live = recent < lengths[:, None]
+    live = recent < lengths[:, :1]
     plain = mask is None
     masks: list[Tensor | None] = [packed[:, None, None], live[:, None, None]]
     if mask is not None:

@@ -50,8 +50,8 @@ class FixedBuffers:
         values: likewise.
         key_fields: packed fields ``[B, H_kv, tiles, ...]`` by the quantizer's names.
         value_fields: likewise.
-        lengths: int32 ``[B]``: tokens in the window.
-        used: int32 ``[B, H_kv]``: tiles in use, the same in all heads of a row.
+        lengths: int32 ``[B, H_kv]``: tokens in the window, the same in all heads of a row.
+        used: int32 ``[B, H_kv]``: tiles in use, likewise.
         counters: int64 ``[3]``: see ``LOGICAL``.
     """
 
@@ -88,14 +88,14 @@ def append(keys: Tensor, values: Tensor, held: FixedBuffers, rule: AppendRule, l
         keys, values = (t.masked_fill(~torch.isfinite(t), 0) for t in (keys, values))
     else:
         held.counters[NONFINITE] += ~torch.isfinite(keys.float().sum() + values.float().sum())
-    full = (held.lengths >= rule.threshold) & (held.used[:, 0] < next(iter(held.key_fields.values())).shape[2])
+    full = (held.lengths[:, 0] >= rule.threshold) & (held.used[:, 0] < next(iter(held.key_fields.values())).shape[2])
     if not host:
         _encode_oldest(held, rule, torch.arange(len(full), device=full.device), full)
     elif bool(full.any()):
         rows = full.nonzero().flatten()
         _encode_oldest(held, rule, rows, full[rows])
     rows = torch.arange(len(full), device=full.device)
-    slots = held.lengths.clamp_max(held.keys.shape[2] - 1).long()
+    slots = held.lengths[:, 0].clamp_max(held.keys.shape[2] - 1).long()
     held.keys[rows, :, slots] = keys[:, :, 0]
     held.values[rows, :, slots] = values[:, :, 0]
     held.lengths.add_(1)
@@ -120,7 +120,7 @@ def _encode_oldest(held: FixedBuffers, rule: AppendRule, rows: Tensor, full: Ten
             new = packed.fields[name][:, :, 0].to(field.dtype)
             field[rows, :, number] = torch.where(full.view(-1, *(1,) * (new.dim() - 1)), new, field[rows, :, number])
         window[rows] = ours.gather(2, source[:, None, :, None].expand_as(ours))
-    held.lengths[rows] -= rule.tile * full.int()
+    held.lengths[rows] -= rule.tile * full.int()[:, None]
     held.used[rows] += full.int()[:, None]
 
 

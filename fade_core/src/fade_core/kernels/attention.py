@@ -28,8 +28,8 @@ class FullSegment:
         mask: bool broadcastable to ``[B, H_kv, Q, T]``, true where a query may attend; ``None`` for everywhere.
         plain: the last ``Q`` tokens of each row are the queries' own, and ``mask`` says no more than causality and
             ``lengths`` do: an implementation that knows these need not read it.
-        lengths: leading tokens of each row that are meant, int64 ``[B]`` on the CPU, or int32 where the tokens are (then
-            no one has to read them back); ``None`` for all ``T``.
+        lengths: leading tokens of each row that are meant, int64 ``[B]`` on the CPU, or int32 ``[B, H_kv]`` where the
+            tokens are (then no one has to read them back); ``None`` for all ``T``.
     """
 
     keys: Tensor
