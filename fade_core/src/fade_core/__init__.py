@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         Tier,
         TierConfig,
     )
+    from fade_core.kernels.append import AppendRule, FixedBuffers, append
     from fade_core.kernels.attention import AttentionOutput, FullSegment, PackedSegment
     from fade_core.loading import load_model
     from fade_core.manual import (
@@ -66,6 +67,7 @@ _HOME = {
         ),
         "interfaces",
     ),
+    **dict.fromkeys(("AppendRule", "FixedBuffers", "append"), "kernels.append"),
     **dict.fromkeys(("AttentionOutput", "FullSegment", "PackedSegment"), "kernels.attention"),
     "load_model": "loading",
     **dict.fromkeys(
@@ -85,10 +87,12 @@ _HOME = {
 
 __all__ = [
     "AnyPolicy",
+    "AppendRule",
     "AttentionOutput",
     "AttentionTracker",
     "EvictionPolicy",
     "FadeConfig",
+    "FixedBuffers",
     "FullSegment",
     "JsonlExporter",
     "Kernel",
@@ -106,6 +110,7 @@ __all__ = [
     "TierConfig",
     "TieredKVCache",
     "__version__",
+    "append",
     "apply_tier_assignment",
     "apply_tier_assignment_per_sequence",
     "attach_telemetry",

@@ -1,0 +1,125 @@
+"""FADE's ``append`` op, run by a Triton kernel: one launch a layer and step, no length read back."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fade_core import AppendRule, FixedBuffers, get_quantizer
+from fade_core.errors import InputError
+from fade_core.interfaces import Kernel, Op, Quantizer, Support
+from fade_core.packed import PackedFormat
+from fade_kernels_triton.device import interpreted, unusable
+from fade_kernels_triton.operands import HEAD_DIMS, unsupported_pair
+
+WINDOW_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+BLOCK = 16
+"""Window tokens that move together; at most a tile."""
+
+
+class TritonAppend(Kernel):
+    """``append`` for uniform codes of 2 and 4 bits: the formats that the Triton decode kernel reads.
+
+    Codes and metadata are those of the torch quantizer on a CPU, bit by bit. (On a GPU torch divides by a constant through
+    its reciprocal, so that a scale on the edge between two fp16 numbers may come out one step apart.)
+    """
+
+    name: ClassVar[str] = "triton"
+    op: ClassVar[Op] = "append"
+    priority: ClassVar[int] = -10 if interpreted() else 10
+
+    def supports(self, format: PackedFormat | None, head_dim: int, device: torch.device, dtype: torch.dtype) -> Support:
+        reason = (
+            unusable(device) or _unsupported(head_dim, dtype) or unsupported_pair(format, _values(format), head_dim)
+        )
+        return Support(not reason, reason)
+
+    def accepts(self, keys: Tensor, values: Tensor, held: FixedBuffers, rule: AppendRule) -> Support:
+        reason = _refusal(keys, values, held, rule)
+        return Support(not reason, reason)
+
+    def __call__(self, keys: Tensor, values: Tensor, held: FixedBuffers, rule: AppendRule) -> None:
+        """As the oracle, ``fade_core.append``; NaN and infinity are counted, never raised.
+
+        Raises:
+            InputError: for what ``accepts`` refuses.
+        """
+        if refused := _refusal(keys, values, held, rule):
+            raise InputError(f"the Triton append kernel does not take this call: {refused}")
+        from fade_kernels_triton.jit.append import append_kernel
+
+        fmt, value_fmt = rule.tier.keys.format, rule.tier.values.format
+        if fmt is None or value_fmt is None:
+            raise InputError(f"tier {rule.tier.name!r} has no packed format")
+        keys, values = (t if t.stride(3) == 1 else t.contiguous() for t in (keys, values))
+        rows, heads, capacity, dim = held.keys.shape
+        append_kernel[(rows * heads,)](
+            keys,
+            values,
+            held.keys,
+            held.values,
+            held.key_fields[f"codes{fmt.bits}"],
+            held.key_fields["meta"],
+            held.value_fields[f"codes{value_fmt.bits}"],
+            held.value_fields["meta"],
+            held.lengths,
+            held.used,
+            held.counters,
+            heads,
+            capacity,
+            held.key_fields["meta"].shape[2],
+            rule.threshold,
+            rule.n_sink,
+            *keys.stride()[:2],
+            *values.stride()[:2],
+            KEY_BITS=fmt.bits,
+            VALUE_BITS=value_fmt.bits,
+            KEY_CHANNEL=fmt.axis == "channel",
+            TILE=fmt.tile,
+            BLOCK=BLOCK,
+            ZERO=rule.on_nonfinite == "zero",
+            D=dim,
+            DP=max(16, 1 << (dim - 1).bit_length()),
+            num_warps=4,
+        )
+
+
+def _values(keys: PackedFormat | None) -> PackedFormat | None:
+    """The values' format that goes with keys of this one; what they really are is seen call by call."""
+    return None if keys is None else PackedFormat(keys.bits, keys.head_dim, keys.tile, "token", layout="channel")
+
+
+def _unsupported(head_dim: int, dtype: torch.dtype) -> str:
+    if dtype not in WINDOW_DTYPES:
+        return f"{dtype} (it takes {', '.join(map(str, WINDOW_DTYPES))})"
+    if head_dim not in HEAD_DIMS:
+        return f"head_dim {head_dim} (it takes {', '.join(map(str, HEAD_DIMS))})"
+    return ""
+
+
+def _refusal(keys: Tensor, values: Tensor, held: FixedBuffers, rule: AppendRule) -> str:
+    """Why the kernel cannot take this call; empty if it can."""
+    dim = held.keys.shape[3]
+    if reason := _unsupported(dim, held.keys.dtype) or unsupported_pair(
+        rule.tier.keys.format, rule.tier.values.format, dim
+    ):
+        return reason
+    for quantizer in (rule.tier.keys, rule.tier.values):
+        if not _encodes_plainly(quantizer):
+            return f"quantizer {quantizer.kind!r} has a way of its own to encode"
+    if keys.shape[2] != 1 or keys.dtype != held.keys.dtype or values.dtype != held.values.dtype:
+        return f"{keys.shape[2]} tokens of {keys.dtype} for a window of {held.keys.dtype} (it takes one, of the same)"
+    if held.values.shape != held.keys.shape:
+        return f"keys and values of {dim} and {held.values.shape[3]} channels"
+    tensors = (*held.key_fields.values(), *held.value_fields.values(), held.keys, held.values, held.lengths, held.used)
+    if not all(t.is_contiguous() for t in tensors):
+        return "buffers that are not contiguous"
+    return ""
+
+
+def _encodes_plainly(quantizer: Quantizer) -> bool:
+    """Whether codes are nearest on a uniform grid, nothing done to the tokens before."""
+    plain = type(get_quantizer("uniform", head_dim=quantizer.head_dim))
+    return isinstance(quantizer, plain) and type(quantizer).encode is plain.encode

@@ -1,0 +1,159 @@
+"""The append kernel writes what the torch oracle writes, bit by bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from oracle import seed
+from torch import Tensor
+
+from fade_core import AppendRule, FixedBuffers, Tier, append
+from fade_core.errors import InputError
+from fade_core.quantizers.uniform import UniformQuantizer
+from fade_kernels_triton.append import TritonAppend
+
+SINK, RECENT = 4, 24
+
+
+def problem(
+    rows: int, heads: int, tiles: int, dim: int, bits: int, axis: str, tile: int, dtype: torch.dtype, device: str,
+    spread: float = 1.0, on_nonfinite: str = "raise",
+) -> tuple[AppendRule, FixedBuffers]:  # fmt: skip
+    """Rows about to be full; whatever is not in use is NaN."""
+    key_codes = UniformQuantizer(dim, bits, axis, tile=tile)  # type: ignore[arg-type]
+    value_codes = UniformQuantizer(dim, bits, tile=tile, layout="channel")
+    rule = AppendRule(Tier("int", "rest", key_codes, value_codes), SINK, SINK + RECENT + tile, on_nonfinite)
+    capacity = rule.threshold + 7
+    window = []
+    lengths = torch.full((rows, heads), rule.threshold, dtype=torch.int32, device=device)
+    lengths[1:] -= torch.randint(0, 3, (max(rows - 1, 0), 1), dtype=torch.int32, device=device)
+    for _ in range(2):
+        held = (torch.randn(rows, heads, capacity, dim, device=device) * spread + 3 * torch.randn(1, heads, 1, dim, device=device)).to(dtype)  # fmt: skip
+        held[torch.arange(capacity, device=device) >= lengths[..., None]] = torch.nan
+        window.append(held)
+    used = torch.randint(0, tiles, (rows, 1), dtype=torch.int32, device=device).expand(-1, heads).contiguous()
+    fields = [
+        {
+            name: torch.full((rows, heads, tiles, *shape), -1, dtype=kind, device=device)
+            for name, (shape, kind) in q.field_shapes().items()
+        }  # fmt: skip
+        for q in (key_codes, value_codes)
+    ]
+    return rule, FixedBuffers(*window, *fields, lengths, used, torch.zeros(3, dtype=torch.long, device=device))
+
+
+def copied(held: FixedBuffers) -> FixedBuffers:
+    def copy(value: Any) -> Any:
+        return value.clone() if isinstance(value, Tensor) else {name: field.clone() for name, field in value.items()}
+
+    return FixedBuffers(*(copy(value) for value in vars(held).values()))
+
+
+def same(ours: FixedBuffers, theirs: FixedBuffers) -> None:
+    """Every bit in use is alike, and what is not in use was not touched where no tile has gone."""
+    for name in ("lengths", "used", "counters"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    live = torch.arange(ours.keys.shape[2], device=ours.keys.device) < ours.lengths[..., None]
+    assert torch.equal(ours.keys[live], theirs.keys[live])
+    assert torch.equal(ours.values[live], theirs.values[live])
+    for mine, his in ((ours.key_fields, theirs.key_fields), (ours.value_fields, theirs.value_fields)):
+        for name, field in mine.items():
+            assert torch.equal(field, his[name]), name
+
+
+CASES = [
+    (4, "channel", 64, 128, torch.bfloat16),
+    (4, "token", 64, 64, torch.float16),
+    (2, "channel", 128, 128, torch.float16),
+    (2, "token", 64, 80, torch.float32),
+    (4, "channel", 128, 96, torch.float32),
+    (4, "channel", 64, 256, torch.float16),
+]
+
+
+@pytest.mark.parametrize(("bits", "axis", "tile", "dim", "dtype"), CASES)
+def test_the_kernel_is_the_oracle(bits: int, axis: str, tile: int, dim: int, dtype: torch.dtype, device: str) -> None:
+    seed()
+    rule, ours = problem(3, 2, 4, dim, bits, axis, tile, dtype, device)
+    theirs, kernel = copied(ours), TritonAppend()
+    for _ in range(5):
+        new = (
+            torch.randn(2, 3, 1, 2, dim, device=device).to(dtype).transpose(2, 3)
+        )  # as a model has it: [B, T, H, D] inside
+        assert kernel.accepts(*new, ours, rule)
+        kernel(*new, ours, rule)
+        append(*new, theirs, rule, look=False)
+        same(ours, theirs)
+    assert bool((ours.lengths < rule.threshold).all())
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-6, 1e5])
+@pytest.mark.parametrize("axis", ["channel", "token"])
+def test_flat_tiny_and_huge_tokens(spread: float, axis: str, device: str) -> None:
+    """Scales of zero, subnormal ones, and those that end at fp16's largest."""
+    seed()
+    rule, ours = problem(1, 2, 2, 64, 4, axis, 64, torch.float32, device, spread)
+    ours.keys[:, 0] = 0.25
+    theirs = copied(ours)
+    new = torch.randn(2, 1, 2, 1, 64, device=device)
+    TritonAppend()(*new, ours, rule)
+    append(*new, theirs, rule, look=False)
+    same(ours, theirs)
+
+
+@pytest.mark.parametrize("on_nonfinite", ["raise", "zero"])
+def test_what_is_not_finite_is_counted_or_zero(on_nonfinite: str, device: str) -> None:
+    seed()
+    rule, ours = problem(2, 2, 2, 64, 4, "token", 64, torch.float16, device, on_nonfinite=on_nonfinite)
+    ours.lengths.fill_(9)
+    theirs = copied(ours)
+    new = torch.randn(2, 2, 2, 1, 64, device=device).half()
+    new[0, 1, 0, 0, 3], new[1, 0, 1, 0, 63] = torch.inf, torch.nan
+    TritonAppend()(*new, ours, rule)
+    append(*new, theirs, rule, look=False)
+    assert (int(ours.counters[1]) > 0) == (int(theirs.counters[1]) > 0) == (on_nonfinite == "raise")
+    ours.counters[1] = theirs.counters[1]  # tokens here, steps there
+    for held in (ours, theirs):
+        held.keys.nan_to_num_()
+        held.values.nan_to_num_()
+    same(ours, theirs)
+
+
+def test_a_full_store_lets_the_window_fill_up_and_writes_nowhere_else(device: str) -> None:
+    seed()
+    rule, ours = problem(1, 2, 2, 64, 4, "channel", 64, torch.float16, device)
+    ours.used.fill_(2)
+    theirs = copied(ours)
+    for _ in range(12):
+        new = torch.randn(2, 1, 2, 1, 64, device=device).half()
+        TritonAppend()(*new, ours, rule)
+        append(*new, theirs, rule, look=False)
+    assert torch.equal(ours.keys, theirs.keys)
+    for name, field in ours.key_fields.items():
+        assert torch.equal(field, theirs.key_fields[name])
+    assert bool((ours.lengths == rule.threshold + 12).all())
+
+
+def test_what_it_does_not_take_is_refused_with_the_reason(device: str) -> None:
+    kernel = TritonAppend()
+    rule, held = problem(1, 2, 2, 64, 4, "channel", 64, torch.float16, device)
+    new = torch.randn(1, 2, 1, 64, device=device).half()
+    assert kernel.supports(rule.tier.keys.format, 64, torch.device(device), torch.float16)
+    assert "head_dim 48" in kernel.supports(None, 48, torch.device(device), torch.float16).reason
+    three = UniformQuantizer(64, 3, "channel")
+    assert "3-bit" in kernel.supports(three.format, 64, torch.device(device), torch.float16).reason
+    two = torch.cat([new, new], 2)
+    assert "2 tokens" in kernel.accepts(two, two, held, rule).reason
+    with pytest.raises(InputError, match="2 tokens"):
+        kernel(two, two, held, rule)
+
+    class Own(UniformQuantizer):
+        kind = "own"
+
+        def encode(self, x: Tensor) -> Any:
+            return super().encode(x)
+
+    own = AppendRule(Tier("int", "rest", Own(64, 4, "channel"), rule.tier.values), SINK, rule.threshold)
+    assert "'own' has a way of its own" in kernel.accepts(new, new, held, own).reason
