@@ -211,7 +211,7 @@ class FixedLayer(TieredLayer):
         if counters[ODD_MASK]:
             what = f"{counters[ODD_MASK]} steps came with a mask that hides stored tokens, while the prompt's hid padding alone"
         if counters[NONFINITE]:
-            error, what = NonFiniteError, f"{counters[NONFINITE]} steps brought NaN or infinity"
+            error, what = NonFiniteError, "steps brought NaN or infinity"
         if what:
             raise error(f"layer {self.index}: {what}; compiled steps cannot refuse. Call reset() and start again")
 

@@ -30,7 +30,8 @@ def problem(
     lengths = torch.full((rows, heads), rule.threshold, dtype=torch.int32, device=device)
     lengths[1:] -= torch.randint(0, 3, (max(rows - 1, 0), 1), dtype=torch.int32, device=device)
     for _ in range(2):
-        held = (torch.randn(rows, heads, capacity, dim, device=device) * spread + 3 * torch.randn(1, heads, 1, dim, device=device)).to(dtype)  # fmt: skip
+        channels = 3 * torch.randn(1, heads, 1, dim, device=device)
+        held = (torch.randn(rows, heads, capacity, dim, device=device) * spread + channels).to(dtype)
         held[torch.arange(capacity, device=device) >= lengths[..., None]] = torch.nan
         window.append(held)
     used = torch.randint(0, tiles, (rows, 1), dtype=torch.int32, device=device).expand(-1, heads).contiguous()
@@ -38,7 +39,7 @@ def problem(
         {
             name: torch.full((rows, heads, tiles, *shape), -1, dtype=kind, device=device)
             for name, (shape, kind) in q.field_shapes().items()
-        }  # fmt: skip
+        }
         for q in (key_codes, value_codes)
     ]
     return rule, FixedBuffers(*window, *fields, lengths, used, torch.zeros(3, dtype=torch.long, device=device))
