@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from test_modes import FAMILIES, PACKED, model_of
-from tinymodels import fresh_seed, left_padded, prompt
+from test_zoo import FAMILIES as ZOO
+from test_zoo import STOCK
+from tinymodels import fresh_seed, left_padded, prompt, tiny
 from torch import Tensor
 from torch._dynamo.backends.registry import lookup_backend
+from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, PreTrainedModel
 
@@ -88,6 +93,18 @@ def test_the_next_cache_of_the_same_shape_runs_the_same_graph() -> None:
                 found.append(generate(model, cache, inputs, 40, compile_config=settings))
     assert torch.equal(*found)
     assert len(graphs) == 1
+
+
+def test_caches_of_two_models_do_not_share_a_plan() -> None:
+    """One configuration, other heads: what a graph knows by name has to be another thing."""
+    wide, narrow = model_of("llama"), tiny("llama", fresh_seed(), head_dim=8, num_hidden_layers=2)
+    with create_tiered_cache(wide, CONFIG, 200) as one, create_tiered_cache(narrow, CONFIG, 200) as other:
+        for model, cache in ((wide, one), (narrow, other)):
+            generate(model, cache, {"input_ids": prompt(1, 50)}, 30)
+        plans = [[layer.step_plan for layer in cache.tiered] for cache in (one, other)]
+        assert len({id(plan) for plan in plans[0] + plans[1]}) == 4
+        with create_tiered_cache(wide, CONFIG, 200) as again:
+            assert [layer.step_plan for layer in again.tiered] == plans[0]
 
 
 def test_a_hybrid_model_compiles_with_transformers_own_sliding_windows() -> None:
@@ -241,3 +258,40 @@ def test_refusals_say_why() -> None:
         assert cache.compile_refusal == ""
         with pytest.raises(Exception, match="without max_cache_len"), cache.holding():
             pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ZOO)
+def test_every_family_compiles_or_says_why(family: str) -> None:
+    """Equal to the growing cache, compiled or not; the experts of two models are a loop over data in this transformers."""
+    torch._dynamo.reset()
+    model, inputs, graphs = tiny(family, fresh_seed(), **ZOO[family]), rows(), list[torch.fx.GraphModule]()
+    loops = "experts" in str(ZOO[family])
+    with create_tiered_cache(model, CONFIG) as growing:
+        wanted = generate(model, growing, inputs, 24)
+    options = {"disable_compile": True} if loops else {"compile_config": compiling("eager", graphs)}
+    with create_tiered_cache(model, CONFIG, max_cache_len=100) as cache:
+        assert torch.equal(generate(model, cache, inputs, 24, **options), wanted)
+        assert cache.is_compileable == (family not in STOCK)
+        assert ("keeps its own attention" in cache.compile_refusal) == (family in STOCK)
+    assert bool(graphs) == (family not in STOCK and not loops)
+    assert len(graphs) <= (1 if all(layer in cache.tiered for layer in cache.layers) else 3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU")
+@torch.no_grad()
+def test_inductor_hands_the_buffers_themselves_to_the_ops() -> None:
+    """A copy of packed tiles in every step would cost what compression saves."""
+    model = model_of("llama")
+    forward = torch.compile(model, fullgraph=True)
+    with create_tiered_cache(model, CONFIG, max_cache_len=200) as cache:
+        model(prompt(1, 70, 2), past_key_values=cache, use_cache=True)
+        inputs = step_inputs(cache, prompt(2, 1, 2))
+        inputs["attention_mask"][..., 70] = True
+        _, (code, *_) = run_and_get_code(lambda: forward(**inputs, past_key_values=cache, use_cache=True))
+    calls = re.findall(r"torch\.ops\.fade\.append\.default\((.*)\)", code)
+    assert len(calls) == len(cache.tiered)
+    for call in calls:
+        buffers = call.rsplit(", ", 10)[1:-1]  # window, fields, lengths, tiles in use, counters
+        assert all(re.fullmatch(r"\[?arg\d+_1\]?", name) for name in buffers), call

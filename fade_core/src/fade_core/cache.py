@@ -152,7 +152,9 @@ class TieredKVCache(Cache):
                 _weakly(self._roll_back),
             )
             layers.append(TieredLayer(plan, max_cache_len))
-            appenders[index] = kernels["append"], own.model_dump_json(include={"keys", "values", "ladder", "tile"})
+            made_from = own.model_dump_json(include={"keys", "values", "ladder", "tile"})
+            heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+            appenders[index] = kernels["append"], f"{made_from} for {heads} heads in {len(own_layers)} layers"
         self.compile_refusal = _not_fixed(layers, max_cache_len)
         if max_cache_len is not None and not self.compile_refusal:
             layers = _fixed(layers, appenders, text, max_cache_len)

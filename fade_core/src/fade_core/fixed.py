@@ -74,7 +74,7 @@ class FixedLayer(TieredLayer):
     Args:
         plan: what the layer is made of.
         max_length: most tokens the layer may see.
-        meaning: the configuration of its quantizers, written out.
+        meaning: what its quantizers were made from, written out.
         append: implementation of the op ``append``.
 
     Attributes:

@@ -7,6 +7,7 @@ cache serves the next.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import weakref
 from collections.abc import Sequence
@@ -60,9 +61,11 @@ def plan_step(rule: AppendRule, append: Kernel, attention: Kernel, meaning: str)
         rule: sinks, window, quantizers.
         append: implementation of ``append``.
         attention: implementation of ``decode_attention``.
-        meaning: the configuration of the quantizers, written out.
+        meaning: what the quantizers were made from, written out: their configuration and the model's layers and heads.
     """
-    name = f"{rule.layer}:{rule.n_sink}:{rule.threshold}:{rule.on_nonfinite}:{append.name}:{attention.name}:{meaning}"
+    sides = [(type(q).__name__, q.head_dim, q.tile, q.field_shapes()) for q in (rule.tier.keys, rule.tier.values)]
+    facts = (rule.layer, rule.n_sink, rule.threshold, rule.on_nonfinite, append.name, attention.name, sides, meaning)
+    name = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     if rule.tier.keys.state_dict() or rule.tier.values.state_dict():
         name = f"{name}:{next(_numbers)}"  # tensors may be replaced: codebooks, a loaded state
     found = _plans.get(name)
