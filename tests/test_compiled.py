@@ -83,16 +83,37 @@ def test_generate_compiles_one_graph_for_200_tokens(family: str, backend: str) -
         assert cache.get_seq_length() == growing.get_seq_length()
 
 
-def test_the_next_cache_of_the_same_shape_runs_the_same_graph() -> None:
+ROTATED = FadeConfig(n_sink=4, recent_window=16, tile=16, keys={"kind": "rotated"}, values={"kind": "rotated"})
+
+
+@pytest.mark.parametrize("config", [CONFIG, ROTATED], ids=["uniform", "rotated"])
+def test_the_next_cache_of_the_same_shape_runs_the_same_graph(config: FadeConfig) -> None:
     model, inputs, graphs = model_of("llama"), rows(), list[torch.fx.GraphModule]()
     settings = compiling("eager", graphs)
     found = []
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(2):
-            with create_tiered_cache(model, CONFIG, max_cache_len=200) as cache:
+            with create_tiered_cache(model, config, max_cache_len=200) as cache:
                 found.append(generate(model, cache, inputs, 40, compile_config=settings))
     assert torch.equal(*found)
     assert len(graphs) == 1
+
+
+def test_other_codebooks_are_another_plan() -> None:
+    """Caches of one configuration whose quantizers hold other tensors: each is read with its own."""
+    model, inputs, found = model_of("llama"), rows(), []
+    for length in (None, 200):
+        with create_tiered_cache(model, ROTATED, length) as plain, create_tiered_cache(model, ROTATED, length) as other:
+            signs = torch.tensor([1, -1] * 8, dtype=torch.int8)
+            other.set_codebooks({f"{i}.{side}.signs": signs for i in range(2) for side in ("keys", "values")})
+            found.append([generate(model, cache, inputs, 50) for cache in (plain, other)])
+            if length:
+                assert not {id(x.step_plan) for x in plain.tiered} & {id(x.step_plan) for x in other.tiered}
+                state = other.cache_state_dict()
+                with create_tiered_cache(model, ROTATED, length) as loaded:
+                    loaded.load_cache_state_dict(state)
+                    assert [x.step_plan for x in loaded.tiered] == [x.step_plan for x in other.tiered]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
 
 
 def test_caches_of_two_models_do_not_share_a_plan() -> None:

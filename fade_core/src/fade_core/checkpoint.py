@@ -115,7 +115,8 @@ def restore(cache: TieredKVCache, state: Mapping[str, Any]) -> None:
     cache.reset()
     for layer, found in zip(cache.layers, fresh, strict=True):
         vars(layer).update(vars(found))
-    cache.settle()
+    for layer in cache.tiered:
+        layer.restored()
 
 
 def save(cache: TieredKVCache, path: str | Path) -> None:

@@ -87,20 +87,22 @@ class FixedLayer(TieredLayer):
         ladder = plan.ladder
         self.slots, self.meaning = bucket(max_length), meaning
         self.threshold = ladder.n_sink + ladder.recent_window + ladder.tile
-        self.step_plan = plan_step(
-            AppendRule(ladder.tiers[0], ladder.n_sink, self.threshold, plan.on_nonfinite, plan.index),
-            append,
-            plan.kernel,
-            meaning,
-        )
-        self.step_name = self.step_plan.name
+        self.append = append
         self._kept: tuple[FixedWindow, FixedStore] | None = None
         self._logical = self._behind = self._asked = self._open = 0
         self._stale = self.ready = self.stepping = self.trusting = self.watches = False
         super().__init__(plan, max_length)
+        self.replan()
+
+    def replan(self) -> None:
+        """Take the plan of the quantizers as they are now."""
+        ladder, plan = self.plan.ladder, self.plan
+        rule = AppendRule(ladder.tiers[0], ladder.n_sink, self.threshold, plan.on_nonfinite, plan.index)
+        self.step_plan = plan_step(rule, self.append, plan.kernel, self.meaning)
+        self.step_name = self.step_plan.name
 
     def fresh(self) -> FixedLayer:
-        layer = FixedLayer(self.plan, self.max_length or self.slots, self.meaning, self.step_plan.append)
+        layer = FixedLayer(self.plan, self.max_length or self.slots, self.meaning, self.append)
         layer.watches = self.watches
         return layer
 
@@ -123,6 +125,7 @@ class FixedLayer(TieredLayer):
         self, batch: int, heads: int, key_dim: int, value_dim: int, statistics: tuple[str, ...]
     ) -> tuple[Window, tuple[TierStore, ...]]:
         ladder = self.plan.ladder
+        self.replan()  # codebooks may have been set
         shape = (batch, heads, self.threshold + REJECTABLE)
         if self._kept is None or not self._fits(self._kept[0], (*shape, key_dim), (*shape, value_dim)):
             window = FixedWindow(batch, heads, key_dim, value_dim, shape[2], self.dtype, self.device)
@@ -440,6 +443,10 @@ class FixedLayer(TieredLayer):
         self._publish()
 
     # --- compression ---
+    def restored(self) -> None:
+        self.replan()
+        super().restored()
+
     def settle(self, padding: Tensor | None = None, statistics: Any = None) -> None:
         super().settle(padding, statistics)
         self._publish()

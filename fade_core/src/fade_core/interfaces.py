@@ -72,6 +72,20 @@ class PromptView:
         return self._found[name]
 
 
+@dataclass(frozen=True)
+class PlainEncoding:
+    """What ``encode`` does, for kernels: nearest codes on a uniform grid of ``format`` over each group of ``x @ rotation``.
+
+    Attributes:
+        rotation: float32 ``[D, D]`` on the tokens' device, kept alive and unchanged by the quantizer; ``None`` for none.
+        outward: whether a minimum is rounded down to fp16 and a step up, so that the grid spans its group; both are
+            rounded to nearest otherwise.
+    """
+
+    rotation: Tensor | None = None
+    outward: bool = True
+
+
 class Quantizer(ABC):
     """Turns full-precision tokens into packed ones and back.
 
@@ -136,6 +150,10 @@ class Quantizer(ABC):
         raise InputError(f"quantizer {self.kind!r} cannot move single tokens; it moves whole tiles")
 
     # what a kernel does around the packed format
+    def plain_encoding(self, device: torch.device) -> PlainEncoding | None:
+        """What ``encode`` does on ``device``, if a kernel can do the same; ``None`` (the default) if only this class can."""
+        return None
+
     def transform_query(self, query: Tensor) -> Tensor:
         """The query ``[B, H_kv, N, D]`` in the space of the codes (identity unless rotated)."""
         return query

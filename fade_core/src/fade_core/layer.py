@@ -406,6 +406,10 @@ class TieredLayer(CacheLayerMixin):
         elif self.is_initialized and not self.record_past:
             self.demote()
 
+    def restored(self) -> None:
+        """A saved state has been put in, its quantizers' included: get ready to go on."""
+        self.settle()
+
     def demote(self) -> None:
         """Encode window tiles that are full and re-rank when it is time."""
         if self.holding:

@@ -55,7 +55,9 @@ class StepPlan:
 
 
 def plan_step(rule: AppendRule, append: Kernel, attention: Kernel, meaning: str) -> StepPlan:
-    """The plan of a layer, shared with every layer of the same ``meaning`` if its quantizers keep no state.
+    """The plan of a layer, shared with every layer of the same ``meaning`` whose quantizers hold the same tensors.
+
+    To be asked again when those tensors were replaced (codebooks, a loaded state).
 
     Args:
         rule: sinks, window, quantizers.
@@ -63,15 +65,27 @@ def plan_step(rule: AppendRule, append: Kernel, attention: Kernel, meaning: str)
         attention: implementation of ``decode_attention``.
         meaning: what the quantizers were made from, written out: their configuration and the model's layers and heads.
     """
-    sides = [(type(q).__name__, q.head_dim, q.tile, q.field_shapes()) for q in (rule.tier.keys, rule.tier.values)]
-    facts = (rule.layer, rule.n_sink, rule.threshold, rule.on_nonfinite, append.name, attention.name, sides, meaning)
-    name = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-    if rule.tier.keys.state_dict() or rule.tier.values.state_dict():
-        name = f"{name}:{next(_numbers)}"  # tensors may be replaced: codebooks, a loaded state
+    facts = (rule.layer, rule.n_sink, rule.threshold, rule.on_nonfinite, append.name, attention.name, meaning)
+    name = hashlib.sha256(repr((*facts, _contents(rule))).encode()).hexdigest()[:16]
     found = _plans.get(name)
+    if found is not None and _contents(found.rule) != _contents(rule):  # its own were replaced after it was named
+        name, found = f"{name}:{next(_numbers)}", None
     if found is None:
         _plans[name] = found = StepPlan(name, rule, append, attention)
     return found
+
+
+def _contents(rule: AppendRule) -> list[tuple[object, ...]]:
+    """What the quantizers of a rule are, and a hash of each tensor that they keep."""
+    return [
+        (type(q).__name__, q.head_dim, q.tile, q.field_shapes(), {n: _digest(t) for n, t in q.state_dict().items()})
+        for q in (rule.tier.keys, rule.tier.values)
+    ]
+
+
+def _digest(tensor: Tensor) -> str:
+    held = tensor.detach().cpu().contiguous()
+    return hashlib.sha256(held.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()[:16] + str(held.shape)
 
 
 def _plan(name: str) -> StepPlan:

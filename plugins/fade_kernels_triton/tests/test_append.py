@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fade_core import AppendRule, FixedBuffers, Tier, append
 from fade_core.errors import InputError
+from fade_core.interfaces import PlainEncoding
+from fade_core.packed import Packed, pack_meta, unpack_codes, unpack_meta
 from fade_core.quantizers.uniform import UniformQuantizer
 from fade_kernels_triton.append import TritonAppend
 
@@ -120,6 +122,60 @@ def test_what_is_not_finite_is_counted_or_zero(on_nonfinite: str, device: str) -
         held.keys.nan_to_num_()
         held.values.nan_to_num_()
     same(ours, theirs)
+
+
+class Turned(UniformQuantizer):
+    """Codes of tokens turned by a random orthogonal matrix, scales rounded to nearest: as a plugin's may be."""
+
+    kind = "turned"
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.turn = torch.linalg.qr(torch.randn(self.head_dim, self.head_dim)).Q.contiguous()
+
+    def plain_encoding(self, device: torch.device) -> PlainEncoding:
+        return PlainEncoding(self.turn, outward=False)
+
+    def encode(self, x: Tensor) -> Packed:
+        x = x.float() @ self.turn
+        low, high = torch.aminmax(x, dim=-1, keepdim=True)
+        top = 2**self.bits - 1
+        minimum = low.half()
+        scale = ((high - minimum.float()) / top).half()
+        codes = ((x - minimum.float()) / scale.float()).round().clamp(0, top).to(torch.int16)
+        tiles = [t.unflatten(2, (-1, self.tile)) for t in (codes, scale, minimum)]
+        fields = self._pack(tiles[0])
+        fields["meta"] = pack_meta(*(t.transpose(-1, -2) for t in tiles[1:]))
+        return Packed(fields, x.shape[2], x.dtype)
+
+
+@pytest.mark.parametrize(("bits", "tile", "dim"), [(4, 64, 64), (4, 128, 80), (2, 128, 128)])
+def test_tokens_are_turned_before_they_are_encoded(bits: int, tile: int, dim: int, device: str) -> None:
+    """Sums in another order: a code or a scale may be one step off, rarely."""
+    seed()
+    rule, ours = problem(2, 2, 3, dim, bits, "token", tile, torch.float16, device)
+    sides = Turned(dim, bits, tile=tile), Turned(dim, bits, tile=tile, layout="channel")
+    for side in sides:
+        side.turn = side.turn.to(device)
+    rule = AppendRule(Tier("turned", "rest", *sides), rule.n_sink, rule.threshold)
+    ours.lengths.fill_(rule.threshold)
+    ours.keys.nan_to_num_()
+    ours.values.nan_to_num_()
+    theirs = copied(ours)
+    new = torch.randn(2, 2, 2, 1, dim, device=device).half()
+    assert TritonAppend().accepts(*new, ours, rule)
+    TritonAppend()(*new, ours, rule)
+    append(*new, theirs, rule, look=False)
+    assert torch.equal(ours.lengths, theirs.lengths)
+    for side, mine, his in zip(
+        sides, (ours.key_fields, ours.value_fields), (theirs.key_fields, theirs.value_fields), strict=True
+    ):
+        at = (torch.arange(2)[:, None], torch.arange(2), ours.used.cpu() - 1)
+        codes = [unpack_codes(f[f"codes{bits}"][at].cpu(), bits, side.fmt.layout).int() for f in (mine, his)]
+        assert int((codes[0] - codes[1]).abs().max()) <= 1
+        assert float((codes[0] != codes[1]).float().mean()) < 0.002
+        for found, wanted in zip(*(unpack_meta(f["meta"][at].cpu()) for f in (mine, his)), strict=True):
+            assert int((found.view(torch.int16).int() - wanted.view(torch.int16).int()).abs().max()) <= 1
 
 
 def test_a_full_store_lets_the_window_fill_up_and_writes_nowhere_else(device: str) -> None:

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from fade_core.errors import ConfigError, InputError
-from fade_core.interfaces import Quantizer, QuantizerConfig, QuantizerContext
+from fade_core.interfaces import PlainEncoding, Quantizer, QuantizerConfig, QuantizerContext
 from fade_core.packed import (
     Axis,
     Layout,
@@ -122,6 +122,9 @@ class UniformQuantizer(Quantizer):
         else:
             meta = pack_meta(scale.squeeze(-2), minimum.squeeze(-2))
         return Packed({**self._pack(codes), "meta": meta}, x.shape[2], x.dtype)
+
+    def plain_encoding(self, device: torch.device) -> PlainEncoding | None:
+        return PlainEncoding() if type(self).encode is UniformQuantizer.encode else None
 
     def decode(self, packed: Packed) -> Tensor:
         fmt = self.fmt

@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fade_core import AppendRule, FixedBuffers, get_quantizer
+from fade_core import AppendRule, FixedBuffers
 from fade_core.errors import InputError
-from fade_core.interfaces import Kernel, Op, Quantizer, Support
+from fade_core.interfaces import Kernel, Op, Support
 from fade_core.packed import PackedFormat
 from fade_kernels_triton.device import interpreted, unusable
 from fade_kernels_triton.operands import HEAD_DIMS, unsupported_pair
@@ -23,7 +23,8 @@ class TritonAppend(Kernel):
     """``append`` for uniform codes of 2 and 4 bits: the formats that the Triton decode kernel reads.
 
     Codes and metadata are those of the torch quantizer on a CPU, bit by bit. (On a GPU torch divides by a constant through
-    its reciprocal, so that a scale on the edge between two fp16 numbers may come out one step apart.)
+    its reciprocal, so that a scale on the edge between two fp16 numbers may come out one step apart.) Behind a rotation,
+    whose products are summed in another order, they may be one step apart where a number lies on an edge.
     """
 
     name: ClassVar[str] = "triton"
@@ -51,7 +52,8 @@ class TritonAppend(Kernel):
         from fade_kernels_triton.jit.append import append_kernel
 
         fmt, value_fmt = rule.tier.keys.format, rule.tier.values.format
-        if fmt is None or value_fmt is None:
+        key_plain, value_plain = (q.plain_encoding(keys.device) for q in (rule.tier.keys, rule.tier.values))
+        if fmt is None or value_fmt is None or key_plain is None or value_plain is None:
             raise InputError(f"tier {rule.tier.name!r} has no packed format")
         keys, values = (t if t.stride(3) == 1 else t.contiguous() for t in (keys, values))
         rows, heads, capacity, dim = held.keys.shape
@@ -67,6 +69,8 @@ class TritonAppend(Kernel):
             held.lengths,
             held.used,
             held.counters,
+            key_plain.rotation,
+            value_plain.rotation,
             heads,
             capacity,
             held.key_fields["meta"].shape[2],
@@ -77,6 +81,8 @@ class TritonAppend(Kernel):
             KEY_BITS=fmt.bits,
             VALUE_BITS=value_fmt.bits,
             KEY_CHANNEL=fmt.axis == "channel",
+            KEY_OUTWARD=key_plain.outward,
+            VALUE_OUTWARD=value_plain.outward,
             TILE=fmt.tile,
             BLOCK=BLOCK,
             ZERO=rule.on_nonfinite == "zero",
@@ -107,8 +113,11 @@ def _refusal(keys: Tensor, values: Tensor, held: FixedBuffers, rule: AppendRule)
     ):
         return reason
     for quantizer in (rule.tier.keys, rule.tier.values):
-        if not _encodes_plainly(quantizer):
+        plain, fmt = quantizer.plain_encoding(held.keys.device), quantizer.format
+        if plain is None or fmt is None:
             return f"quantizer {quantizer.kind!r} has a way of its own to encode"
+        if plain.rotation is not None and (fmt.axis != "token" or fmt.tile * fmt.bits < 256):
+            return f"a rotation before {fmt.bits}-bit codes with a scale a {fmt.axis}, tile {fmt.tile}"
     if keys.shape[2] != 1 or keys.dtype != held.keys.dtype or values.dtype != held.values.dtype:
         return f"{keys.shape[2]} tokens of {keys.dtype} for a window of {held.keys.dtype} (it takes one, of the same)"
     if held.values.shape != held.keys.shape:
@@ -117,9 +126,3 @@ def _refusal(keys: Tensor, values: Tensor, held: FixedBuffers, rule: AppendRule)
     if not all(t.is_contiguous() for t in tensors):
         return "buffers that are not contiguous"
     return ""
-
-
-def _encodes_plainly(quantizer: Quantizer) -> bool:
-    """Whether codes are nearest on a uniform grid, nothing done to the tokens before."""
-    plain = type(get_quantizer("uniform", head_dim=quantizer.head_dim))
-    return isinstance(quantizer, plain) and type(quantizer).encode is plain.encode

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from fade_core.errors import ConfigError
-from fade_core.interfaces import Quantizer, QuantizerConfig, QuantizerContext, Side
+from fade_core.interfaces import PlainEncoding, Quantizer, QuantizerConfig, QuantizerContext, Side
 from fade_core.packed import Packed, PackedFormat
 from fade_quant_rotated.levels import Metadata, ScaleRule, TokenQuantizer, check_tokens, gaussian_format
 from fade_quant_rotated.rotation import Rotation, RotationKind
@@ -75,6 +75,11 @@ class RotatedQuantizer(Quantizer):
         check_tokens(x, self.head_dim, f"quantizer {self.kind!r}")
         packed = self.codes.encode(self.rotation.forward(x.float()))
         return Packed(packed.fields, packed.length, x.dtype)
+
+    def plain_encoding(self, device: torch.device) -> PlainEncoding | None:
+        if self.format is None or self.format.levels is not None:
+            return None
+        return PlainEncoding(self.rotation.matrix(device), outward=False)
 
     def decode(self, packed: Packed) -> Tensor:
         rotated = self.codes.decode(Packed(packed.fields, packed.length, torch.float32))

@@ -33,6 +33,7 @@ class Rotation:
         if kind not in ("hadamard", "orthogonal"):
             raise ConfigError(f"rotation={kind!r} is not known; choose 'hadamard' or 'orthogonal'")
         self.head_dim, self.kind = head_dim, kind
+        self._matrix: Tensor | None = None
         generator = torch.Generator().manual_seed(seed)
         if kind == "hadamard":
             self.state = torch.randint(0, 2, (head_dim,), generator=generator).mul_(2).sub_(1).to(torch.int8)
@@ -48,6 +49,12 @@ class Rotation:
         if self.kind == "orthogonal":
             return x @ state.T
         return (x * state) @ hadamard(self.head_dim, x.dtype, x.device).T
+
+    def matrix(self, device: torch.device) -> Tensor:
+        """float32 ``[D, D]`` that row vectors are multiplied by, ``x @ matrix``: made once, and again for another state."""
+        if self._matrix is None or self._matrix.device != device:
+            self._matrix = self.forward(torch.eye(self.head_dim, device=device)).contiguous()
+        return self._matrix
 
     def inverse(self, y: Tensor) -> Tensor:
         """``R^T y`` for every vector of float ``[..., D]``."""
@@ -70,7 +77,7 @@ class Rotation:
                 f"{tuple(self.state.shape)}; the saved state has {what}. Build the cache with the configuration it was "
                 f"saved with"
             )
-        self.state = found.to(self.state.dtype).to(self.state.device)
+        self.state, self._matrix = found.to(self.state.dtype).to(self.state.device), None
 
     @property
     def _name(self) -> str:

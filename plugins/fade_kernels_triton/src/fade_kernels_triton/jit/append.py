@@ -48,12 +48,21 @@ def half_above(x):
 
 
 @triton.jit
-def grid_of(low, high, BITS: tl.constexpr):
-    """fp16 scale and minimum of the grid over ``[low, high]``."""
+def grid_of(low, high, BITS: tl.constexpr, OUTWARD: tl.constexpr):
+    """fp16 scale and minimum of the grid over ``[low, high]``; OUTWARD rounds them so that the grid spans it."""
     TOP: tl.constexpr = 2.0**BITS - 1.0
-    minimum = half_below(tl.minimum(tl.maximum(low, -FP16_MAX), FP16_MAX))
+    low = tl.minimum(tl.maximum(low, -FP16_MAX), FP16_MAX)
+    if OUTWARD:
+        minimum = half_below(low)
+    else:
+        minimum = low.to(tl.float16)
     span = tl.div_rn(high - minimum.to(tl.float32), tl.full(low.shape, TOP, tl.float32))
-    return half_above(tl.minimum(tl.maximum(span, 0.0), FP16_MAX)), minimum
+    span = tl.minimum(tl.maximum(span, 0.0), FP16_MAX)
+    if OUTWARD:
+        scale = half_above(span)
+    else:
+        scale = span.to(tl.float16)
+    return scale, minimum
 
 
 @triton.jit
@@ -67,14 +76,39 @@ def codes_of(x, scale, minimum, BITS: tl.constexpr):
 
 
 @triton.jit
+def load_tokens(WINDOW, ROTATION, first, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    """Window tokens ``first .. first + R`` in float32 ``[R, DP]``, zero past ``D``; times ROTATION ``[D, D]``, if any."""
+    row = tl.arange(0, R)
+    channel = tl.arange(0, DP)
+    if ROTATION is None:
+        inside = (channel < D)[None, :]
+        x = tl.load(WINDOW + (first + row)[:, None] * D + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+    else:
+        x = tl.zeros([R, DP], tl.float32)
+        some = tl.arange(0, 16)
+        for start in tl.range(0, D, 16):
+            part = start + some
+            left = tl.load(WINDOW + (first + row)[:, None] * D + part[None, :], mask=(part < D)[None, :], other=0.0)
+            right = tl.load(
+                ROTATION + part[:, None] * D + channel[None, :],
+                mask=(part < D)[:, None] & (channel < D)[None, :],
+                other=0.0,
+            )
+            x = tl.dot(left.to(tl.float32), right, x, input_precision="ieee")
+    return x
+
+
+@triton.jit
 def encode_tile(
     WINDOW,
+    ROTATION,
     CODES,
     META,
     first,
     BITS: tl.constexpr,
     CHANNEL: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    OUTWARD: tl.constexpr,
     TILE: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
@@ -89,25 +123,24 @@ def encode_tile(
     row = tl.arange(0, R)
     channel = tl.arange(0, DP)
     inside = (channel < D)[None, :]
-    start = WINDOW + (first + row)[:, None] * D + channel[None, :]
     if CHANNEL:
         low = tl.full([DP], float("inf"), tl.float32)
         high = tl.full([DP], float("-inf"), tl.float32)
         for j in tl.static_range(FIELDS):
-            x = tl.load(start + j * R * D, mask=inside, other=0.0).to(tl.float32)
+            x = load_tokens(WINDOW, ROTATION, first + j * R, R, D, DP)
             low = tl.minimum(low, tl.min(x, 0))
             high = tl.maximum(high, tl.max(x, 0))
-        scale, minimum = grid_of(low, high, BITS)
+        scale, minimum = grid_of(low, high, BITS, OUTWARD)
         tl.store(META + channel, half_bits(scale) | (half_bits(minimum) << 16), mask=channel < D)
         wide_scale = tl.broadcast_to(scale.to(tl.float32)[None, :], R, DP)
         wide_minimum = tl.broadcast_to(minimum.to(tl.float32)[None, :], R, DP)
     words = tl.zeros([R, DP], tl.int32)
     for j in tl.static_range(FIELDS):
-        x = tl.load(start + j * R * D, mask=inside, other=0.0).to(tl.float32)
+        x = load_tokens(WINDOW, ROTATION, first + j * R, R, D, DP)
         if not CHANNEL:
             low = tl.min(tl.where(inside, x, float("inf")), 1)
             high = tl.max(tl.where(inside, x, float("-inf")), 1)
-            scale, minimum = grid_of(low, high, BITS)
+            scale, minimum = grid_of(low, high, BITS, OUTWARD)
             tl.store(META + j * R + row, half_bits(scale) | (half_bits(minimum) << 16))
             wide_scale = tl.broadcast_to(scale.to(tl.float32)[:, None], R, DP)
             wide_minimum = tl.broadcast_to(minimum.to(tl.float32)[:, None], R, DP)
@@ -163,6 +196,8 @@ def append_kernel(
     LENGTHS,
     USED,
     COUNTERS,
+    KEY_ROTATION,
+    VALUE_ROTATION,
     heads,
     capacity,
     max_tiles,
@@ -175,6 +210,8 @@ def append_kernel(
     KEY_BITS: tl.constexpr,
     VALUE_BITS: tl.constexpr,
     KEY_CHANNEL: tl.constexpr,
+    KEY_OUTWARD: tl.constexpr,
+    VALUE_OUTWARD: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     ZERO: tl.constexpr,
@@ -194,12 +231,12 @@ def append_kernel(
         tile = bh * max_tiles + used
         KEY_META_SIZE: tl.constexpr = D if KEY_CHANNEL else TILE
         encode_tile(
-            keys, KEY_CODES + tile * (TILE * KEY_BITS // 16 * D), KEY_META + tile * KEY_META_SIZE, n_sink,
-            KEY_BITS, KEY_CHANNEL, False, TILE, D, DP,
+            keys, KEY_ROTATION, KEY_CODES + tile * (TILE * KEY_BITS // 16 * D), KEY_META + tile * KEY_META_SIZE, n_sink,
+            KEY_BITS, KEY_CHANNEL, False, KEY_OUTWARD, TILE, D, DP,
         )  # fmt: skip
         encode_tile(
-            values, VALUE_CODES + tile * (TILE * VALUE_BITS // 16 * D), VALUE_META + tile * TILE, n_sink,
-            VALUE_BITS, False, True, TILE, D, DP,
+            values, VALUE_ROTATION, VALUE_CODES + tile * (TILE * VALUE_BITS // 16 * D), VALUE_META + tile * TILE, n_sink,
+            VALUE_BITS, False, True, VALUE_OUTWARD, TILE, D, DP,
         )  # fmt: skip
         tl.debug_barrier()
         close_gap(keys, n_sink, length, TILE, BLOCK, D, DP)
