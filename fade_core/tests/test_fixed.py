@@ -303,3 +303,20 @@ def test_tokens_are_not_moved_by_hand() -> None:
     model = tiny_llama()
     with fed(model, 40, 0, max_cache_len=100) as cache, pytest.raises(InputError, match="without max_cache_len"):
         cache.tiered[0].assign(cache.tiered[0].tier_map())
+
+
+def test_a_rehearsal_leaves_nothing_behind() -> None:
+    model, found = tiny_llama(), []
+    for rehearsed in (False, True):
+        with create_tiered_cache(model, CONFIG, max_cache_len=100) as cache:
+            if rehearsed:
+                for layer in cache.tiered:
+                    like = torch.zeros(2, 2, 1, 16)
+                    layer.lazy_initialization(like, like)
+                    layer.rehearse()
+                    assert layer._counters.tolist() == [0, 0, 0]
+                    assert not layer._lengths.any()
+                    assert layer.logical == 0
+            model(prompt(1, 40), past_key_values=cache, use_cache=True)
+            found.append(go_on(model, cache))
+    assert torch.equal(*found)

@@ -593,7 +593,7 @@ def _fixed(
     for index, layer in enumerate(layers):
         if isinstance(layer, TieredLayer):
             append, meaning = appenders[index]
-            layer = FixedLayer(layer.plan, max_cache_len, meaning, append)
+            layer = FixedLayer(layer.plan, max_cache_len, meaning, append, text.num_attention_heads)
             layer.watches = not any(isinstance(before, FixedLayer) for before in found)
         elif type(layer) is DynamicSlidingWindowLayer:
             layer = static[index]

@@ -76,6 +76,7 @@ class FixedLayer(TieredLayer):
         max_length: most tokens the layer may see.
         meaning: what its quantizers were made from, written out.
         append: implementation of the op ``append``.
+        query_heads: query heads of the model.
 
     Attributes:
         slots: tokens that the buffers have room for.
@@ -83,11 +84,11 @@ class FixedLayer(TieredLayer):
         trusting: whether the mask of a step is taken to hide padding alone, as the prompt's did.
     """
 
-    def __init__(self, plan: LayerPlan, max_length: int, meaning: str, append: Kernel) -> None:
+    def __init__(self, plan: LayerPlan, max_length: int, meaning: str, append: Kernel, query_heads: int = 0) -> None:
         ladder = plan.ladder
         self.slots, self.meaning = bucket(max_length), meaning
         self.threshold = ladder.n_sink + ladder.recent_window + ladder.tile
-        self.append = append
+        self.append, self.query_heads = append, query_heads
         self._kept: tuple[FixedWindow, FixedStore] | None = None
         self._logical = self._behind = self._asked = self._open = 0
         self._stale = self.ready = self.stepping = self.trusting = self.watches = False
@@ -102,7 +103,7 @@ class FixedLayer(TieredLayer):
         self.step_name = self.step_plan.name
 
     def fresh(self) -> FixedLayer:
-        layer = FixedLayer(self.plan, self.max_length or self.slots, self.meaning, self.append)
+        layer = FixedLayer(self.plan, self.max_length or self.slots, self.meaning, self.append, self.query_heads)
         layer.watches = self.watches
         return layer
 
@@ -133,6 +134,8 @@ class FixedLayer(TieredLayer):
             self._kept = window, FixedStore(ladder.tiers[0], batch, heads, self.device, self.dtype, tiles)
             self._counters = torch.zeros(3, dtype=torch.long, device=self.device)
             self._wire()
+            if self.device.type != "cpu":
+                self.rehearse()
         return self._kept[0], (self._kept[1],)
 
     def _fits(self, window: FixedWindow, keys: tuple[int, ...], values: tuple[int, ...]) -> bool:
@@ -154,6 +157,24 @@ class FixedLayer(TieredLayer):
         ):
             # unguarded: another cache of the same shapes runs the same graph, and CUDA graphs are recorded anew
             torch._dynamo.mark_static_address(tensor, guard=False)
+
+    @torch.no_grad()
+    def rehearse(self) -> None:
+        """Run a step on empty buffers and undo it.
+
+        What ops and quantizers make once and keep (compiled kernels, rotations on the device) is made here, outside the memory
+        pool of a CUDA graph, where nothing may stay behind.
+        """
+        window, store = self._parts()
+        batch, heads, _, dim = self._window_keys.shape
+        self._first.zero_()
+        token = self._window_keys.new_zeros((batch, heads, 1, dim)), self._window_values[:, :, :1].clone()
+        self._step_in(*token)
+        query = token[0].new_zeros((batch, max(self.query_heads, heads), 1, dim))
+        self.attend(query, None, 1.0, None, None)
+        self._counters.zero_()
+        window.clear()
+        store.clear()
 
     def _parts(self) -> tuple[FixedWindow, FixedStore]:
         if self._kept is None:

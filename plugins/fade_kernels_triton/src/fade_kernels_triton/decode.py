@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -70,6 +70,7 @@ def decode_attention(
     output_dtype: torch.dtype | None = None,
     config: DecodeConfig | None = None,
     splits: Splits | None = None,
+    captured: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the newest tokens over everything that a cache holds, in one launch and one merge.
 
@@ -90,6 +91,8 @@ def decode_attention(
         output_dtype: of the output; the query's by default.
         config: launch configuration; the tuned one by default.
         splits: splits of each segment; derived from the configuration by default.
+        captured: the call may become part of a CUDA graph that others manage: it keeps no memory of its own, and merges in a
+            second launch.
 
     Returns:
         Output ``[B, H_q, Q, D]`` (memory order ``[B, Q, H_q, D]``) and the natural
@@ -111,6 +114,8 @@ def decode_attention(
         fmt = first.key_format if first else PackedFormat(4, dim)
         held = _next_power_of_2(sum(t.max_tiles * t.key_format.tile for t in tiers) or WINDOW_SHARE)
         config = lookup(Case(fmt.bits, fmt.axis, fmt.tile, dim, columns, groups, held))
+    if captured:
+        config = replace(config, fused=False)
     if splits is None:
         splits = plan_splits(tiers, window, groups, multiprocessors(query.device) * config.resident)
     if not splits.total:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -79,11 +79,11 @@ class TritonDecodeAttention(Kernel):
         window = next((_window(s, query) for s in segments if isinstance(s, FullSegment)), None)
         softcap = softcap or None
         wide = torch.float32 if moved else None
+        captured = any(s.store.device_book().table is None for s in packed)  # tiles of fixed places: a compiled step
         parts = []
         if tiers or window is not None:
-            parts.append(
-                decode_attention(query, tiers, window, scaling=scaling, softcap=softcap, s_aux=sinks, output_dtype=wide)
-            )
+            options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "output_dtype": wide}
+            parts.append(decode_attention(query, tiers, window, s_aux=sinks, captured=captured, **options))
             sinks = None
         for segment in moved:
             parts.append(_attend_moved(query, segment, scaling, softcap, sinks))
@@ -110,7 +110,8 @@ def _attend_moved(
     grouped = (query.float() * scaling).reshape(rows, segment.store.heads, -1, query.shape[-1])
     turned = keys.transform_query(grouped).reshape(rows, heads, queries, -1).contiguous()
     bias = keys.query_bias(grouped)
-    output, lse = decode_attention(turned, [_tier(segment)], scaling=1.0, softcap=softcap)
+    tier = _tier(segment)
+    output, lse = decode_attention(turned, [tier], scaling=1.0, softcap=softcap, captured=tier.table is None)
     if bias is not None:
         lse = lse + bias.reshape(lse.shape)
     back = output.reshape(rows, segment.store.heads, -1, output.shape[-1])
