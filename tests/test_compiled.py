@@ -234,6 +234,22 @@ def test_a_compiled_step_without_a_mask_is_the_eager_one() -> None:
     torch.testing.assert_close(*found)
 
 
+@torch.no_grad()
+def test_a_model_that_is_compiled_for_prompts_too_breaks_its_graph_and_is_right() -> None:
+    model, found = model_of("llama"), []
+    for compiled in (False, True):
+        forward = torch.compile(model, backend="eager") if compiled else model
+        with create_tiered_cache(model, CONFIG, max_cache_len=200) as cache:
+            lengths = (60, *[1] * 20, 5, 1)
+            steps = [
+                forward(prompt(n, length, 2), past_key_values=cache, use_cache=True).logits
+                for n, length in enumerate(lengths)
+            ]
+            found.append(torch.cat(steps, 1))
+            assert cache.get_seq_length() == sum(lengths)
+    torch.testing.assert_close(*found)
+
+
 def test_a_mask_with_holes_is_honoured_step_by_step() -> None:
     """Columns of the prompt that the mask hides stay hidden in compiled and eager steps."""
     model = model_of("llama")

@@ -52,7 +52,9 @@ def fade_attention(
         output ``[B, Q, H_q, D]`` and ``None`` in place of attention weights.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if isinstance(key, Step):  # a compiled step
+    if isinstance(key, Step):
+        if not key.stepping:
+            return _eagerly(module, query, key.layer, attention_mask, scaling, softcap, s_aux), None
         output = key.layer.attend(query, _as_bool(attention_mask), scaling, softcap, s_aux)
         return output.transpose(1, 2).contiguous(), None
     value = cast(Tensor, value)
@@ -64,17 +66,30 @@ def fade_attention(
             return plain
         output = blocked_attention(query, key, value, attention_mask, scaling, softcap, s_aux).output
         return output.transpose(1, 2).contiguous(), None
-    layer = cast(Handle, key).layer
+    return _eagerly(module, query, cast(Handle, key).layer, attention_mask, scaling, softcap, s_aux), None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _eagerly(
+    module: torch.nn.Module,
+    query: Tensor,
+    layer: TieredLayer,
+    attention_mask: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention ``[B, Q, H_q, D]`` over a layer of the cache, which may then compress what it has taken in."""
     mask = _as_bool(attention_mask)
     if layer.pending is not None:
-        output = _chunk_attention(module, layer, query, mask, scaling, softcap, s_aux)
+        output = _chunk_attention(module, layer, query, mask, scaling, softcap, sinks)
     elif isinstance(layer, FixedLayer) and layer.stepping:
-        return layer.attend(query, mask, scaling, softcap, s_aux).transpose(1, 2).contiguous(), None
+        return layer.attend(query, mask, scaling, softcap, sinks).transpose(1, 2).contiguous()
     else:
-        output = _step_attention(layer, query, mask, scaling, softcap, s_aux)
+        output = _step_attention(layer, query, mask, scaling, softcap, sinks)
     if isinstance(layer, FixedLayer) and query.device.type != "cpu":  # on a CPU every step's mask is read
         layer.trusting = mask is None or _is_plain(mask[:, :, -1:], layer)
-    return output.transpose(1, 2).contiguous(), None
+    return output.transpose(1, 2).contiguous()
 
 
 def _step_attention(

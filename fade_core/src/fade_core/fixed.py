@@ -53,11 +53,12 @@ class Step:
     """What a compiled ``update`` returns in place of keys and values: FADE's attention takes the layer out of it.
 
     Args:
-        layer: the layer that has taken the new token in.
+        layer: the layer that has taken the new tokens in.
+        stepping: whether it did so by its op, as a step of one token; else attention is eager too.
     """
 
-    def __init__(self, layer: FixedLayer) -> None:
-        self.layer = layer
+    def __init__(self, layer: FixedLayer, stepping: bool) -> None:
+        self.layer, self.stepping = layer, stepping
 
     def to(self, *_: Any, **__: Any) -> Step:
         """Itself: the tokens stay where they are."""
@@ -212,6 +213,7 @@ class FixedLayer(TieredLayer):
     def stores(self, stores: tuple[TierStore, ...]) -> None:
         self._stores_now = stores
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _catch_up(self) -> None:
         """Bring the host's book up to the device's, if steps were taken since it was last: one read back.
 
@@ -277,8 +279,11 @@ class FixedLayer(TieredLayer):
             if self.steps(key_states.shape[2]):
                 self._stale = True
                 self._step_in(key_states, value_states)
-                return Step(self), Step(self)
-            torch._dynamo.graph_break()
+                return Step(self, True), Step(self, True)
+            self._update_eagerly(
+                key_states, value_states, *args, **kwargs
+            )  # a prompt: the graph ends here and goes on after
+            return Step(self, False), Step(self, False)
         return self._update_eagerly(key_states, value_states, *args, **kwargs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
