@@ -25,6 +25,7 @@ from fade_core.interfaces import (
     Support,
     TelemetrySink,
 )
+from fade_core.kernels.append import TorchAppend
 from fade_core.kernels.attention import AttentionOutput, FullSegment, PackedSegment, decode_attention
 from fade_core.packed import Packed, PackedFormat
 from fade_core.plugins import Registry, use_registry
@@ -66,7 +67,7 @@ def test_uniform_quantizers_conform(bits: int, axis: Any, group: int) -> None:
     "component",
     [
         *("policies:h2o", "policies:ema", "policies:position", "quantizers:uniform"),
-        *("kernels:decode_attention:torch", "kernels:attention_mass:torch", "telemetry:jsonl"),
+        *("kernels:decode_attention:torch", "kernels:attention_mass:torch", "kernels:append:torch", "telemetry:jsonl"),
     ],
 )
 def test_built_in_components_conform(component: str) -> None:
@@ -595,7 +596,8 @@ def test_a_kernel_that_does_not_run_here_says_so_and_is_not_green_by_silence() -
     assert not failed(results)
     outcomes = {result.outcome for result in results if result.name != "support"}
     assert outcomes == {"not applicable"}
-    assert all("computes with light" in result.message for result in results if result.name != "support")
+    others = [result for result in results if result.name not in ("support", "appending")]
+    assert all("computes with light" in result.message for result in others)
 
 
 # --- telemetry ---
@@ -799,3 +801,29 @@ def test_fields_are_passed_on(run: Callable[..., pytest.RunResult]) -> None:
     assert found.ret == 0
     refused = run("--fade-component", "quantizers:uniform", "--fade-set", "quantizers:uniform.bits=7", "-q")
     assert refused.ret == 1
+
+
+class KeepsTheGap(TorchAppend):
+    """Encodes the oldest tile and leaves it in the window's place."""
+
+    name: ClassVar[str] = "keeps-the-gap"
+
+    def __call__(self, keys: Tensor, values: Tensor, held: Any, rule: Any) -> None:
+        before = held.keys.clone()
+        super().__call__(keys, values, held, rule)
+        held.keys[:, :, rule.n_sink] = before[:, :, rule.n_sink]
+
+
+class WrongSide(TorchAppend):
+    """Takes a value for a key."""
+
+    name: ClassVar[str] = "wrong-side"
+
+    def __call__(self, keys: Tensor, values: Tensor, held: Any, rule: Any) -> None:
+        super().__call__(values, keys, held, rule)
+
+
+@pytest.mark.parametrize("kernel", [KeepsTheGap, WrongSide])
+def test_a_faulty_append_is_found(kernel: type[TorchAppend]) -> None:
+    results = check_kernel(kernel)
+    assert failed(results) == {"appending"}

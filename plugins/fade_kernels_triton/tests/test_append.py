@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -214,3 +218,33 @@ def test_what_it_does_not_take_is_refused_with_the_reason(device: str) -> None:
 
     own = AppendRule(Tier("int", "rest", Own(64, 4, "channel"), rule.tier.values), SINK, rule.threshold)
     assert "'own' has a way of its own" in kernel.accepts(new, new, held, own).reason
+
+
+_COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import triton
+from fade_kernels_triton.jit.append import append_kernel
+
+names = append_kernel.arg_names
+pointers = {"KEY_CODES": "*i16", "VALUE_CODES": "*i16", "COUNTERS": "*i64", "LENGTHS": "*i32", "USED": "*i32",
+            "KEY_META": "*i32", "VALUE_META": "*i32", "KEY_ROTATION": "constexpr", "VALUE_ROTATION": "constexpr"}
+window = ("KEYS", "VALUES", "W_KEYS", "W_VALUES")
+kinds = {n: "*bf16" if n in window else pointers.get(n, "constexpr" if n.isupper() else "i32") for n in names}
+constants = dict(KEY_ROTATION=None, VALUE_ROTATION=None, KEY_BITS=4, VALUE_BITS=4, KEY_CHANNEL=True, KEY_OUTWARD=True,
+                 VALUE_OUTWARD=True, TILE=64, BLOCK=16, ZERO=False, D=128, DP=128)
+source = ASTSource(append_kernel, kinds, {(names.index(n),): v for n, v in constants.items()})
+print(len(triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["cubin"]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_it_compiles_for_hopper_without_one() -> None:
+    """In a process of its own: here Triton may be told to interpret."""
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", _COMPILE], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) > 1000

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fade_core.errors import InputError
 from fade_core.interfaces import Kernel, Op, QuantizerContext, Support, Tier
+from fade_core.kernels.append import AppendRule, FixedBuffers, append
 from fade_core.kernels.attention import (
     AttentionOutput,
     FullSegment,
@@ -19,6 +20,7 @@ from fade_core.kernels.attention import (
     attention_mass,
     decode_attention,
 )
+from fade_core.packed import Packed, unpack_meta
 from fade_core.plugins import default_registry
 from fade_core.quantizers.uniform import UniformConfig
 from fade_core.testing.checks import (
@@ -32,7 +34,8 @@ from fade_core.testing.checks import (
 )
 from fade_core.tierstore import TierStore, Tokens
 
-CHECKED_OPS: tuple[Op, ...] = ("decode_attention", "attention_mass")
+ATTENTION: tuple[Op, ...] = ("decode_attention", "attention_mass")
+CHECKED_OPS: tuple[Op, ...] = (*ATTENTION, "append")
 KEYS, VALUES = UniformConfig(bits=4, axis="channel"), UniformConfig(bits=4)
 
 
@@ -60,8 +63,10 @@ class KernelCase:
     values: UniformConfig
     generator: torch.Generator
 
-    def supported(self, head_dim: int = 64) -> None:
-        """Raises ``NotApplicableError`` with the kernel's reason if it does not run this case here."""
+    def supported(self, head_dim: int = 64, ops: tuple[Op, ...] = ATTENTION) -> None:
+        """Raises ``NotApplicableError`` if the check is for other ops, or with the kernel's reason if it does not run here."""
+        if self.kernel.op not in ops:
+            raise NotApplicableError(f"is about {' and '.join(ops)}")
         keys = self.keys.build(QuantizerContext(head_dim, "key"))
         answer = self.kernel.supports(keys.format, head_dim, self.device, self.dtype)
         if not answer:
@@ -117,7 +122,7 @@ def check_kernel(
     progress: Callable[[int, int], None] | None = None,
     only: tuple[str, ...] = (),
 ) -> list[CheckResult]:
-    """Check an implementation of ``decode_attention`` or ``attention_mass`` against the core's oracle.
+    """Check an implementation of ``decode_attention``, ``attention_mass`` or ``append`` against the core's oracle.
 
     Args:
         kernel: the implementation, its class, or "OP:NAME" as it is installed.
@@ -226,12 +231,69 @@ def determinism(case: KernelCase) -> None:
     require_equal(_call(case, query, segments), _call(case, query, segments), "calling again")
 
 
+def appending(case: KernelCase) -> None:
+    """Tokens come in and the oldest tile goes out where the window is full; codes are the oracle's, or a step off, rarely."""
+    case.supported(ops=("append",))
+    for rows, heads, head_dim in ((3, 2, 64), (1, 1, 128)):
+        rule, ours = _buffers(case, rows, heads, head_dim)
+        theirs = FixedBuffers(*(_copied(value) for value in vars(ours).values()))
+        for _ in range(3):
+            keys, values = (case.randn(rows, heads, 1, head_dim) for _ in range(2))
+            if not case.kernel.accepts(keys, values, ours, rule):
+                raise NotApplicableError(case.kernel.accepts(keys, values, ours, rule).reason)
+            case.kernel(keys, values, ours, rule)
+            append(keys, values, theirs, rule)
+        for name in ("lengths", "used", "counters"):
+            require_equal(getattr(ours, name), getattr(theirs, name), f"{name} after three tokens")
+        slots = torch.arange(ours.keys.shape[2], device=case.device) < ours.lengths[..., None]
+        require_equal(ours.keys[slots], theirs.keys[slots], "keys of the window")
+        require_equal(ours.values[slots], theirs.values[slots], "values of the window")
+        tiles = torch.arange(2, device=case.device) < ours.used[..., None]
+        for side, found, wanted in (
+            (rule.tier.keys, ours.key_fields, theirs.key_fields),
+            (rule.tier.values, ours.value_fields, theirs.value_fields),
+        ):
+            decoded = [side.decode(Packed(dict(f), 2 * rule.tile, torch.float32)) for f in (found, wanted)]
+            apart = (decoded[0] - decoded[1]).unflatten(2, (2, -1))[tiles].abs()
+            step = unpack_meta(wanted["meta"][tiles])[0].max()
+            require(float(apart.max()) < 1.1 * float(step), f"codes are {float(apart.max() / step):.3g} steps apart")
+            few = float((apart > 0.5 * step).float().mean())
+            require(few < 0.01, f"{few:.1%} of the codes are not the oracle's; 1% may lie on an edge")
+
+
 KERNEL_CHECKS: Suite[KernelCase] = Suite(
     (
         *(support, agreement, several_queries, head_shapes, softcap_and_sinks, long_and_flat, window_only),
-        *(inputs_kept, determinism),
+        *(inputs_kept, determinism, appending),
     )
 )
+
+
+def _buffers(case: KernelCase, rows: int, heads: int, head_dim: int) -> tuple[AppendRule, FixedBuffers]:
+    """Rows of which the first has a full window, with room for two tiles; what is not in use is NaN."""
+    keys = case.keys.build(QuantizerContext(head_dim, "key"))
+    values = case.values.build(QuantizerContext(head_dim, "value"))
+    rule = AppendRule(Tier("int4", "rest", keys, values), 4, 4 + 20 + keys.tile)
+    window = tuple(case.randn(rows, heads, rule.threshold + 8, head_dim) for _ in range(2))
+    lengths = torch.tensor([rule.threshold - row for row in range(rows)], dtype=torch.int32, device=case.device)
+    for held in window:
+        past = torch.arange(rule.threshold + 8, device=case.device) >= lengths[:, None]
+        held[past[:, None].expand(-1, heads, -1)] = torch.nan
+    fields = [
+        {
+            name: torch.zeros((rows, heads, 2, *shape), dtype=dtype, device=case.device)
+            for name, (shape, dtype) in quantizer.field_shapes().items()
+        }
+        for quantizer in (keys, values)
+    ]
+    used = torch.zeros((rows, heads), dtype=torch.int32, device=case.device)
+    counters = torch.zeros(3, dtype=torch.long, device=case.device)
+    lengths = lengths[:, None].expand(-1, heads).contiguous()
+    return rule, FixedBuffers(window[0], window[1], fields[0], fields[1], lengths, used, counters)
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else {name: field.clone() for name, field in value.items()}
 
 
 def _agrees(
