@@ -392,7 +392,8 @@ class TieredKVCache(Cache):
         budget: int | float | None,
     ) -> Ladder:
         head_dim = _head_dim(text, index)
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        shape = _of_layer(text, index)
+        heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
         tiers = []
         for rung in config.resolved_ladder():
             keys, values = (
@@ -402,16 +403,16 @@ class TieredKVCache(Cache):
             tiers.append(Tier(rung.name, rung.capacity, keys, values))
         kept, found = config.n_sink + config.recent_window, cast(int | float | ByteBudget | None, budget)
         if isinstance(config.policy.budget, str):
-            shape = LayerShape(
+            bytes_of = LayerShape(
                 heads,
-                text.num_attention_heads,
+                shape.num_attention_heads,
                 head_dim,
                 model.dtype.itemsize,
                 len(self.tracker.statistics),
                 not config.policy.build().positional,
                 self.tracker.query_statistics,
             )
-            found = shape.budget(cast(int, budget), tiers, kept + config.tile, config.policy.every)
+            found = bytes_of.budget(cast(int, budget), tiers, kept + config.tile, config.policy.every)
             if found.shortfall(1):
                 raise ConfigError(f"layer {index}: {found.shortfall(1)}")
         elif isinstance(budget, int) and budget < kept:
@@ -513,10 +514,14 @@ def _can_be_read(layer: Any) -> bool:
     return isinstance(layer, TieredLayer) or _replaces_tensors(layer)
 
 
-def _head_dim(text: PreTrainedConfig, index: int) -> int:
+def _of_layer(text: PreTrainedConfig, index: int) -> PreTrainedConfig:
+    """The configuration of one layer: transformers refuses to say of a whole model what differs between its layers."""
     layers = getattr(text, "per_layer_config", None)
-    own = layers[index] if layers is not None and index < len(layers) else text
-    found = getattr(own, "head_dim", None) or getattr(text, "head_dim", None)
+    return layers[index] if layers is not None and index < len(layers) else text
+
+
+def _head_dim(text: PreTrainedConfig, index: int) -> int:
+    found = getattr(_of_layer(text, index), "head_dim", None) or getattr(text, "head_dim", None)
     return int(found or text.hidden_size // text.num_attention_heads)
 
 
