@@ -780,7 +780,9 @@ class TieredLayer(CacheLayerMixin):
             return self._pour(moving, keys, values, positions, observed, due, held)
         self.stores[0].append(moving)
         if prompt:
-            self.since_ranking = self.since_ranking.masked_fill(due > 0, self.plan.every)  # it can overflow a tier at once
+            self.since_ranking = self.since_ranking.masked_fill(
+                due > 0, self.plan.every
+            )  # it can overflow a tier at once
         return 0
 
     def _pour(
