@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from reference import stored
-from serving import Request, Server, alone, serve
+from serving import Request, Server, admit_together, alone
 from test_zoo import FAMILIES, STOCK
 from tinymodels import fresh_seed, prompt, tiny
 from torch import Tensor
@@ -56,18 +56,16 @@ def test_eight_rows_of_40_to_900_tokens_leave_and_join(name: str) -> None:
     first = requests(seed, [40, 900, 310, 77, 512, 150, 663, 201], [30, 4, 26, 40, 9, 33, 12, 21])
     later = requests(seed + 50, [333, 45, 720, 128], [20, 28, 12, 15])
     every = [*first, *later]
-    with create_tiered_cache(model(), config) as cache, create_tiered_cache(model(), config) as spare:
-        server = Server(model(), cache)
-        server.admit_together(first)
-        lengths = [cache.get_seq_length()]
+    server, lengths = Server(model(), config), [900]
 
-        def watch() -> None:
-            lengths.append(cache.get_seq_length())
-            assert cache.memory_report().total == live_bytes(cache)
+    def watch(cache: TieredKVCache) -> None:
+        lengths.append(cache.get_seq_length())
+        assert cache.memory_report().total == live_bytes(cache)
 
-        serve(server, later, spare, 8, watch)
-        assert min(lengths[:-1]) < lengths[0], "the logical length never shrank"
-        assert live_bytes(cache) == live_bytes(spare) == 0
+    admit_together(server, first)
+    server.serve(later, 8, watch)
+    assert min(lengths) < 900 < max(lengths), "the logical length never shrank"
+    assert live_bytes(server.cache) == live_bytes(server.spare) == 0
     for request in every:
         assert request.said == alone(model(), config, request), len(request.prompt)
 
@@ -76,8 +74,7 @@ def test_eight_rows_of_40_to_900_tokens_leave_and_join(name: str) -> None:
 def test_an_empty_cache_is_filled_by_rows_that_join(name: str) -> None:
     seed, config = fresh_seed(), CONFIGS[name]
     every = requests(seed, [90, 23, 160, 7, 201, 64], [30, 44, 12, 25, 20, 31])
-    with create_tiered_cache(model(), config) as cache, create_tiered_cache(model(), config) as spare:
-        serve(Server(model(), cache), list(every), spare, 3)
+    Server(model(), config).serve(list(every), 3)
     for request in every:
         assert request.said == alone(model(), config, request), len(request.prompt)
 
@@ -89,8 +86,7 @@ def test_layers_of_transformers_own_join_too(family: str) -> None:
     network = tiny(family, seed, **FAMILIES[family])
     config = CONFIGS["exact" if family in STOCK else "by age"]
     every = requests(seed, [60, 9, 130, 5, 40], [26, 34, 8, 22, 12])
-    with create_tiered_cache(network, config) as cache, create_tiered_cache(network, config) as spare:
-        serve(Server(network, cache), list(every), spare, 3)
+    Server(network, config).serve(list(every), 3)
     for request in every:
         assert request.said == alone(network, config, request), len(request.prompt)
 
@@ -103,24 +99,22 @@ def test_bytes_go_with_the_rows_that_leave(name: str) -> None:
     """What is left is what the rows that stay would hold alone, and a little slack."""
     seed, config = fresh_seed(), CONFIGS[name]
     every = requests(seed, [700, 60, 500], [1, 1, 1])
-    with create_tiered_cache(model(), config) as cache, create_tiered_cache(model(), config) as spare:
-        server = Server(model(), cache)
-        for request in every:
-            server.admit(request, spare)
-            assert spare.compressed_storage_bytes() == live_bytes(spare) == 0
-            assert cache.compressed_storage_bytes() == live_bytes(cache)
-        full = live_bytes(cache)
-        assert cache.keep_rows([1]) == 700 - 60
-        assert cache.get_seq_length() == 60
+    server = Server(model(), config)
+    cache, spare = server.cache, server.spare
+    for request in every:
+        server.admit(request)
+        assert spare.compressed_storage_bytes() == live_bytes(spare) == 0
         assert cache.compressed_storage_bytes() == live_bytes(cache)
-        spare.prefill(model(), every[1].prompt[None])
-        assert live_bytes(cache) <= 1.1 * live_bytes(spare) < full / 3
-        report = cache.memory_report()
-        assert report.tokens == 60
-        for layer, other in zip(cache.tiered, spare.tiered, strict=True):
-            mine, theirs = stored(layer), stored(other)
-            assert torch.equal(mine.tier, theirs.tier)
-            assert torch.equal(mine.keys, theirs.keys)
+    full = live_bytes(cache)
+    assert cache.keep_rows([1]) == 700 - 60
+    assert cache.get_seq_length() == cache.memory_report().tokens == 60
+    assert cache.compressed_storage_bytes() == live_bytes(cache)
+    spare.prefill(model(), every[1].prompt[None])
+    assert live_bytes(cache) <= 1.1 * live_bytes(spare) < full / 3
+    for layer, other in zip(cache.tiered, spare.tiered, strict=True):
+        mine, theirs = stored(layer), stored(other)
+        assert torch.equal(mine.tier, theirs.tier)
+        assert torch.equal(mine.keys, theirs.keys)
 
 
 def test_joining_costs_no_more_than_both_held() -> None:
@@ -158,15 +152,14 @@ def test_the_shorter_side_gets_padding_and_common_padding_is_cut_off() -> None:
 def test_rows_that_joined_are_saved_and_go_on(tmp_path: Path) -> None:
     seed, config = fresh_seed(), CONFIGS["heads apart, tokens"]
     every = requests(seed, [90, 23, 160], [30, 44, 12])
-    with create_tiered_cache(model(), config) as cache, create_tiered_cache(model(), config) as spare:
-        server = Server(model(), cache)
-        for request in every:
-            server.admit(request, spare)
-            for _ in range(3):
-                server.step()
-        cache.save(tmp_path / "rows.safetensors")
-    with TieredKVCache.load(tmp_path / "rows.safetensors", model()) as again:
-        serve(Server(model(), again, list(every)), [], spare, 3)
+    server = Server(model(), config)
+    for request in every:
+        server.admit(request)
+        for _ in range(3):
+            server.step()
+    server.cache.save(tmp_path / "rows.safetensors")
+    server.cache = TieredKVCache.load(tmp_path / "rows.safetensors", model())
+    server.serve([], 3)
     for request in every:
         assert request.said == alone(model(), config, request)
 
@@ -271,10 +264,9 @@ def test_quantizers_that_learnt_from_different_prompts_are_refused_by_name() -> 
     side = {"kind": "self-calibrated", "bits": 6.0}
     config = FadeConfig(keys=side, values=side, n_sink=4, recent_window=16)
     every = requests(seed, [300, 280], [25, 25])
-    with create_tiered_cache(model(), config) as cache, create_tiered_cache(model(), config) as spare:
-        server = Server(model(), cache)
-        server.admit(every[0], spare)
-        spare.prefill(model(), every[1].prompt[None])
-        assert_refused(cache, spare, "quantizer 'self-calibrated' of the keys .* learnt .* cannot share")
-        serve(server, [], spare, 1)
+    server = Server(model(), config)
+    server.admit(every[0])
+    server.spare.prefill(model(), every[1].prompt[None])
+    assert_refused(server.cache, server.spare, "quantizer 'self-calibrated' of the keys .* learnt .* cannot share")
+    server.serve([], 1)
     assert every[0].said == alone(model(), config, every[0])
