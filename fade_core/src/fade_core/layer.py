@@ -483,17 +483,19 @@ class TieredLayer(CacheLayerMixin):
         if not self.plan.allocates or not isinstance(held, Tensor):
             return None, None
         budget = ladder.packed_budget(self.lengths, self._window().lengths)
-        within = held.sum(1) <= budget * held.shape[1]
-        if bool(within.all()):
+        if bool((held.sum(1) <= budget * held.shape[1]).all()):
             return None, held
         scores, view = self._scores()
         kept = [part.masked_fill(s.positions() < 0, -torch.inf) for part, s in zip(scores, self.stores, strict=True)]
         always = view.positions.shape[2] - sum(part.shape[2] for part in kept)
         competing = torch.cat([kept[0].new_full((*held.shape, always), -torch.inf), *kept], 2)
-        return scores, torch.where(within[:, None], held, self._allocated(view, competing, budget, held))
+        return scores, self._allocated(view, competing, budget, held)
 
     def _allocated(self, view: LayerView, competing: Tensor, budget: Tensor, held: Tensor) -> Tensor:
-        """What the policy lets each head keep of the packed tokens ``held`` ``[B, H_kv]``, in whole tiles."""
+        """What the policy lets each head keep of the packed tokens ``held`` ``[B, H_kv]``, in whole tiles.
+
+        Rows that are within the budget keep all, whatever their heads would be given: it would be given up for nothing.
+        """
         policy, even = self.plan.policy, budget[:, None].expand_as(held)
         found = policy.allocate(view, competing, budget.to(self.device))
         wanted = even if found is None else found.cpu()
@@ -507,7 +509,8 @@ class TieredLayer(CacheLayerMixin):
                 f"policy {policy.kind!r} allocated {int(wanted.sum(1).max())} tokens to the heads of a row in layer "
                 f"{self.index}; the budget is {int(even.sum(1).min())}"
             )
-        return in_tiles(wanted, held, self.plan.ladder.tile)
+        within = held.sum(1, True) <= even.sum(1, True)
+        return torch.where(within, held, in_tiles(wanted, held, self.plan.ladder.tile))
 
     def assign(self, tiers: Tensor) -> None:
         """Move tokens to the tiers that somebody else chose (the manual loop).
