@@ -621,7 +621,7 @@ class TieredLayer(CacheLayerMixin):
             held.update({f"{store.tier.name}/{tiled}{n}": t for n, t in store.tensors().items()})
             for side, quantizer in (("k", store.tier.keys), ("v", store.tier.values)):
                 held.update({f"{store.tier.name}/{side}.state.{n}": t for n, t in quantizer.state_dict().items()})
-        held["layer/padding"] = self.padding
+        held["layer/padding"], held["layer/since_ranking"] = self.padding, self.since_ranking
         if self.queries is not None:
             held.update({f"layer/queries.{n}": t for n, t in self.queries.tensors().items()})
         if self.pending is not None:

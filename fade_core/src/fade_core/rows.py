@@ -37,9 +37,9 @@ def join(cache: TieredKVCache, other: TieredKVCache) -> tuple[int, int]:
     shifts = target - lengths[0], target - lengths[1]
     for own, theirs in zip(cache.layers, other.layers, strict=True):
         if isinstance(own, TieredLayer):
-            _shift(own, shifts[0])
-            _shift(theirs, shifts[1])
-            _join_tiered(own, theirs)
+            shift(own, shifts[0])
+            shift(theirs, shifts[1])
+            join_layer(own, theirs)
             theirs.reset()
         elif _is_sliding(own):
             _join_sliding(own, theirs, target)
@@ -61,12 +61,12 @@ def keep(cache: TieredKVCache, rows: Tensor, trim: bool) -> int:
     rows = _rows(cache, rows)
     cache.settle()
     cache.reorder_cache(rows)  # layers of linear attention know no other way to choose rows
-    common = int(cache.leading_padding.min()) if trim else 0
+    common = min(int(cache.leading_padding.min()), cache.get_seq_length() - 1) if trim else 0
     if not common:
-        return 0
+        return 0  # one column stays even if no row has a token yet: a cache without length is an empty one
     for layer in cache.layers:
         if isinstance(layer, TieredLayer):
-            _shift(layer, -common)
+            shift(layer, -common)
         elif _is_sliding(layer):
             layer.cumulative_length -= common
             held = min(layer.keys.shape[2], layer.cumulative_length)
@@ -183,8 +183,8 @@ def _rows(cache: TieredKVCache, rows: Tensor) -> Tensor:
 # --- tiered layers ---
 
 
-def _shift(layer: TieredLayer, by: int) -> None:
-    """Every row has ``by`` more columns of padding on its left (less, if negative); keys stay as they are."""
+def shift(layer: TieredLayer, by: int) -> None:
+    """Every row has ``by`` more columns of padding on its left (fewer, if negative); keys stay as they are."""
     if layer.window is None or not by:
         return
     layer.window.shift(by)
@@ -194,8 +194,8 @@ def _shift(layer: TieredLayer, by: int) -> None:
     layer.padding = layer.padding + by
 
 
-def _join_tiered(own: TieredLayer, theirs: TieredLayer) -> None:
-    """Put copies of ``theirs``' rows behind one's own; both have the same logical length, or ``own`` is empty."""
+def join_layer(own: TieredLayer, theirs: TieredLayer) -> None:
+    """Put copies of ``theirs``' rows behind ``own``'s; both have the same logical length, or ``own`` is empty."""
     there = cast(Window, theirs.window)
     if own.window is None:
         own.lazy_initialization(there.keys[:0], there.values[:0])
