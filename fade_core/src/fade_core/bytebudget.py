@@ -125,7 +125,7 @@ class LayerShape:
             extra = tracked + (4 if self.ranked else 0) + 1
             costs.append(self.heads * ((tile * _GROWTH + _BOOK) / tier.keys.tile + extra))
         shared = sum(quantizer.state_bytes() for tier in tiers for quantizer in (tier.keys, tier.values))
-        return ByteBudget(nbytes - shared, slots * slot + queries + 8, slots, slot, tuple(costs), every)
+        return ByteBudget(nbytes - shared, slots * slot + queries + 16, slots, slot, tuple(costs), every)
 
     def _tile_bytes(self, quantizer: Quantizer) -> int:
         """Bytes of a tile; what is kept raw has the model's own precision."""

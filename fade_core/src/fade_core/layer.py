@@ -74,7 +74,7 @@ class _Before:
     """Where a layer stood before the forward pass that is under way."""
 
     logical: int
-    since_ranking: int
+    since_ranking: Tensor
     padding: Tensor
 
 
@@ -111,7 +111,7 @@ class TieredLayer(CacheLayerMixin):
         self.queries: QueryMoments | None = None
         self.pending: tuple[Tensor, Tensor] | None = None
         self.padding = torch.zeros(0, dtype=torch.long)
-        self.since_ranking = 0
+        self.since_ranking = torch.zeros(0, dtype=torch.long)
         self.logical = 0
         self._before: _Before | None = None
 
@@ -139,6 +139,7 @@ class TieredLayer(CacheLayerMixin):
         if tracker.query_statistics and ladder.bounded:
             self.queries = QueryMoments("query_covariance" in tracker.query_statistics)
         self.padding = torch.zeros(batch, dtype=torch.long)
+        self.since_ranking = torch.zeros(batch, dtype=torch.long)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -178,7 +179,7 @@ class TieredLayer(CacheLayerMixin):
                 return key_states, value_states
         else:
             window.append(key_states, value_states, position)
-            self.since_ranking += queries
+            self.since_ranking = self.since_ranking + queries
         return Handle(self, "key"), Handle(self, "value")
 
     def get_seq_length(self) -> int:
@@ -244,7 +245,7 @@ class TieredLayer(CacheLayerMixin):
             store.select_rows(indices)
         if self.queries is not None:
             self.queries.select_rows(indices)
-        self.padding = self.padding[indices.cpu()]
+        self.padding, self.since_ranking = self.padding[indices.cpu()], self.since_ranking[indices.cpu()]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row ``repeats`` times; packed tiles are shared between the copies."""
@@ -401,8 +402,7 @@ class TieredLayer(CacheLayerMixin):
         if self.holding:
             return
         self._encode_due(False)
-        if self.since_ranking >= self.plan.every:
-            self.rank()
+        self._rank_due()
 
     def release(self) -> None:
         """Everything that was held in full precision (``holding``) goes where it belongs, as a prompt would."""
@@ -430,9 +430,21 @@ class TieredLayer(CacheLayerMixin):
         if evicted:
             self._report("evict", evicted, before, started, "fp16")
 
-    def rank(self) -> None:
-        """Re-score every token and move what is over capacity down the ladder."""
-        self.since_ranking = 0
+    def _rank_due(self) -> None:
+        """Re-rank the rows that have taken ``plan.every`` tokens since they were last ranked."""
+        due = self.since_ranking >= self.plan.every
+        if bool(due.any()):
+            self.rank(due)
+
+    def rank(self, rows: Tensor | None = None) -> None:
+        """Re-score every token and move what is over capacity down the ladder.
+
+        Args:
+            rows: bool ``[B]`` (CPU) of the rows that are ranked: rows that came at different times are not due together,
+                and each must go on as it would alone. ``None`` for all.
+        """
+        rows = torch.ones_like(self.since_ranking, dtype=torch.bool) if rows is None else rows
+        self.since_ranking = self.since_ranking.masked_fill(rows, 0)
         ladder = self.plan.ladder
         if not ladder.bounded or not self.is_initialized:
             return
@@ -442,7 +454,7 @@ class TieredLayer(CacheLayerMixin):
         above = torch.zeros((self.batch_size, window.keys.shape[1]), dtype=torch.long)
         moved = evicted = 0
         for i, store in enumerate(self.stores):
-            over = ladder.overflow(store.lengths, i, above, self.lengths, window.lengths, room)
+            over = ladder.overflow(store.lengths, i, above, self.lengths, window.lengths, room) * rows[:, None]
             if bool(over.any()):
                 if scores is None:
                     scores = self._scores()[0]
@@ -480,7 +492,10 @@ class TieredLayer(CacheLayerMixin):
         return scores, self._allocated(view, competing, budget, held)
 
     def _allocated(self, view: LayerView, competing: Tensor, budget: Tensor, held: Tensor) -> Tensor:
-        """What the policy lets each head keep of the packed tokens ``held`` ``[B, H_kv]``, in whole tiles."""
+        """What the policy lets each head keep of the packed tokens ``held`` ``[B, H_kv]``, in whole tiles.
+
+        Rows that are within the budget keep all, whatever their heads would be given: it would be given up for nothing.
+        """
         policy, even = self.plan.policy, budget[:, None].expand_as(held)
         found = policy.allocate(view, competing, budget.to(self.device))
         wanted = even if found is None else found.cpu()
@@ -494,7 +509,8 @@ class TieredLayer(CacheLayerMixin):
                 f"policy {policy.kind!r} allocated {int(wanted.sum(1).max())} tokens to the heads of a row in layer "
                 f"{self.index}; the budget is {int(even.sum(1).min())}"
             )
-        return in_tiles(wanted, held, self.plan.ladder.tile)
+        within = held.sum(1, True) <= even.sum(1, True)
+        return torch.where(within, held, in_tiles(wanted, held, self.plan.ladder.tile))
 
     def assign(self, tiers: Tensor) -> None:
         """Move tokens to the tiers that somebody else chose (the manual loop).
@@ -605,7 +621,7 @@ class TieredLayer(CacheLayerMixin):
             held.update({f"{store.tier.name}/{tiled}{n}": t for n, t in store.tensors().items()})
             for side, quantizer in (("k", store.tier.keys), ("v", store.tier.values)):
                 held.update({f"{store.tier.name}/{side}.state.{n}": t for n, t in quantizer.state_dict().items()})
-        held["layer/padding"] = self.padding
+        held["layer/padding"], held["layer/since_ranking"] = self.padding, self.since_ranking
         if self.queries is not None:
             held.update({f"layer/queries.{n}": t for n, t in self.queries.tensors().items()})
         if self.pending is not None:
@@ -717,8 +733,8 @@ class TieredLayer(CacheLayerMixin):
             self._report("encode", encoded, before, started)
         if evicted:
             self._report("evict", evicted, before, started, "fp16")
-        if self.since_ranking >= self.plan.every and not self.holding:
-            self.rank()
+        if not self.holding:
+            self._rank_due()
 
     def _joiner(self, chunk: int, dropped: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         """Makes window and chunk, ``dropped[b]`` columns of it left out, one left-aligned run of tokens a row."""
@@ -767,7 +783,9 @@ class TieredLayer(CacheLayerMixin):
             return self._pour(moving, keys, values, positions, observed, due, held)
         self.stores[0].append(moving)
         if prompt:
-            self.since_ranking = self.plan.every  # a chunk can overflow a tier at once
+            self.since_ranking = self.since_ranking.masked_fill(
+                due > 0, self.plan.every
+            )  # it can overflow a tier at once
         return 0
 
     def _pour(
