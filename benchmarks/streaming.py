@@ -1,7 +1,8 @@
 """Perplexity of a long stream of text through a cache of bounded size, block by block. Real model, no hub.
 
     python benchmarks/streaming.py [--tokens 16384] [--budget 1024] [--chunk 128] [--block 1024] [--window 64]
-        [--run contiguous keep exact fresh] [--quantizer fp16 int4] [--policy position] [--model smollm2]
+        [--run contiguous keep exact fresh] [--quantizer fp16 int4] [--policy position] [--first 0]
+        [--model smollm2]
 
 The shipped evaluation texts are read one after the other, ``--chunk`` tokens a forward pass; each token is predicted from what
 the cache still holds and the tokens of its own chunk before it. ``contiguous`` and ``keep`` hold ``--budget`` tokens (four
@@ -39,6 +40,7 @@ def main() -> None:
     arguments.add_argument("--block", type=int, default=1024)
     arguments.add_argument("--window", type=int, default=64)
     arguments.add_argument("--policy", default="position")
+    arguments.add_argument("--first", type=int, default=0, help="leave out the blocks before this token (fresh only)")
     arguments.add_argument("--run", nargs="+", default=["contiguous", "keep"], choices=RUNS)
     arguments.add_argument("--quantizer", nargs="+", default=["int4"], choices=list(LADDERS))
     wanted = arguments.parse_args()
@@ -86,8 +88,9 @@ def opened(model: Any, run: str, quantizer: str | None, wanted: argparse.Namespa
 def report(label: str, model: Any, ids: Tensor, cache: Any, wanted: argparse.Namespace) -> None:
     """Print the perplexity of each block of the stream, and of all of it."""
     losses: list[float] = []
+    first = wanted.first // wanted.block * wanted.block if label == "fresh" else 0
     shown, started = 0, time.perf_counter()
-    for start in range(0, ids.shape[1] - 1, wanted.chunk):
+    for start in range(first, ids.shape[1] - 1, wanted.chunk):
         if label == "fresh" and start and not start % wanted.block:
             cache = DynamicCache(config=model.config)
             model(input_ids=ids[:, max(0, start - wanted.budget) : start], past_key_values=cache, logits_to_keep=1)
@@ -99,7 +102,8 @@ def report(label: str, model: Any, ids: Tensor, cache: Any, wanted: argparse.Nam
             block = losses[shown : shown + wanted.block]
             shown += wanted.block
             held = kept(cache)
-            print(f"{label:18}{shown - wanted.block:>7} to {shown:>7}  {perplexity(block):10.2f}  {held}", flush=True)
+            end = first + shown
+            print(f"{label:18}{end - wanted.block:>7} to {end:>7}  {perplexity(block):10.2f}  {held}", flush=True)
     seconds = time.perf_counter() - started
     print(f"{label:18}all {len(losses)} tokens  {perplexity(losses):10.2f}  {seconds:.0f} s", flush=True)
 
