@@ -49,7 +49,7 @@ def test_every_field_is_documented_with_its_default_and_nothing_else_is() -> Non
     assert first_column(CONFIGURATION, "field") == list(FadeConfig.model_fields)
     for name in ("n_sink", "recent_window", "tile", "observation_window"):
         assert f"| `{name}` | {FadeConfig.model_fields[name].default} |" in CONFIGURATION
-    for name in ("attention", "on_nonfinite"):
+    for name in ("attention", "reposition", "on_nonfinite"):
         assert f'| `{name}` | `"{FadeConfig.model_fields[name].default}"` |' in CONFIGURATION
 
 

@@ -101,6 +101,7 @@ class LayerShape:
         statistics: tracked statistics of a token.
         ranked: whether every packed token has its own position.
         query_statistics: names of the tracked statistics of the queries.
+        shifted: whether survivors are re-positioned, which takes a number a token where heads keep tokens of their own.
     """
 
     heads: int
@@ -110,11 +111,12 @@ class LayerShape:
     statistics: int
     ranked: bool
     query_statistics: tuple[str, ...]
+    shifted: bool = False
 
     def budget(self, nbytes: int, tiers: Sequence[Tier], slots: int, every: int) -> ByteBudget:
         """``nbytes`` of a layer with these tiers, ``slots`` full-precision tokens and ``every`` steps between rankings."""
-        tracked = 4 * self.statistics
-        slot = self.heads * (2 * self.head_dim * self.itemsize + tracked) + 4
+        tracked = 4 * self.statistics + (4 if self.shifted and self.ranked else 0)
+        slot = self.heads * (2 * self.head_dim * self.itemsize + tracked) + 4 + 4 * self.shifted
         queries = 0
         if self.query_statistics:
             channels = self.head_dim * (1 + self.head_dim * ("query_covariance" in self.query_statistics))

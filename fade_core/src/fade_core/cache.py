@@ -27,6 +27,7 @@ from fade_core.interfaces import (
     Quantizer,
     QuantizerConfig,
     QuantizerContext,
+    RopeScheme,
     Side,
     TelemetrySink,
     Tier,
@@ -35,6 +36,7 @@ from fade_core.kernels.selection import choose_kernel
 from fade_core.ladder import Ladder, describe
 from fade_core.layer import LayerPlan, TieredLayer
 from fade_core.report import MemoryReport, measure
+from fade_core.reposition import layer_schemes
 from fade_core.tracker import AttentionTracker
 
 SIDES: tuple[Side, Side] = ("key", "value")
@@ -104,6 +106,7 @@ class TieredKVCache(Cache):
         checked: list[QuantizerConfig] = []
         tiered = [index for index, plain in enumerate(own_layers) if type(plain) is DynamicLayer]
         budgets = dict(zip(tiered, layer_budgets(config.policy, len(tiered)), strict=True))
+        schemes = self._schemes(model, tiered, mode)
         for index, plain in enumerate(own_layers):
             if index not in budgets:
                 layers.append(plain)
@@ -134,6 +137,7 @@ class TieredKVCache(Cache):
                 kernels["attention_mass"],
                 self._emit,
                 _weakly(self._roll_back),
+                schemes.get(index),
             )
             layers.append(TieredLayer(plan, max_cache_len))
         super().__init__(layers=layers)
@@ -458,6 +462,7 @@ class TieredKVCache(Cache):
                 len(self.tracker.statistics),
                 not config.policy.build().positional,
                 self.tracker.query_statistics,
+                self.config.reposition == "contiguous",
             )
             found = bytes_of.budget(cast(int, budget), tiers, kept + config.tile, config.policy.every)
             if found.shortfall(1):
@@ -468,6 +473,18 @@ class TieredKVCache(Cache):
                 "take a smaller ratio or a larger budget"
             )
         return Ladder(tuple(tiers), config.n_sink, config.recent_window, found, config.tile)
+
+    def _schemes(self, model: PreTrainedModel, layers: list[int], mode: str) -> dict[int, RopeScheme | None]:
+        """The embeddings by which the layers' survivors are re-positioned; none if they keep their positions."""
+        if self.config.reposition == "keep":
+            return {}
+        found = layer_schemes(self.config.rope, model, layers, self.length_limit)
+        if mode == "stock":
+            raise ConfigError(
+                f"{type(model).__name__} keeps its own attention here, which reads every key where it is: reposition = "
+                "'contiguous' needs FADE's; use reposition = 'keep', or a model that takes attn_implementation='fade'"
+            )
+        return found
 
     def _kernel(
         self, op: Op, config: FadeConfig, ladder: Ladder, text: PreTrainedConfig, model: PreTrainedModel

@@ -204,8 +204,12 @@ def _check_model(header: Mapping[str, Any], shape: str, weights: str | None) -> 
 
 
 def meaning(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides a cache's contents: not which kernel reads them, nor who is told of events."""
-    return {name: value for name, value in config.items() if name not in ("kernel", "telemetry")}
+    """What decides a cache's contents: not which kernel reads them, nor who is told of events.
+
+    A field that did not exist when the cache was saved has its default.
+    """
+    every = FadeConfig().to_dict() | dict(config)
+    return {name: value for name, value in every.items() if name not in ("kernel", "telemetry")}
 
 
 def _hash(content: bytes) -> str:

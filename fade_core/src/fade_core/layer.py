@@ -15,10 +15,18 @@ from fade_core.bytebudget import ByteBudget
 from fade_core.errors import InputError
 from fade_core.handle import Handle
 from fade_core.incoming import check_finite, check_room, check_tokens
-from fade_core.interfaces import Event, EvictionPolicy, Kernel, LayerView, PromptView
-from fade_core.kernels.attention import FullSegment, PackedSegment, Segment, TorchAttentionMass, TorchDecodeAttention
+from fade_core.interfaces import Event, EvictionPolicy, Kernel, LayerView, PromptView, RopeScheme
+from fade_core.kernels.attention import (
+    READ_AT_ONCE,
+    FullSegment,
+    PackedSegment,
+    Segment,
+    TorchAttentionMass,
+    TorchDecodeAttention,
+)
 from fade_core.ladder import Ladder, in_tiles, lowest, whole
 from fade_core.querymoments import QueryMoments
+from fade_core.shifts import Shift, Shifts
 from fade_core.tierstore import TierStore, Tokens
 from fade_core.tracker import AttentionTracker
 from fade_core.window import Window
@@ -48,6 +56,8 @@ class LayerPlan:
         emit: where events go.
         on_failure: called with the layer's index and length when it refuses input in the middle of a forward pass; says
             what became of the cache.
+        rope: rotary embedding by which survivors of an eviction are read at contiguous positions; ``None`` where they keep
+            theirs, or carry none.
     """
 
     index: int
@@ -62,6 +72,7 @@ class LayerPlan:
     mass_kernel: Kernel = field(default_factory=TorchAttentionMass)
     emit: Callable[[Event], None] = lambda event: None
     on_failure: Callable[[int, int], str] = lambda index, length: ""
+    rope: RopeScheme | None = None
 
     @property
     def allocates(self) -> bool:
@@ -109,6 +120,7 @@ class TieredLayer(CacheLayerMixin):
         self.window: Window | None = None
         self.stores: tuple[TierStore, ...] = ()
         self.queries: QueryMoments | None = None
+        self.shifts = Shifts(self.plan.rope) if self.plan.rope is not None else None
         self.pending: tuple[Tensor, Tensor] | None = None
         self.padding = torch.zeros(0, dtype=torch.long)
         self.since_ranking = torch.zeros(0, dtype=torch.long)
@@ -266,16 +278,38 @@ class TieredLayer(CacheLayerMixin):
     def segments(self, mask: Tensor | None, queries: int) -> list[Segment]:
         """Everything stored, finest last, each with its share of ``mask`` (bool ``[B, 1, Q, logical]`` or ``None``)."""
         window, plain = self._window(), mask is None
-        found: list[Segment] = []
-        for store in self.stores:
-            if store.tiles:
-                seen = self._gathered(mask, store.positions, store.valid(), queries, store.alike)
-                found.append(PackedSegment(store, seen, plain))
+        held = [store for store in self.stores if store.tiles]
+        masks, shifts = self.masks(mask, queries), self._shifts(mask)
+        found: list[Segment] = [
+            PackedSegment(store, seen, plain, shift)
+            for store, seen, shift in zip(held, masks, shifts, strict=False)  # the window comes after them
+        ]
         if window.longest:
             keys, values = window.live()
-            seen = self._gathered(mask, window.positions, window.valid(), queries)
-            found.append(FullSegment(keys, values, seen, plain, None if window.even else window.lengths))
+            if shifts[-1] is not None:
+                keys = shifts[-1].moved(keys)
+            found.append(FullSegment(keys, values, masks[-1], plain, None if window.even else window.lengths))
         return found
+
+    def masks(self, mask: Tensor | None, queries: int) -> list[Tensor | None]:
+        """The share of ``mask`` of each of ``segments``' parts."""
+        window = self._window()
+        found = [self._gathered(mask, s.positions, s.valid(), queries, s.alike) for s in self.stores if s.tiles]
+        if window.longest:
+            found.append(self._gathered(mask, window.positions, window.valid(), queries))
+        return found
+
+    def _shifts(self, mask: Tensor | None) -> list[Shift | None]:
+        """How far each part of what is stored moves; ``mask`` as in ``segments``, over pending tokens too."""
+        window = self._window()
+        if self.shifts is None:
+            return [None] * (sum(store.tiles > 0 for store in self.stores) + (window.longest > 0))
+        end, shown = self.logical - (0 if self.pending is None else self.pending[0].shape[2]), None
+        if mask is not None:
+            shown = mask[:, :, -1, :end].any(1)
+            padded = torch.arange(end, device=mask.device) < self.padding.to(mask.device)[:, None]
+            shown = None if bool((shown | padded).all()) else shown
+        return self.shifts.of(window, self.stores, end, shown)
 
     def _gathered(
         self,
@@ -298,8 +332,11 @@ class TieredLayer(CacheLayerMixin):
             seen = mask.expand(*where.shape[:2], -1, -1).gather(3, index)
         return seen & (where >= 0)[:, :, None]
 
-    def dense_with_past(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of ``segments``' tokens and then the pending ones, in full precision ``[B, H_kv, T, D]``."""
+    def dense_with_past(self, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Keys and values of ``segments``' tokens and then the pending ones, in full precision ``[B, H_kv, T, D]``.
+
+        ``mask`` is that of the pending queries, bool ``[B, 1, Q, logical]`` or ``None``; it only decides which holes count.
+        """
         window, (keys, values) = self._window(), cast(tuple[Tensor, Tensor], self.pending)
         sizes = [store.tiles * store.tile for store in self.stores]
         total = sum(sizes) + window.longest + keys.shape[2]
@@ -312,6 +349,11 @@ class TieredLayer(CacheLayerMixin):
         for out, held, new in zip(both, window.live(), (keys, values), strict=True):
             out[:, :, start : start + window.longest] = held
             out[:, :, start + window.longest :] = new
+        start = 0
+        for size, shift in zip([size for size in (*sizes, window.longest) if size], self._shifts(mask), strict=True):
+            if shift is not None:
+                shift.move(both[0][:, :, start : start + size], READ_AT_ONCE)
+            start += size
         return both[0], both[1]
 
     def fall_back(self, kernel: Kernel, reason: str) -> None:
@@ -624,6 +666,8 @@ class TieredLayer(CacheLayerMixin):
         held["layer/padding"], held["layer/since_ranking"] = self.padding, self.since_ranking
         if self.queries is not None:
             held.update({f"layer/queries.{n}": t for n, t in self.queries.tensors().items()})
+        if self.shifts is not None:
+            held.update({f"layer/shifts.{n}": t for n, t in self.shifts.tensors().items()})
         if self.pending is not None:
             held["layer/pending.keys"], held["layer/pending.values"] = self.pending
         return held
