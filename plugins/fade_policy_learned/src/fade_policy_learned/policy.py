@@ -28,8 +28,9 @@ SHIPPED = ("smollm2",)
 Heads = Literal["shared", "equal"]
 """``shared``: the heads of a layer compete for one budget (AdaKV, arXiv 2407.11550); ``equal``: each has the same."""
 
-FLOOR = 0.2
-"""Share of an equal split that every head keeps whatever the others have."""
+FLOOR = 0.5
+"""Share of an equal split that every head keeps whatever the others have. The cache rounds to tiles: less would leave heads
+nothing where budgets are small."""
 
 
 class LearnedPolicy(EvictionPolicy):
