@@ -96,6 +96,7 @@ class TieredKVCache(Cache):
         self._emit = _emitter(self.sinks)
         self.refusals: dict[str, list[tuple[str, str]]] = {}
         mode = _attention_mode(model, config)
+        config.policy.check_model(model)
         self.policy = policy = config.policy.build()
         self.tracker = AttentionTracker(
             policy.statistics if config.evicts or config.ladder or config.layers else (),

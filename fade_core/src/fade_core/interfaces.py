@@ -507,6 +507,15 @@ class PolicyConfig(ComponentConfig):
         """The policy object."""
         raise NotImplementedError(f"{type(self).__name__} must define build()")
 
+    def check_model(self, model: Any) -> None:
+        """Refuse a model that this was not made for; called once when a cache is created.
+
+        Raises:
+            CheckpointError: a file that belongs to another model.
+            ConfigError: a model that this cannot work on.
+        """
+        return
+
 
 class RopeConfig(ComponentConfig):
     """Configuration of a RoPE scheme."""
