@@ -22,7 +22,7 @@ from fade_quant_rotated.codebook import save_codebooks
 from fade_quant_rotated.training import train_codebooks
 
 Texts = Annotated[list[Path], typer.Option("--text", help="UTF-8 text file; may be given several times.")]
-Model = Annotated[str, typer.Option("--model", "-m", help='Hub id, folder, .gguf file, or "smollm2".')]
+Model = Annotated[str, typer.Option("--model", "-m", help='Hub id, folder, .gguf file, "smollm2" or "gemma3-270m".')]
 Length = Annotated[int, typer.Option(min=128, help="Tokens read at once.")]
 MaxTokens = Annotated[int, typer.Option(min=128, help="Most tokens to read; spread evenly over the text.")]
 Dtype = Annotated[str, typer.Option(help="Dtype of the weights: auto, float32, bfloat16.")]
