@@ -33,11 +33,13 @@ def test_the_configuration_is_gemma3s(loaded: tuple[Any, Any]) -> None:
 
 def test_it_reads_english(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
-    ids = tokenizer(passages("calibration")[0].text, return_tensors="pt")["input_ids"][:, :600]
-    assert int(ids[0, 0]) == tokenizer.bos_token_id
-    with torch.no_grad():
-        loss = float(model(ids, labels=ids).loss)
-    assert math.exp(loss) < 30
+    losses = []
+    for passage in passages("calibration")[:3]:  # an encyclopedia, the law, a novel
+        ids = tokenizer(passage.text, return_tensors="pt")["input_ids"][:, :600]
+        assert int(ids[0, 0]) == tokenizer.bos_token_id
+        with torch.no_grad():
+            losses.append(float(model(ids, labels=ids).loss))
+    assert math.exp(sum(losses) / 3) < 30  # 13; with the rotary bases exchanged 88, with norms off by 0.2 82
 
 
 def test_full_attention_layers_alone_are_compressed(loaded: tuple[Any, Any]) -> None:
