@@ -213,7 +213,8 @@ def _metric(attention: Attention, projection: nn.Module) -> Tensor:
     one = torch.eye(heads * groups * width, dtype=dtype, device=attention.values.device)
     weight = (projection(one) - projection(torch.zeros_like(one[:1]))).float()
     weight = weight.view(heads, groups, width, -1)
-    return weight @ weight.mT
+    metric: Tensor = weight @ weight.mT
+    return metric
 
 
 def output_projections(model: nn.Module) -> dict[int, nn.Module]:
