@@ -2,6 +2,7 @@
 
     python benchmarks/policies.py [--texts 8] [--steps 64] [--needles 12] [--budget 0.5 0.25] [--only h2o tova]
 
+(``eviction.py`` compares the learned policy with a few others for a tenth of the time: they share a prefill, nothing is timed.)
 Survivors stay in full precision, so that nothing but the eviction is measured. Every policy reads the same texts side by
 side and is compared with one run of the exact cache. Times are the process's, not the clock's, so that a busy machine does
 not change them: ``prefill`` of all texts together, and a decode ``step`` of all of them.
@@ -40,7 +41,7 @@ def policies(tokenizer: Any) -> dict[str, dict[str, Any]]:
     }
     found = plain | heads | {"kvzip": kvzip, "kvzip + heads": {"kind": "adakv", "floor": 0.0, "base": kvzip}}
     if any(plugin.dist == "fade-policy-learned" for plugin in list_plugins()):
-        found |= {"learned": {"kind": "learned"}, "learned + heads": {"kind": "adakv", "base": {"kind": "learned"}}}
+        found |= {"learned": {"kind": "learned", "heads": "equal"}, "learned + heads": {"kind": "learned"}}
     return found
 
 
