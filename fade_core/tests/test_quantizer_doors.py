@@ -1,4 +1,4 @@
-"""The doors through which a quantizer sees the model that it serves."""
+"""The doors through which a quantizer, or a policy, sees the model that it serves."""
 
 from __future__ import annotations
 
@@ -10,7 +10,17 @@ from tiny import fresh_seed, tiny_llama
 
 from fade_core import FadeConfig, attach_telemetry, create_tiered_cache
 from fade_core.errors import CheckpointError
-from fade_core.interfaces import Event, PromptView, Quantizer, QuantizerConfig, QuantizerContext, TelemetrySink
+from fade_core.interfaces import (
+    Event,
+    EvictionPolicy,
+    PolicyConfig,
+    PromptView,
+    Quantizer,
+    QuantizerConfig,
+    QuantizerContext,
+    TelemetrySink,
+)
+from fade_core.policies.h2o import H2OPolicy
 from fade_core.quantizers.uniform import UniformConfig, UniformQuantizer
 
 
@@ -52,6 +62,29 @@ def test_a_model_that_is_refused_keeps_its_attention() -> None:
     ):
         with pytest.raises(CheckpointError, match="made for 3 layers"):
             create_tiered_cache(model, config)
+    assert model.config._attn_implementation == before
+
+
+class PickyPolicyConfig(PolicyConfig):
+    """H2O for models of at most two layers."""
+
+    kind: Literal["picky"] = "picky"
+
+    def check_model(self, model: Any) -> None:
+        if model.config.num_hidden_layers > 2:
+            raise CheckpointError("trained on 2 layers")
+
+    def build(self) -> EvictionPolicy:
+        return H2OPolicy()
+
+
+def test_a_policy_checks_the_model_too() -> None:
+    config = FadeConfig(policy=PickyPolicyConfig(budget=0.5))
+    create_tiered_cache(tiny_llama(layers=2), config).detach()
+    model = tiny_llama(layers=3)
+    before = model.config._attn_implementation
+    with pytest.raises(CheckpointError, match="trained on 2 layers"):
+        create_tiered_cache(model, config)
     assert model.config._attn_implementation == before
 
 

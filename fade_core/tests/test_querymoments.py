@@ -66,3 +66,24 @@ def test_rows_are_picked_taken_back_and_saved(covariance: bool) -> None:
     for name, tensor in again.tensors().items():
         assert torch.equal(tensor, first[name])
         assert torch.equal(moments.tensors()[name], tensor[index])
+
+
+@pytest.mark.parametrize("covariance", [True, False])
+def test_rows_join_behind_and_count_on_their_own(covariance: bool) -> None:
+    torch.manual_seed(fresh_seed())
+    moments, other, fresh = (QueryMoments(covariance) for _ in range(3))
+    fresh.join(QueryMoments(covariance), (2, 1))
+    assert fresh.tensors() == {}
+    moments.observe(torch.randn(B, H, 7, D), 1.0)
+    other.observe(torch.randn(2, H, 5, D), 1.0)
+    apart = [{name: t.clone() for name, t in each.tensors().items()} for each in (moments, other)]
+    moments.join(other, (B, 2))
+    for name, tensor in moments.tensors().items():
+        assert torch.equal(tensor, torch.cat([part[name] for part in apart]))
+    moments.join(fresh, (B + 2, 1))  # a row that has not seen a query weighs nothing
+    queries = torch.randn(B + 3, H, 4, D)
+    moments.observe(queries, 0.5)
+    fresh.observe(queries[-1:], 0.5)
+    fresh.join(moments, (1, B + 3))
+    for found in fresh.statistics().values():
+        assert torch.equal(found[0], found[-1])

@@ -136,7 +136,9 @@ def test_any_history_keeps_exactly_the_tokens_it_should(kind: str, explicit: boo
     store, feed = store_of(kind, explicit=explicit), Feed(2, 3)
     held: Content = [[{} for _ in range(3)] for _ in range(2)]
     for _ in range(14):
-        action = dice.choice(["append", "append", "ragged", "gaps", "split", "evict", "crop", "rows", "load"])
+        action = dice.choice(
+            ["append", "append", "ragged", "gaps", "split", "evict", "crop", "rows", "load", "join", "shift"]
+        )
         poison(store)
         if action in ("append", "ragged", "gaps"):
             width = dice.choice([TILE, 3 * TILE])
@@ -162,6 +164,25 @@ def test_any_history_keeps_exactly_the_tokens_it_should(kind: str, explicit: boo
             index = torch.randint(0, 2, (2,))
             store.select_rows(index)
             held = [[dict(head) for head in held[i]] for i in index.tolist()]
+        elif action == "join":
+            other = store_of(kind, explicit=dice.random() < 0.5)
+            other.append(feed.take(torch.randint(1, 3 * TILE, (2, 3)), gaps=dice.random() < 0.3))
+            other.select_rows(torch.tensor(dice.choice([[0], [1, 1], [0, 1]])))
+            more = content(other)
+            poison(other)
+            store.join(other)
+            poison(other)
+            assert_same(content(other), more)
+            assert_same(content(store), held + more)
+            index = torch.randint(0, len(held) + len(more), (2,))
+            store.select_rows(index)
+            held = [[dict(head) for head in (held + more)[i]] for i in index.tolist()]
+        elif action == "shift":
+            oldest = min([p for row in held for head in row for p in head], default=0)
+            by = dice.randint(-oldest, 9)
+            store.shift(by)
+            held = [[{p + by: t for p, t in head.items()} for head in row] for row in held]
+            feed.next += by
         elif action == "load":
             state = store.state()
             store = store_of(kind, explicit=store.explicit)
@@ -256,6 +277,20 @@ def test_rows_share_tiles_and_eviction_frees_them() -> None:
     store.select_rows(torch.arange(4))
     assert live_bytes(store.pool) == one * 2 // 8
     assert store.lengths.tolist() == [[2 * TILE, 2 * TILE]] * 4
+
+
+def test_tiles_that_rows_share_are_copied_once_when_they_join() -> None:
+    torch.manual_seed(fresh_seed())
+    store, other = store_of("token", 1, 2), store_of("token", 1, 2)
+    for each in (store, other):
+        each.append(Feed(1, 2).take(torch.tensor([[8 * TILE, 8 * TILE]])))
+    one = live_bytes(other.pool)
+    other.select_rows(torch.zeros(5, dtype=torch.long))
+    store.join(other)
+    assert live_bytes(store.pool) == 2 * one
+    assert_consistent(store)
+    store.select_rows(torch.tensor([0]))
+    assert live_bytes(store.pool) == one
 
 
 @pytest.mark.parametrize("kind", ["token", "channel"])

@@ -54,6 +54,30 @@ def assert_same(window: Window, rows: Rows) -> None:
             assert all(torch.equal(a, b) for a, b in zip(got, tensors, strict=True))
 
 
+def append(window: Window, rows: Rows, position: int, count: int) -> None:
+    """The same new tokens for the window and for the lists."""
+    keys, values = torch.randn(len(rows), HEADS, count, KEY), torch.randn(len(rows), HEADS, count, VALUE)
+    window.append(keys, values, position)
+    for b, row in enumerate(rows):
+        row += [(position + i, keys[b, :, i], values[b, :, i], torch.zeros(HEADS)) for i in range(count)]
+
+
+def other_window(dice: random.Random, position: int) -> Window:
+    """Two rows, one of which may be shorter, or empty."""
+    window, count = window_of(2, dice.choice([3, 12, 30])), dice.randint(0, 30)
+    if count:
+        window.append(torch.randn(2, HEADS, count, KEY), torch.randn(2, HEADS, count, VALUE), position)
+        window.statistics["mass"][:, :, :count] = torch.rand(2, HEADS, count)
+        window.take_out(0, torch.tensor([0, dice.randint(0, count)]))
+    return window
+
+
+def shifted(dice: random.Random, rows: Rows) -> tuple[int, Rows]:
+    """Rows whose positions are all a few further on or back, and by how many."""
+    by = dice.randint(-min([token[0] for row in rows for token in row], default=0), 9)
+    return by, [[(p + by, k, v, m) for p, k, v, m in row] for row in rows]
+
+
 @pytest.mark.parametrize("trial", range(6))
 def test_any_history_keeps_exactly_the_tokens_it_should(trial: int) -> None:
     seed = fresh_seed() + trial
@@ -63,14 +87,12 @@ def test_any_history_keeps_exactly_the_tokens_it_should(trial: int) -> None:
     rows: Rows = [[] for _ in range(batch)]
     for _ in range(40):
         poison(window)
-        action = dice.choice(["append", "append", "append", "take", "crop", "rows", "shrink", "mass", "load"])
+        action = dice.choice(
+            ["append", "append", "append", "take", "crop", "rows", "shrink", "mass", "load", "join", "shift"]
+        )
         if action == "append":
             count = dice.randint(1, 7)
-            keys, values = torch.randn(batch, HEADS, count, KEY), torch.randn(batch, HEADS, count, VALUE)
-            window.append(keys, values, position)
-            for b, row in enumerate(rows):
-                new = [(position + i, keys[b, :, i], values[b, :, i], torch.zeros(HEADS)) for i in range(count)]
-                row += new
+            append(window, rows, position, count)
             position += count
         elif action == "take" and window.longest:
             start = dice.randint(0, min(4, int(window.lengths.min())))
@@ -87,6 +109,16 @@ def test_any_history_keeps_exactly_the_tokens_it_should(trial: int) -> None:
             index = torch.randint(0, batch, (dice.randint(1, 4),))
             window.select_rows(index)
             rows, batch = [list(rows[i]) for i in index.tolist()], len(index)
+        elif action == "join":
+            other = other_window(dice, position)
+            position, batch = position + other.longest, batch + 2
+            rows += content(other)
+            poison(other)
+            window.join(other)
+        elif action == "shift":
+            by, rows = shifted(dice, rows)
+            window.shift(by)
+            position += by
         elif action == "shrink":
             window.shrink(12)
             assert window.capacity == max(12, window.longest)

@@ -14,13 +14,21 @@ from transformers.modeling_utils import AttentionInterface
 
 from fade_core.fixed import FixedLayer, Step
 from fade_core.handle import Handle, is_handle
-from fade_core.interfaces import PromptView
-from fade_core.kernels.attention import AttentionOutput, FullSegment, TorchDecodeAttention, decode_attention
+from fade_core.interfaces import PromptView, Support
+from fade_core.kernels.attention import (
+    AttentionOutput,
+    FullSegment,
+    PackedSegment,
+    TorchAttentionMass,
+    TorchDecodeAttention,
+    decode_attention,
+)
 from fade_core.layer import TieredLayer
 
 NAME = "fade"
 _OBSERVED = 16  # queries whose attention the tracker sees at once
-_ORACLE = TorchDecodeAttention()
+_ORACLE, _MASS_ORACLE = TorchDecodeAttention(), TorchAttentionMass()
+_WITHOUT_SHIFTS = Support(False, "packed keys that are read at other positions (reposition = 'contiguous')")
 
 
 def fade_attention(
@@ -102,15 +110,17 @@ def _step_attention(
     held, tracker = layer.statistics(), layer.plan.tracker
     tracked = tracker.active and any(held)
     kernel = layer.plan.kernel
-    support = kernel.accepts(query, segments, scaling, softcap, sinks, probabilities=tracked)
+    moved = any(isinstance(segment, PackedSegment) and segment.shift is not None for segment in segments)
+    support = _WITHOUT_SHIFTS
+    if kernel.shifts or not moved:
+        support = kernel.accepts(query, segments, scaling, softcap, sinks, probabilities=tracked)
     if not support:
         layer.fall_back(kernel, support.reason)
         kernel = _ORACLE
     result: AttentionOutput = kernel(query, segments, scaling, softcap, sinks, probabilities=tracked)
     if tracked:
-        found = result.probabilities or [
-            layer.plan.mass_kernel(query, segment, result.lse, scaling, softcap) for segment in segments
-        ]
+        mass = layer.plan.mass_kernel if layer.plan.mass_kernel.shifts or not moved else _MASS_ORACLE
+        found = result.probabilities or [mass(query, segment, result.lse, scaling, softcap) for segment in segments]
         for statistics, probabilities, segment in zip(held, found, segments, strict=True):
             tracker.age(statistics, query.shape[2])
             tracker.observe(statistics, probabilities, segment.mask)
@@ -134,13 +144,13 @@ def _chunk_attention(
     padding = _leading_padding(mask, chunk) if mask is not None and bool((layer.lengths == chunk).any()) else None
     past = layer.logical > chunk
     if past:
-        keys, values = layer.dense_with_past()
+        keys, values = layer.dense_with_past(mask)
 
     def visible(part: slice | Tensor) -> Tensor:
         rows = _visible(mask, part, queries, layer.logical, query.device)
         if not past:
             return rows
-        masks = [cast(Tensor, s.mask) for s in layer.segments(rows, rows.shape[2])] + [rows[..., -chunk:]]
+        masks = [*cast(list[Tensor], layer.masks(rows, rows.shape[2])), rows[..., -chunk:]]
         heads = max(m.shape[1] for m in masks)
         return torch.cat([m.expand(query.shape[0], heads, -1, -1) for m in masks], dim=3)
 

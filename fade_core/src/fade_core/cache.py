@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -23,7 +23,7 @@ from transformers.cache_utils import (
 )
 from transformers.configuration_utils import PreTrainedConfig
 
-from fade_core import attention, checkpoint
+from fade_core import attention, checkpoint, rows
 from fade_core.bytebudget import ByteBudget, LayerShape, layer_budgets
 from fade_core.config import FadeConfig
 from fade_core.errors import ConfigError, InputError, UnsupportedModelError
@@ -36,6 +36,7 @@ from fade_core.interfaces import (
     Quantizer,
     QuantizerConfig,
     QuantizerContext,
+    RopeScheme,
     Side,
     TelemetrySink,
     Tier,
@@ -44,6 +45,7 @@ from fade_core.kernels.selection import choose_kernel
 from fade_core.ladder import Ladder, describe
 from fade_core.layer import LayerPlan, TieredLayer
 from fade_core.report import MemoryReport, measure
+from fade_core.reposition import layer_schemes
 from fade_core.tracker import AttentionTracker
 
 SIDES: tuple[Side, Side] = ("key", "value")
@@ -109,6 +111,7 @@ class TieredKVCache(Cache):
         self._emit = _emitter(self.sinks)
         self.refusals: dict[str, list[tuple[str, str]]] = {}
         mode = _attention_mode(model, config)
+        config.policy.check_model(model)
         self.policy = policy = config.policy.build()
         self.tracker = AttentionTracker(
             policy.statistics if config.evicts or config.ladder or config.layers else (),
@@ -120,6 +123,7 @@ class TieredKVCache(Cache):
         appenders: dict[int, tuple[Kernel, str]] = {}
         tiered = [index for index, plain in enumerate(own_layers) if type(plain) is DynamicLayer]
         budgets = dict(zip(tiered, layer_budgets(config.policy, len(tiered)), strict=True))
+        schemes = self._schemes(model, tiered, mode)
         for index, plain in enumerate(own_layers):
             if index not in budgets:
                 layers.append(plain)
@@ -150,6 +154,7 @@ class TieredKVCache(Cache):
                 kernels["attention_mass"],
                 self._emit,
                 _weakly(self._roll_back),
+                schemes.get(index),
             )
             layers.append(TieredLayer(plan, max_cache_len))
             made_from = own.model_dump_json(include={"keys", "values", "ladder", "tile"})
@@ -288,6 +293,53 @@ class TieredKVCache(Cache):
         if chunk is not None and chunk < 1:
             raise InputError(f"chunk={chunk} must be at least one token")
         return self.policy.prefill(model, self, input_ids, attention_mask, chunk, **options)
+
+    # --- rows come and go ---
+    @property
+    def leading_padding(self) -> Tensor:
+        """Columns of padding before each row's first token, int64 ``[B]`` on the CPU; ``[0]`` while empty."""
+        self.settle()
+        return self.tiered[0].padding.clone()
+
+    def add_rows(self, other: TieredKVCache) -> tuple[int, int]:
+        """Take over the rows of another cache of the same model and configuration, behind one's own.
+
+        The cache then has the longer of both logical lengths; rows of the shorter one have more padding on their left. A
+        prompt can so be run through the model alone, in a cache of its own, and decoded together with others:
+        ``attention_mask`` is 0 where a row has padding, and ``position_ids`` count each row's own tokens
+        (docs/serving.md).
+
+        Args:
+            other: the cache whose rows come. It is empty afterwards, ready for another prompt, so that no layer's tokens
+                are held twice. An empty cache takes everything over, what its quantizers learnt included.
+
+        Returns:
+            columns of padding that this cache's rows, and the other's, got on their left.
+
+        Raises:
+            InputError: if ``other`` is empty, of another model, configuration, dtype or device, in the middle of something
+                (assisted decoding, ``holding``, ``reading``, an interrupted pass), longer than ``max_cache_len``, more than a
+                budget in bytes can hold, or coded by quantizers that learnt from another prompt; or if the model has
+                layers whose rows cannot be joined. Neither cache has changed then.
+        """
+        return rows.join(self, other)
+
+    def keep_rows(self, indices: Tensor | Sequence[int], trim: bool = True) -> int:
+        """Keep some rows, in the order given, and free what only the others held.
+
+        Args:
+            indices: row numbers ``[n]``, or bool ``[B]``.
+            trim: cut off the leading columns that are padding in all rows that stay, so that the logical length does not
+                grow for ever; the caller's ``attention_mask`` has to lose as many columns.
+
+        Returns:
+            columns that were cut off.
+
+        Raises:
+            InputError: for no row at all (``reset`` empties a cache), one named twice or one that does not exist, or in the
+                middle of something, as for ``add_rows``; nothing has changed then.
+        """
+        return rows.keep(self, torch.as_tensor(indices), trim)
 
     def settle(self) -> None:
         """Finish what an interrupted forward pass or stock attention left pending."""
@@ -446,7 +498,8 @@ class TieredKVCache(Cache):
         budget: int | float | None,
     ) -> Ladder:
         head_dim = _head_dim(text, index)
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        shape = _of_layer(text, index)
+        heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
         tiers = []
         for rung in config.resolved_ladder():
             keys, values = (
@@ -456,16 +509,17 @@ class TieredKVCache(Cache):
             tiers.append(Tier(rung.name, rung.capacity, keys, values))
         kept, found = config.n_sink + config.recent_window, cast(int | float | ByteBudget | None, budget)
         if isinstance(config.policy.budget, str):
-            shape = LayerShape(
+            bytes_of = LayerShape(
                 heads,
-                text.num_attention_heads,
+                shape.num_attention_heads,
                 head_dim,
                 model.dtype.itemsize,
                 len(self.tracker.statistics),
                 not config.policy.build().positional,
                 self.tracker.query_statistics,
+                self.config.reposition == "contiguous",
             )
-            found = shape.budget(cast(int, budget), tiers, kept + config.tile, config.policy.every)
+            found = bytes_of.budget(cast(int, budget), tiers, kept + config.tile, config.policy.every)
             if found.shortfall(1):
                 raise ConfigError(f"layer {index}: {found.shortfall(1)}")
         elif isinstance(budget, int) and budget < kept:
@@ -474,6 +528,18 @@ class TieredKVCache(Cache):
                 "take a smaller ratio or a larger budget"
             )
         return Ladder(tuple(tiers), config.n_sink, config.recent_window, found, config.tile)
+
+    def _schemes(self, model: PreTrainedModel, layers: list[int], mode: str) -> dict[int, RopeScheme | None]:
+        """The embeddings by which the layers' survivors are re-positioned; none if they keep their positions."""
+        if self.config.reposition == "keep":
+            return {}
+        found = layer_schemes(self.config.rope, model, layers, self.length_limit)
+        if mode == "stock":
+            raise ConfigError(
+                f"{type(model).__name__} keeps its own attention here, which reads every key where it is: reposition = "
+                "'contiguous' needs FADE's; use reposition = 'keep', or a model that takes attn_implementation='fade'"
+            )
+        return found
 
     def _kernel(
         self, op: Op, config: FadeConfig, ladder: Ladder, text: PreTrainedConfig, model: PreTrainedModel
@@ -611,10 +677,14 @@ def _can_be_read(layer: Any) -> bool:
     return isinstance(layer, TieredLayer) or _replaces_tensors(layer)
 
 
-def _head_dim(text: PreTrainedConfig, index: int) -> int:
+def _of_layer(text: PreTrainedConfig, index: int) -> PreTrainedConfig:
+    """The configuration of one layer: transformers refuses to say of a whole model what differs between its layers."""
     layers = getattr(text, "per_layer_config", None)
-    own = layers[index] if layers is not None and index < len(layers) else text
-    found = getattr(own, "head_dim", None) or getattr(text, "head_dim", None)
+    return layers[index] if layers is not None and index < len(layers) else text
+
+
+def _head_dim(text: PreTrainedConfig, index: int) -> int:
+    found = getattr(_of_layer(text, index), "head_dim", None) or getattr(text, "head_dim", None)
     return int(found or text.hidden_size // text.num_attention_heads)
 
 

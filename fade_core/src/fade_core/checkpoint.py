@@ -38,7 +38,12 @@ def fingerprint(model_config: Any) -> str:
         "head_dim",
         "vocab_size",
     )
-    facts = {name: getattr(model_config, name, None) for name in names}
+    facts: dict[str, Any] = {}
+    for name in names:
+        try:
+            facts[name] = getattr(model_config, name, None)
+        except RuntimeError:  # transformers refuses: it differs between layers
+            facts[name] = [getattr(layer, name, None) for layer in model_config.per_layer_config]
     return _hash(json.dumps(facts, sort_keys=True, default=str).encode())
 
 
@@ -88,7 +93,7 @@ def restore(cache: TieredKVCache, state: Mapping[str, Any]) -> None:
     """
     header, tensors = _checked(state)
     _check_model(header, fingerprint(cache.model_config), cache.weights_mark)
-    if _meaning(header["config"]) != _meaning(cache.config.to_dict()):
+    if meaning(header["config"]) != meaning(cache.config.to_dict()):
         raise CheckpointError(
             "the saved cache was made with another configuration; TieredKVCache.load restores both together"
         )
@@ -200,9 +205,13 @@ def _check_model(header: Mapping[str, Any], shape: str, weights: str | None) -> 
         )
 
 
-def _meaning(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides a cache's contents: not which kernel reads them, nor who is told of events."""
-    return {name: value for name, value in config.items() if name not in ("kernel", "telemetry")}
+def meaning(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides a cache's contents: not which kernel reads them, nor who is told of events.
+
+    A field that did not exist when the cache was saved has its default.
+    """
+    every = FadeConfig().to_dict() | dict(config)
+    return {name: value for name, value in every.items() if name not in ("kernel", "telemetry")}
 
 
 def _hash(content: bytes) -> str:

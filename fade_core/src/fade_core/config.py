@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from fade_core import flat, presets
-from fade_core.components import AnyPolicy, AnyQuantizer, AnySink, AnyTier
+from fade_core.components import AnyPolicy, AnyQuantizer, AnyRope, AnySink, AnyTier
 from fade_core.configfile import read_table, write_table
 from fade_core.errors import ConfigError, FadeError
 from fade_core.interfaces import ComponentConfig, QuantizerConfig, TierConfig
@@ -95,6 +95,9 @@ class FadeConfig(CheckedModel):
         observation_window: last queries of a prefill whose attention the policy's statistics see, or "all".
         attention: "fade" reads packed tiers in place, "stock" leaves the model's attention, "auto" takes "fade" where
             the model allows it.
+        reposition: where survivors of an eviction are read: "keep" at their own positions, "contiguous" side by side up to
+            the query (StreamingLLM, arXiv 2309.17453). What is stored is the same.
+        rope: rotary embedding that "contiguous" moves keys with; ``None`` reads it off the model's config.
         on_nonfinite: "raise" refuses NaN or infinity among keys and values, "zero" stores zeros for them.
         telemetry: sinks that receive the cache's events.
 
@@ -119,6 +122,8 @@ class FadeConfig(CheckedModel):
     ]
     observation_window: Window = 64
     attention: Literal["fade", "stock", "auto"] = "auto"
+    reposition: Literal["keep", "contiguous"] = "keep"
+    rope: AnyRope | None = None
     on_nonfinite: Literal["raise", "zero"] = "raise"
     telemetry: tuple[AnySink, ...] = ()
 

@@ -38,6 +38,8 @@ def refusal(plan: LayerPlan) -> str:
         return "the model keeps its own attention, which reads dequantised tokens"
     if ladder.bounded:
         return "its tokens are evicted or demoted as the policy ranks them, and tiles of fixed places do not move"
+    if plan.rope is not None:
+        return "its tokens are read at other positions than they were written (reposition = 'contiguous')"
     if len(ladder.tiers) != 1:
         return f"its ladder has {len(ladder.tiers)} tiers, and buffers of fixed size hold one"
     tier = ladder.tiers[0]
@@ -246,7 +248,7 @@ class FixedLayer(TieredLayer):
         window, store = self._parts()
         ladder = self.plan.ladder
         self._logical += steps
-        self.since_ranking += steps
+        self.since_ranking = self.since_ranking + steps
         real, before = self._logical - self.padding, store.per_row
         due = (real - 1 - ladder.n_sink - ladder.recent_window).div(ladder.tile, rounding_mode="floor")
         tiles = torch.maximum(before, due.clamp_max(store.max_tiles))

@@ -370,9 +370,19 @@ class EvictionPolicy(ABC):
 
 
 class RopeScheme(ABC):
-    """A rotary embedding as a function of position. All arithmetic in float32."""
+    """A rotary embedding as a function of position. All arithmetic in float32.
+
+    Attributes:
+        kind: the name it is chosen by; "none" if it leaves everything as it is.
+        fixed_until: tokens that a model may have seen before its frequencies change; ``None`` if they never do.
+    """
 
     kind: ClassVar[str] = ""
+
+    @property
+    def fixed_until(self) -> int | None:
+        """``None`` unless a scheme says otherwise."""
+        return None
 
     @abstractmethod
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
@@ -410,11 +420,13 @@ class Kernel(ABC):
         name: implementation name, unique for its op ("torch", "triton").
         op: which op it implements.
         priority: among those that support a case, ``auto`` takes the highest.
+        shifts: whether it reads ``PackedSegment.shift``; where it does not, the core computes what is shifted itself.
     """
 
     name: ClassVar[str] = ""
     op: ClassVar[Op] = "decode_attention"
     priority: ClassVar[int] = 0
+    shifts: ClassVar[bool] = False
 
     @abstractmethod
     def supports(self, format: PackedFormat | None, head_dim: int, device: torch.device, dtype: torch.dtype) -> Support:
@@ -513,15 +525,28 @@ class PolicyConfig(ComponentConfig):
         """The policy object."""
         raise NotImplementedError(f"{type(self).__name__} must define build()")
 
+    def check_model(self, model: Any) -> None:
+        """Refuse a model that this was not made for; called once when a cache is created.
+
+        Raises:
+            CheckpointError: a file that belongs to another model.
+            ConfigError: a model that this cannot work on.
+        """
+        return
+
 
 class RopeConfig(ComponentConfig):
     """Configuration of a RoPE scheme."""
 
     kind: str
 
-    def build(self, model_config: Any) -> RopeScheme:
-        """The scheme for a model's (text) config. Raises ``ConfigError`` if they do not match."""
-        raise NotImplementedError(f"{type(self).__name__} must define build(model_config)")
+    def build(self, model_config: Any, layer_idx: int | None = None) -> RopeScheme:
+        """The scheme of a layer of a model, given its (text) config; ``None`` for that of its full-attention layers.
+
+        Raises:
+            ConfigError: if they do not match.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define build(model_config, layer_idx=None)")
 
 
 class KernelConfig(ComponentConfig):

@@ -15,10 +15,18 @@ from fade_core.bytebudget import ByteBudget
 from fade_core.errors import InputError
 from fade_core.handle import Handle
 from fade_core.incoming import check_finite, check_room, check_tokens
-from fade_core.interfaces import Event, EvictionPolicy, Kernel, LayerView, PromptView
-from fade_core.kernels.attention import FullSegment, PackedSegment, Segment, TorchAttentionMass, TorchDecodeAttention
+from fade_core.interfaces import Event, EvictionPolicy, Kernel, LayerView, PromptView, RopeScheme
+from fade_core.kernels.attention import (
+    READ_AT_ONCE,
+    FullSegment,
+    PackedSegment,
+    Segment,
+    TorchAttentionMass,
+    TorchDecodeAttention,
+)
 from fade_core.ladder import Ladder, in_tiles, lowest, whole
 from fade_core.querymoments import QueryMoments
+from fade_core.shifts import Shift, Shifts
 from fade_core.tierstore import TierStore, Tokens
 from fade_core.tracker import AttentionTracker
 from fade_core.window import Window
@@ -48,6 +56,8 @@ class LayerPlan:
         emit: where events go.
         on_failure: called with the layer's index and length when it refuses input in the middle of a forward pass; says
             what became of the cache.
+        rope: rotary embedding by which survivors of an eviction are read at contiguous positions; ``None`` where they keep
+            theirs, or carry none.
     """
 
     index: int
@@ -62,6 +72,7 @@ class LayerPlan:
     mass_kernel: Kernel = field(default_factory=TorchAttentionMass)
     emit: Callable[[Event], None] = lambda event: None
     on_failure: Callable[[int, int], str] = lambda index, length: ""
+    rope: RopeScheme | None = None
 
     @property
     def allocates(self) -> bool:
@@ -74,7 +85,7 @@ class _Before:
     """Where a layer stood before the forward pass that is under way."""
 
     logical: int
-    since_ranking: int
+    since_ranking: Tensor
     padding: Tensor
 
 
@@ -109,9 +120,10 @@ class TieredLayer(CacheLayerMixin):
         self.window: Window | None = None
         self.stores: tuple[TierStore, ...] = ()
         self.queries: QueryMoments | None = None
+        self.shifts = Shifts(self.plan.rope) if self.plan.rope is not None else None
         self.pending: tuple[Tensor, Tensor] | None = None
         self.padding = torch.zeros(0, dtype=torch.long)
-        self.since_ranking = 0
+        self.since_ranking = torch.zeros(0, dtype=torch.long)
         self.logical = 0
         self._before: _Before | None = None
 
@@ -134,6 +146,7 @@ class TieredLayer(CacheLayerMixin):
         if tracker.query_statistics and ladder.bounded:
             self.queries = QueryMoments("query_covariance" in tracker.query_statistics)
         self.padding = torch.zeros(batch, dtype=torch.long)
+        self.since_ranking = torch.zeros(batch, dtype=torch.long)
         self.is_initialized = True
 
     def _buffers(
@@ -188,7 +201,7 @@ class TieredLayer(CacheLayerMixin):
                 return key_states, value_states
         else:
             window.append(key_states, value_states, position)
-            self.since_ranking += queries
+            self.since_ranking = self.since_ranking + queries
         return Handle(self, "key"), Handle(self, "value")
 
     def get_seq_length(self) -> int:
@@ -254,7 +267,7 @@ class TieredLayer(CacheLayerMixin):
             store.select_rows(indices)
         if self.queries is not None:
             self.queries.select_rows(indices)
-        self.padding = self.padding[indices.cpu()]
+        self.padding, self.since_ranking = self.padding[indices.cpu()], self.since_ranking[indices.cpu()]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row ``repeats`` times; packed tiles are shared between the copies."""
@@ -275,16 +288,38 @@ class TieredLayer(CacheLayerMixin):
     def segments(self, mask: Tensor | None, queries: int) -> list[Segment]:
         """Everything stored, finest last, each with its share of ``mask`` (bool ``[B, 1, Q, logical]`` or ``None``)."""
         window, plain = self._window(), mask is None
-        found: list[Segment] = []
-        for store in self.stores:
-            if store.tiles:
-                seen = self._gathered(mask, store.positions, store.valid(), queries, store.alike)
-                found.append(PackedSegment(store, seen, plain))
+        held = [store for store in self.stores if store.tiles]
+        masks, shifts = self.masks(mask, queries), self._shifts(mask)
+        found: list[Segment] = [
+            PackedSegment(store, seen, plain, shift)
+            for store, seen, shift in zip(held, masks, shifts, strict=False)  # the window comes after them
+        ]
         if window.longest:
             keys, values = window.live()
-            seen = self._gathered(mask, window.positions, window.valid(), queries)
-            found.append(FullSegment(keys, values, seen, plain, None if window.even else window.lengths))
+            if shifts[-1] is not None:
+                keys = shifts[-1].moved(keys)
+            found.append(FullSegment(keys, values, masks[-1], plain, None if window.even else window.lengths))
         return found
+
+    def masks(self, mask: Tensor | None, queries: int) -> list[Tensor | None]:
+        """The share of ``mask`` of each of ``segments``' parts."""
+        window = self._window()
+        found = [self._gathered(mask, s.positions, s.valid(), queries, s.alike) for s in self.stores if s.tiles]
+        if window.longest:
+            found.append(self._gathered(mask, window.positions, window.valid(), queries))
+        return found
+
+    def _shifts(self, mask: Tensor | None) -> list[Shift | None]:
+        """How far each part of what is stored moves; ``mask`` as in ``segments``, over pending tokens too."""
+        window = self._window()
+        if self.shifts is None:
+            return [None] * (sum(store.tiles > 0 for store in self.stores) + (window.longest > 0))
+        end, shown = self.logical - (0 if self.pending is None else self.pending[0].shape[2]), None
+        if mask is not None:
+            shown = mask[:, :, -1, :end].any(1)
+            padded = torch.arange(end, device=mask.device) < self.padding.to(mask.device)[:, None]
+            shown = None if bool((shown | padded).all()) else shown
+        return self.shifts.of(window, self.stores, end, shown)
 
     def _gathered(
         self,
@@ -307,8 +342,11 @@ class TieredLayer(CacheLayerMixin):
             seen = mask.expand(*where.shape[:2], -1, -1).gather(3, index)
         return seen & (where >= 0)[:, :, None]
 
-    def dense_with_past(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of ``segments``' tokens and then the pending ones, in full precision ``[B, H_kv, T, D]``."""
+    def dense_with_past(self, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Keys and values of ``segments``' tokens and then the pending ones, in full precision ``[B, H_kv, T, D]``.
+
+        ``mask`` is that of the pending queries, bool ``[B, 1, Q, logical]`` or ``None``; it only decides which holes count.
+        """
         window, (keys, values) = self._window(), cast(tuple[Tensor, Tensor], self.pending)
         sizes = [store.tiles * store.tile for store in self.stores]
         total = sum(sizes) + window.longest + keys.shape[2]
@@ -321,6 +359,11 @@ class TieredLayer(CacheLayerMixin):
         for out, held, new in zip(both, window.live(), (keys, values), strict=True):
             out[:, :, start : start + window.longest] = held
             out[:, :, start + window.longest :] = new
+        start = 0
+        for size, shift in zip([size for size in (*sizes, window.longest) if size], self._shifts(mask), strict=True):
+            if shift is not None:
+                shift.move(both[0][:, :, start : start + size], READ_AT_ONCE)
+            start += size
         return both[0], both[1]
 
     def fall_back(self, kernel: Kernel, reason: str) -> None:
@@ -415,8 +458,7 @@ class TieredLayer(CacheLayerMixin):
         if self.holding:
             return
         self._encode_due(False)
-        if self.since_ranking >= self.plan.every:
-            self.rank()
+        self._rank_due()
 
     def release(self) -> None:
         """Everything that was held in full precision (``holding``) goes where it belongs, as a prompt would."""
@@ -444,9 +486,21 @@ class TieredLayer(CacheLayerMixin):
         if evicted:
             self._report("evict", evicted, before, started, "fp16")
 
-    def rank(self) -> None:
-        """Re-score every token and move what is over capacity down the ladder."""
-        self.since_ranking = 0
+    def _rank_due(self) -> None:
+        """Re-rank the rows that have taken ``plan.every`` tokens since they were last ranked."""
+        due = self.since_ranking >= self.plan.every
+        if bool(due.any()):
+            self.rank(due)
+
+    def rank(self, rows: Tensor | None = None) -> None:
+        """Re-score every token and move what is over capacity down the ladder.
+
+        Args:
+            rows: bool ``[B]`` (CPU) of the rows that are ranked: rows that came at different times are not due together,
+                and each must go on as it would alone. ``None`` for all.
+        """
+        rows = torch.ones_like(self.since_ranking, dtype=torch.bool) if rows is None else rows
+        self.since_ranking = self.since_ranking.masked_fill(rows, 0)
         ladder = self.plan.ladder
         if not ladder.bounded or not self.is_initialized:
             return
@@ -456,7 +510,7 @@ class TieredLayer(CacheLayerMixin):
         above = torch.zeros((self.batch_size, window.keys.shape[1]), dtype=torch.long)
         moved = evicted = 0
         for i, store in enumerate(self.stores):
-            over = ladder.overflow(store.lengths, i, above, self.lengths, window.lengths, room)
+            over = ladder.overflow(store.lengths, i, above, self.lengths, window.lengths, room) * rows[:, None]
             if bool(over.any()):
                 if scores is None:
                     scores = self._scores()[0]
@@ -494,7 +548,10 @@ class TieredLayer(CacheLayerMixin):
         return scores, self._allocated(view, competing, budget, held)
 
     def _allocated(self, view: LayerView, competing: Tensor, budget: Tensor, held: Tensor) -> Tensor:
-        """What the policy lets each head keep of the packed tokens ``held`` ``[B, H_kv]``, in whole tiles."""
+        """What the policy lets each head keep of the packed tokens ``held`` ``[B, H_kv]``, in whole tiles.
+
+        Rows that are within the budget keep all, whatever their heads would be given: it would be given up for nothing.
+        """
         policy, even = self.plan.policy, budget[:, None].expand_as(held)
         found = policy.allocate(view, competing, budget.to(self.device))
         wanted = even if found is None else found.cpu()
@@ -508,7 +565,8 @@ class TieredLayer(CacheLayerMixin):
                 f"policy {policy.kind!r} allocated {int(wanted.sum(1).max())} tokens to the heads of a row in layer "
                 f"{self.index}; the budget is {int(even.sum(1).min())}"
             )
-        return in_tiles(wanted, held, self.plan.ladder.tile)
+        within = held.sum(1, True) <= even.sum(1, True)
+        return torch.where(within, held, in_tiles(wanted, held, self.plan.ladder.tile))
 
     def assign(self, tiers: Tensor) -> None:
         """Move tokens to the tiers that somebody else chose (the manual loop).
@@ -619,9 +677,11 @@ class TieredLayer(CacheLayerMixin):
             held.update({f"{store.tier.name}/{tiled}{n}": t for n, t in store.tensors().items()})
             for side, quantizer in (("k", store.tier.keys), ("v", store.tier.values)):
                 held.update({f"{store.tier.name}/{side}.state.{n}": t for n, t in quantizer.state_dict().items()})
-        held["layer/padding"] = self.padding
+        held["layer/padding"], held["layer/since_ranking"] = self.padding, self.since_ranking
         if self.queries is not None:
             held.update({f"layer/queries.{n}": t for n, t in self.queries.tensors().items()})
+        if self.shifts is not None:
+            held.update({f"layer/shifts.{n}": t for n, t in self.shifts.tensors().items()})
         if self.pending is not None:
             held["layer/pending.keys"], held["layer/pending.values"] = self.pending
         return held
@@ -739,8 +799,8 @@ class TieredLayer(CacheLayerMixin):
             self._report("encode", encoded, before, started)
         if evicted:
             self._report("evict", evicted, before, started, "fp16")
-        if self.since_ranking >= self.plan.every and not self.holding:
-            self.rank()
+        if not self.holding:
+            self._rank_due()
 
     def _joiner(self, chunk: int, dropped: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         """Makes window and chunk, ``dropped[b]`` columns of it left out, one left-aligned run of tokens a row."""
@@ -789,7 +849,9 @@ class TieredLayer(CacheLayerMixin):
             return self._pour(moving, keys, values, positions, observed, due, held)
         self.stores[0].append(moving)
         if prompt:
-            self.since_ranking = self.plan.every  # a chunk can overflow a tier at once
+            self.since_ranking = self.since_ranking.masked_fill(
+                due > 0, self.plan.every
+            )  # it can overflow a tier at once
         return 0
 
     def _pour(

@@ -36,7 +36,7 @@ def tiered_state(layer: TieredLayer) -> tuple[Facts, Tensors]:
     facts = {
         "initialized": True,
         "logical": layer.logical,
-        "since_ranking": layer.since_ranking,
+        "since_ranking": layer.since_ranking.tolist(),
         "dtype": _name(layer.dtype),
         "explicit": [store.explicit for store in layer.stores],
     }
@@ -60,10 +60,12 @@ def tiered_layer(like: TieredLayer, facts: Mapping[str, Any], tensors: Mapping[s
         layer.lazy_initialization(keys[:, :, :0], values[:, :, :0])
     except InputError as error:
         raise CheckpointError(str(error)) from error
-    layer.logical, layer.since_ranking = int(facts["logical"]), int(facts["since_ranking"])
+    layer.logical = int(facts["logical"])
+    layer.since_ranking = torch.tensor(facts["since_ranking"], dtype=torch.long)
     layer.padding = tensors["padding"].cpu().clone()
     batch = keys.shape[0]
     _check(layer.padding.shape == (batch,) and _within(layer.padding, 0, layer.logical), "padding")
+    _check(layer.since_ranking.shape == (batch,), "steps since the last ranking")
     held = cast(Window, layer.window)
     _check_window(held, window, layer.logical)
     held.load(window)

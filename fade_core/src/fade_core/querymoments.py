@@ -78,6 +78,28 @@ class QueryMoments:
             scatter = None if self._now.scatter is None else self._now.scatter[at]
             self._now = _Moments(self._now.weight[at], self._now.mean[at], scatter)
 
+    def join(self, other: QueryMoments, rows: tuple[int, int]) -> None:
+        """Put ``other``'s rows behind one's own.
+
+        Args:
+            other: moments of an equal layer.
+            rows: rows of each; a side that has not seen a query has not counted them.
+        """
+        sides = self._now, other._now
+        known = sides[0] or sides[1]
+        if known is None:
+            return
+
+        def both(name: str) -> Tensor:
+            like: Tensor = getattr(known, name)
+            parts = [
+                like.new_zeros((count, *like.shape[1:])) if side is None else getattr(side, name)
+                for side, count in zip(sides, rows, strict=True)
+            ]
+            return torch.cat(parts)
+
+        self._now = _Moments(both("weight"), both("mean"), None if known.scatter is None else both("scatter"))
+
     # --- undoing a forward pass ---
     def hold(self) -> None:
         """Remember what is here until ``let_go``, so that ``go_back`` can return to it."""

@@ -309,6 +309,43 @@ class TierStore:
         self._book_changed()
         self._release()
 
+    def shift(self, by: int) -> None:
+        """Every token is ``by`` (either sign) logical positions further on; positions must stay at least 0."""
+        self.starts = self.starts + by
+        if self.explicit:
+            self.offsets = torch.where(self.offsets >= 0, self.offsets + by, self.offsets)
+        self._book_changed()
+
+    def join(self, other: TierStore) -> None:
+        """Put copies of ``other``'s rows behind one's own; tiles that its rows share stay shared.
+
+        Args:
+            other: a store of an equal tier on the same device, left as it is but for how it notes positions.
+        """
+        if self.explicit or other.explicit:
+            self._spell_positions()
+            other._spell_positions()
+        live = other.table >= 0
+        used, place = torch.unique(other.table[live], return_inverse=True)
+        ids = self.pool.write(other.pool.read(used.to(other.device)), self._alive())
+        table = torch.full_like(other.table, -1).masked_scatter(live, ids[place])
+        wide = max(self.tiles, other.tiles)
+        self._widen(wide)
+
+        def both(own: Tensor, theirs: Tensor, fill: int = 0) -> Tensor:
+            missing = wide - theirs.shape[2]
+            if missing:
+                theirs = torch.nn.functional.pad(theirs, (0, 0) * (theirs.dim() - 3) + (0, missing), value=fill)
+            return torch.cat([own, theirs])
+
+        self.table, self.counts = both(self.table, table, -1), both(self.counts, other.counts)
+        self.starts = both(self.starts, other.starts)
+        self.offsets = (
+            both(self.offsets, other.offsets, -1) if self.explicit else torch.cat([self.offsets, other.offsets])
+        )
+        self.statistics = {name: both(t, other.statistics[name]) for name, t in self.statistics.items()}
+        self._book_changed()
+
     # --- undoing a forward pass ---
     def hold(self) -> None:
         """Remember what is here until ``let_go``, so that ``go_back`` can return to it. Tiles that are dropped stay."""

@@ -142,6 +142,29 @@ class Window:
         self.statistics = {n: t[at] for n, t in self.statistics.items()}
         self._set_lengths(self.lengths[index.cpu()])
 
+    def shift(self, by: int) -> None:
+        """Every token is ``by`` (either sign) logical positions further on; positions must stay at least 0."""
+        self.offsets = torch.where(self.offsets >= 0, self.offsets + by, self.offsets)
+
+    def join(self, other: Window) -> None:
+        """Put copies of ``other``'s rows (same heads, channels, dtype, device and statistics) behind one's own."""
+        slots = max(self.capacity, other.longest)
+
+        def both(own: Tensor, theirs: Tensor, dim: int, fill: int = 0) -> Tensor:
+            shape = list(own.shape)
+            shape[0], shape[dim] = own.shape[0] + theirs.shape[0], slots
+            joined = own.new_full(
+                shape, fill
+            )  # what lies past the longest row of either may be anything: it stays behind
+            joined[: own.shape[0]].narrow(dim, 0, self.longest).copy_(own.narrow(dim, 0, self.longest))
+            joined[own.shape[0] :].narrow(dim, 0, other.longest).copy_(theirs.narrow(dim, 0, other.longest))
+            return joined
+
+        self.keys, self.values = both(self.keys, other.keys, 2), both(self.values, other.values, 2)
+        self.offsets = both(self.offsets, other.offsets, 1, -1)
+        self.statistics = {n: both(t, other.statistics[n], 2) for n, t in self.statistics.items()}
+        self._set_lengths(torch.cat([self.lengths, other.lengths]))
+
     def reserve(self, slots: int) -> None:
         """Make room for ``slots`` tokens a row; buffers are replaced, contents kept."""
         extra = slots - self.capacity

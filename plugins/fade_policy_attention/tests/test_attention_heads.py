@@ -11,9 +11,10 @@ from dense_run import KV_HEADS, left_padded, tiny_model
 from torch import Tensor
 
 from fade_core import EvictionPolicy, FadeConfig, LayerView, create_tiered_cache, get_policy
-from fade_core.errors import ConfigError, InputError, UnknownComponentError
+from fade_core.errors import CheckpointError, ConfigError, InputError, UnknownComponentError
 from fade_core.testing import check_component
 from fade_policy_attention import AdaKVPolicy, SnapKVPolicy, TovaPolicy
+from fade_policy_attention.snapkv import SnapKVConfig
 
 
 def greedy(scores: Tensor, budget: int, floor: float) -> list[int]:
@@ -144,3 +145,12 @@ def test_fields_that_cannot_work_are_refused(fields: dict[str, Any], fragment: s
 def test_a_base_that_nothing_provides_is_named() -> None:
     with pytest.raises(UnknownComponentError, match="did you mean 'snapkv'"):
         get_policy("adakv", base={"kind": "snapkw"})
+
+
+def test_the_base_may_refuse_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Any, model: Any) -> None:
+        raise CheckpointError("trained on another model")
+
+    monkeypatch.setattr(SnapKVConfig, "check_model", refuse)
+    with pytest.raises(CheckpointError, match="trained on another model"):
+        create_tiered_cache(tiny_model(0), FadeConfig(policy={"kind": "adakv", "budget": 0.5}))

@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fade_core.interfaces import LayerView
 
@@ -42,7 +43,29 @@ def view(generator: torch.Generator) -> LayerView:
         length,
         layer=2,
         num_layers=6,
-        statistics={"mass": filled(batch, heads, tokens), "seen": filled(batch, heads, tokens) * 30},
+        statistics={
+            "mass": filled(batch, heads, tokens),
+            "seen": filled(batch, heads, tokens) * 30,
+            "ema": filled(batch, heads, tokens),
+            "last": filled(batch, heads, tokens),
+        },
         keys=lambda: filled(batch, heads, tokens, channels),
         values=lambda: filled(batch, heads, tokens, channels),
     )
+
+
+@pytest.fixture
+def model(seed: int) -> LlamaForCausalLM:
+    """Two layers, two KV heads of 16 channels under four query heads, random and lively."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config).eval()

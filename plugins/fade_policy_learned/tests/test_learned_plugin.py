@@ -44,10 +44,15 @@ def test_passes_the_conformance_kit(checkpoint: Path, seed: int) -> None:
     assert report.ok, report
 
 
-def test_a_checkpoint_is_required() -> None:
-    with pytest.raises(ConfigError, match="checkpoint"):
-        LearnedConfig()  # type: ignore[call-arg]
-    with pytest.raises(ConfigError, match="checkpoint"):
-        FadeConfig(policy={"kind": "learned"})
-    with pytest.raises(CheckpointError, match="no policy file"):
+def test_what_is_shipped_passes_the_conformance_kit(seed: int) -> None:
+    report = check_component("policies:learned", seed=seed)
+    assert report.ok, report
+
+
+def test_a_missing_checkpoint_is_named() -> None:
+    with pytest.raises(
+        CheckpointError, match=r"no policy file at nowhere\.safetensors; 'fade train-policy' writes one"
+    ):
         LearnedConfig(checkpoint="nowhere.safetensors").build()
+    with pytest.raises(ConfigError, match="heads"):
+        LearnedConfig(heads="some")  # type: ignore[arg-type]

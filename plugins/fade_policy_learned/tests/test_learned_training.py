@@ -87,7 +87,7 @@ def _short(features: torch.Tensor, targets: torch.Tensor, **options: Any) -> Tra
 @pytest.mark.parametrize(
     ("features", "targets", "options", "message"),
     [
-        (torch.rand(9, 3), torch.rand(9), {}, r"\[N, 7\].*found \[9, 3\]"),
+        (torch.rand(9, 3), torch.rand(9), {}, r"\[N, 14\].*found \[9, 3\]"),
         (torch.rand(9, F), torch.rand(8), {}, r"targets must be \[9\]"),
         (torch.rand(9, F), torch.tensor([torch.nan] * 9), {}, "targets hold 9 values"),
         (torch.rand(3, F), torch.rand(3), {}, "too few"),
@@ -105,3 +105,24 @@ def test_bad_input_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         _short(features, targets, **options)
+
+
+def test_rare_and_large_targets_are_expected_not_averaged_away(generator: torch.Generator, seed: int) -> None:
+    """The score of the loss ``tweedie`` is the log of the expected target, whatever its distribution."""
+    features = torch.randn(20_000, F, generator=generator)
+    expected = (features[:, 2] - features[:, 4]).exp()
+    targets = expected * torch.rand(20_000, generator=generator).log().neg() * 37  # exponential: most are small
+    result = train_policy(features, targets, loss="tweedie", epochs=8, seed=seed)
+    scores = result.policy.network(features)
+    wanted = expected.log()
+    offset = (wanted - scores).mean()
+    assert float((scores + offset - wanted).abs().mean()) < 0.25
+    assert 0 < result.held_out_r2 < 1
+    assert int(result.held_out.sum()) == result.held_out_tokens == 4_000
+
+
+def test_tweedie_refuses_logarithms(generator: torch.Generator) -> None:
+    with pytest.raises(InputError, match="not negative"):
+        _short(torch.rand(9, F), torch.rand(9) - 1, loss="tweedie")
+    with pytest.raises(InputError, match="no loss is called 'huber'; there are squares, tweedie"):
+        _short(torch.rand(9, F), torch.rand(9), loss="huber")

@@ -180,7 +180,7 @@ def test_models_that_cannot_be_watched_are_refused_by_name() -> None:
         calibrate(transformers.GPT2LMHeadModel(config).eval(), texts())
 
 
-def test_pieces_are_spread_over_the_text() -> None:
+def test_pieces_are_spread_over_the_text(capsys: pytest.CaptureFixture[str]) -> None:
     class Words:
         add_bos_token, bos_token_id = True, 7
 
@@ -191,6 +191,9 @@ def test_pieces_are_spread_over_the_text() -> None:
     pieces = cut(Words(), [text], 100, 300)
     assert [int(piece[1]) for piece in pieces] == [99, 495, 792] and all(int(p[0]) == 7 for p in pieces)
     assert len(cut(Words(), [text, text], 100, 10_000)) == 20
+    assert capsys.readouterr().err == ""
+    assert len(cut(Words(), [text, "1 2 3", text], 100, 10_000)) == 20
+    assert capsys.readouterr().err.startswith("1 of 3 texts hold fewer than 100 tokens and are left out; --length 4 ")
     with pytest.raises(InputError, match="--length"):
         cut(Words(), [text], 2000, 300)
     with pytest.raises(InputError, match="0,2,4"):

@@ -109,7 +109,7 @@ def test_moments_are_those_that_calibration_finds(kind: str, seed: int) -> None:
     found: dict[int, LayerMoments] = {}
 
     def observe(self: Any, prompt: PromptView) -> None:
-        moments = moments_of(prompt, 1, queries=10**6, even=0.0, drift=0.0)
+        moments = moments_of(prompt, 1, queries=10**6, even=0.0, drift=0.0, shrink=0.0)
         assert isinstance(moments, LayerMoments)
         found[prompt.layer] = moments
 
@@ -128,7 +128,7 @@ def test_moments_are_those_that_calibration_finds(kind: str, seed: int) -> None:
 
 def test_padding_is_not_learnt_from_and_rows_add_up(seed: int) -> None:
     once, pad = view(), 37
-    alone = moments_of(once, 1, queries=100)
+    alone = moments_of(once, 1, queries=100, shrink=0.0)
     padded = [
         torch.nn.functional.pad(t, (0, 0, pad, 0), value=9.0).expand(2, -1, -1, -1)
         for t in (once.queries, once.keys, once.values)
@@ -143,6 +143,7 @@ def test_padding_is_not_learnt_from_and_rows_add_up(seed: int) -> None:
         ),
         1,
         queries=100,
+        shrink=0.0,
     )
     assert isinstance(alone, LayerMoments) and isinstance(twice, LayerMoments)
     for name, tensor in vars(alone).items():
@@ -165,11 +166,27 @@ def test_a_chunks_queries_are_its_newest_tokens(seed: int) -> None:
 
 def test_what_cannot_be_learnt_from_is_named(seed: int) -> None:
     assert moments_of(view(), 397) == "the prompt has 396 tokens outside the sinks, 397 are needed to learn from"
+    few = replace(view(), queries=torch.randn(1, 4, 3, DIM), visible=lambda part: view().visible(part + 397))
+    assert moments_of(few, 7) == "3 tokens came at once, 4 are needed to learn what is asked of a layer"
     broken = view()
     broken.queries[0, 1, 333] = torch.nan
     assert moments_of(broken, 1, queries=10**6) == "the prompt's attention is not finite"
     strange = moments_of(view(module=torch.nn.Linear(3, 3)), 1)  # no output projection: errors count as they are
     assert isinstance(strange, LayerMoments) and torch.equal(strange.metric[0], torch.eye(DIM, dtype=torch.float64))
+
+
+def test_covariances_of_few_tokens_are_drawn_to_their_diagonals(seed: int) -> None:
+    whole = view()
+    for tokens, share in ((DIM, 0.25), (9 * DIM, 0.01)):
+        cut = {name: getattr(whole, name)[:, :, : tokens + SINKS] for name in ("queries", "keys", "values")}
+        few = replace(whole, **cut, visible=lambda part, n=tokens + SINKS: whole.visible(part)[..., :n])
+        plain, found = (moments_of(few, 1, shrink=factor) for factor in (0.0, 1.0))
+        assert isinstance(plain, LayerMoments) and isinstance(found, LayerMoments)
+        for name in ("key_cov", "value_cov"):
+            before, after = getattr(plain, name), getattr(found, name)
+            apart = ~torch.eye(DIM, dtype=torch.bool)
+            torch.testing.assert_close(after.diagonal(dim1=-2, dim2=-1), before.diagonal(dim1=-2, dim2=-1))
+            torch.testing.assert_close(after[:, apart], (1 - share) * before[:, apart])
 
 
 def test_a_head_that_attends_to_nothing_but_sinks_gets_a_transform(seed: int) -> None:
@@ -296,13 +313,13 @@ def test_a_short_prompt_makes_do_with_a_rotation_and_says_so(model: Any) -> None
     with create_tiered_cache(model, FadeConfig(**FIELDS)) as cache, torch.no_grad():
         attach_telemetry(cache, listener)
         for each in (cache, exact):
-            model(ids[:, :50], past_key_values=each)
+            model(ids[:, :15], past_key_values=each)
         assert not any(q.state_dict() for q in quantizers(cache))
-        found, wanted = (steps(model, each, ids[:, 50:]).softmax(-1) for each in (cache, exact))
+        found, wanted = (steps(model, each, ids[:, 15:]).softmax(-1) for each in (cache, exact))
         assert cache.tiered[0].stores[0].tiles
         assert float((found - wanted).abs().sum(-1).mean()) < 0.05
     assert listener.reasons == LAYERS * [
-        "the prompt has 46 tokens outside the sinks, 64 are needed to learn from: a plain rotation makes do"
+        "the prompt has 11 tokens outside the sinks, 16 are needed to learn from: a plain rotation makes do"
     ]
 
 
@@ -310,11 +327,20 @@ def test_the_first_chunk_that_is_long_enough_is_learnt_from(model: Any) -> None:
     ids, listener = torch.randint(1, VOCAB, (1, 300)), Listener()
     with create_tiered_cache(model, FadeConfig(**FIELDS)) as cache, torch.no_grad():
         attach_telemetry(cache, listener)
-        model(ids[:, :60], past_key_values=cache)
+        model(ids[:, :18], past_key_values=cache)
         assert not any(q.state_dict() for q in quantizers(cache))
-        model(ids[:, 60:95], past_key_values=cache)  # still in the window, yet enough to learn from
+        model(ids[:, 18:60], past_key_values=cache)  # still in the window, yet enough to learn from
         assert all(q.state_dict() for q in quantizers(cache))
-        model(ids[:, 95:200], past_key_values=cache)
+        learnt = [q.state_dict() for q in quantizers(cache)]
+        for at in range(60, 65):  # decoding is not learnt from
+            model(ids[:, at : at + 1], past_key_values=cache)
+        for quantizer, state in zip(quantizers(cache), learnt, strict=True):
+            assert all(torch.equal(state[name], tensor) for name, tensor in quantizer.state_dict().items())
+        model(ids[:, 65:105], past_key_values=cache)  # the last chunk before anything is encoded
+        assert not any(
+            torch.equal(q.state_dict()["mean"], s["mean"]) for q, s in zip(quantizers(cache), learnt, strict=True)
+        )
+        model(ids[:, 105:200], past_key_values=cache)
         states = [q.state_dict() for q in quantizers(cache)]
         model(ids[:, 200:], past_key_values=cache)
         for quantizer, state in zip(quantizers(cache), states, strict=True):

@@ -6,8 +6,11 @@ from typing import Annotated
 
 import typer
 
-from fade_core.cli.console import out, print_json, rows, size, table, working
+from fade_core.cli.console import errors, out, print_json, rows, size, table, working
 from fade_core.cli.options import PRESETS, Caches, Device, Dtype, Json, Model, named_caches, open_model
+
+WINDOW = 64
+"""Newest tokens that peers keep in full precision: as many as the presets do."""
 
 
 def bench(
@@ -16,20 +19,31 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens in the cache when timing begins.")] = 2048,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each cache.")] = 9,
     steps: Annotated[int, typer.Option(min=1, help="Decode steps a turn.")] = 8,
+    peers: Annotated[
+        bool,
+        typer.Option("--peers", help="Time transformers' QuantizedCache too, with every backend that is installed."),
+    ] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Time decode steps of the exact cache and of each configuration, interleaved in one run."""
     from fade_core.eval.caches import factory_of
+    from fade_core.eval.contenders import peers as all_peers
+    from fade_core.eval.contenders import refusal
     from fade_core.eval.speed import step_times
     from fade_core.eval.tokens import token_rows
 
     caches = named_caches(config)
     loaded, tokenizer = open_model(model, dtype, device)
     (ids,) = token_rows(None, tokenizer, prompt_tokens, loaded.device, limit=1)
-    with working(f"{len(caches) + 1} caches, {rounds} rounds of {steps} steps") as advance:
-        factories = {name: factory_of(cache) for name, cache in caches.items()}
+    factories = {name: factory_of(cache) for name, cache in caches.items()}
+    for peer in all_peers(WINDOW) if peers else ():
+        if reason := refusal(peer, loaded, ids[:, :8]):
+            errors.print(f"left out: {peer.name}: {reason}", markup=False, highlight=False, soft_wrap=True)
+        else:
+            factories[peer.name] = peer.factory
+    with working(f"{len(factories) + 1} caches, {rounds} rounds of {steps} steps") as advance:
         found = step_times(loaded, ids, factories, rounds=rounds, steps=steps, progress=advance)
     if json:
         results = {name: result.to_dict() for name, result in found.items()}

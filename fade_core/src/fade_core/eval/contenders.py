@@ -73,13 +73,18 @@ def contenders(
         )
         for recipe in recipes
     ]
-    peers = [_peer(backend, bits, window) for backend, bits in PEERS]
+    others = peers(window)
     own = [Contender(name, factory_of(cache)) for name, cache in (configurations or {}).items()]
-    taken = {contender.name for contender in (*offered, *peers)}
+    taken = {contender.name for contender in (*offered, *others)}
     for contender in own:
         if contender.name in taken:
             raise ConfigError(f"configuration {contender.name!r} has the name of a recipe; give it another")
-    return [*_named(offered, peers, only), *own]
+    return [*_named(offered, others, only), *own]
+
+
+def peers(window: int) -> list[Contender]:
+    """transformers' QuantizedCache with every backend and width, ``window`` newest tokens in full precision."""
+    return [_peer(backend, bits, window) for backend, bits in PEERS]
 
 
 def _built(fields: dict[str, Any]) -> CacheFactory:
@@ -97,8 +102,8 @@ def _peer(backend: str, bits: int | None, window: int) -> Contender:
     return Contender(name, factory, "peer", "transformers")
 
 
-def _named(offered: Iterable[Contender], peers: Iterable[Contender], only: Sequence[str]) -> list[Contender]:
-    everything = [*offered, *peers]
+def _named(offered: Iterable[Contender], others: Iterable[Contender], only: Sequence[str]) -> list[Contender]:
+    everything = [*offered, *others]
     for wanted in only:
         if not any(wanted.lower() in contender.name.lower() for contender in everything):
             names = [contender.name for contender in everything]

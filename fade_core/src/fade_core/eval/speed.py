@@ -57,8 +57,8 @@ def step_times(
 ) -> dict[str, StepTime]:
     """Time single-token steps after a prompt, with transformers' own cache ("exact") and with ``caches``.
 
-    All caches live at once and take turns: ``steps`` steps each a round, in rotating order. While it is the exact
-    cache's turn the model runs its own attention.
+    All caches live at once and take turns: ``steps`` steps each a round, in rotating order. While it is the turn of a cache
+    of transformers' own the model runs its own attention.
 
     Args:
         model: a causal language model in evaluation mode.
@@ -92,7 +92,7 @@ def step_times(
         for turn in range(warmup + rounds):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 if fade != own:
-                    model.set_attn_implementation(own if name == EXACT else fade)
+                    model.set_attn_implementation(fade if hasattr(made[name], "detach") else own)
                 seconds = _timed(model, token, made[name])
                 if turn >= warmup:
                     times[name].append(seconds / steps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from fade_core.fixedstore import TileView
 from fade_core.interfaces import Kernel, Op, Support
 from fade_core.packed import Packed, PackedFormat
+from fade_core.shifts import Shift
 from fade_core.tierstore import TierStore
 
 READ_AT_ONCE = 4096
@@ -56,21 +57,33 @@ class PackedSegment:
             has no table: its tiles lie one after the other.
         mask: as in ``FullSegment``, over ``store.tiles * store.tile`` slots.
         plain: every token is older than the queries, and ``mask`` says no more than ``store.counts`` does.
+        shift: how far keys are moved before a query meets them; ``None`` if none is. Only kernels that declare ``shifts``
+            are given one.
     """
 
     store: TierStore | TileView
     mask: Tensor | None = None
     plain: bool = False
+    shift: Shift | None = None
 
     def scores(self, query: Tensor) -> Tensor:
         """``[B, H_kv, N, T]`` float32."""
-        keys, parts = self.store.tier.keys, self._parts(self.store.packed_keys())
+        parts = self._parts(self.store.packed_keys())
         if len(parts) == 1:
-            return keys.scores(query, parts[0])
-        found = query.new_empty((*query.shape[:3], sum(part.length for part in parts)))
+            return self._scores(query, parts[0], 0)
+        found, start = query.new_empty((*query.shape[:3], sum(part.length for part in parts))), 0
         for out, part in zip(found.split([part.length for part in parts], dim=-1), parts, strict=True):
-            out.copy_(keys.scores(query, part))
+            out.copy_(self._scores(query, part, start))
+            start += part.length
         return found
+
+    def _scores(self, query: Tensor, part: Packed, start: int) -> Tensor:
+        """Scores of the tokens of slots ``start`` and on."""
+        keys = self.store.tier.keys
+        if self.shift is None or start >= self.shift.reach:
+            return keys.scores(query, part)
+        moved = self.shift.moved(keys.decode(replace(part, dtype=query.dtype)), start)
+        return query @ moved.transpose(-1, -2)
 
     def combine(self, weights: Tensor) -> Tensor:
         """``[B, H_kv, N, D_v]`` float32."""
@@ -192,6 +205,7 @@ class TorchDecodeAttention(Kernel):
 
     name: ClassVar[str] = "torch"
     op: ClassVar[Op] = "decode_attention"
+    shifts: ClassVar[bool] = True
 
     def supports(self, format: PackedFormat | None, head_dim: int, device: torch.device, dtype: torch.dtype) -> Support:
         return Support(True)
@@ -205,6 +219,7 @@ class TorchAttentionMass(Kernel):
 
     name: ClassVar[str] = "torch"
     op: ClassVar[Op] = "attention_mass"
+    shifts: ClassVar[bool] = True
 
     def supports(self, format: PackedFormat | None, head_dim: int, device: torch.device, dtype: torch.dtype) -> Support:
         return Support(True)

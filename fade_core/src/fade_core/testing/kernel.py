@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fade_core.errors import InputError
-from fade_core.interfaces import Kernel, Op, QuantizerContext, Support, Tier
+from fade_core.interfaces import Kernel, Op, QuantizerContext, RopeScheme, Support, Tier
 from fade_core.kernels.append import AppendRule, FixedBuffers, append
 from fade_core.kernels.attention import (
     AttentionOutput,
@@ -23,6 +23,7 @@ from fade_core.kernels.attention import (
 from fade_core.packed import Packed, unpack_meta
 from fade_core.plugins import default_registry
 from fade_core.quantizers.uniform import UniformConfig
+from fade_core.shifts import Shift
 from fade_core.testing.checks import (
     CheckResult,
     NotApplicableError,
@@ -210,6 +211,31 @@ def window_only(case: KernelCase) -> None:
     _agrees(case, Shape(), packed=False)
 
 
+def moved_keys(case: KernelCase) -> None:
+    """Packed keys that are read at other positions, if the kernel declares ``shifts``: the oldest ones of each row and head."""
+    case.supported()
+    if not case.kernel.shifts:
+        raise NotApplicableError("the kernel does not declare shifts; the core never gives it moved keys")
+    _agrees(case, Shape(), moved=71)
+    _agrees(case, Shape(queries=5, tiles=2), moved=128)
+
+
+class _Turning(RopeScheme):
+    """A rotary embedding of pairs ``(i, i + D/2)``, as the check has it."""
+
+    kind = "checked"
+
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        first, second = x.double().chunk(2, -1)
+        rates = 10_000.0 ** (-torch.arange(first.shape[-1], device=x.device).double() / first.shape[-1])
+        angle = positions[..., None] * rates
+        turned = torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], -1)
+        return turned.to(x.dtype)
+
+    def unrotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        return self.rotate(x, -positions)
+
+
 def inputs_kept(case: KernelCase) -> None:
     """Nothing that was passed in is changed."""
     case.supported()
@@ -264,7 +290,7 @@ def appending(case: KernelCase) -> None:
 KERNEL_CHECKS: Suite[KernelCase] = Suite(
     (
         *(support, agreement, several_queries, head_shapes, softcap_and_sinks, long_and_flat, window_only),
-        *(inputs_kept, determinism, appending),
+        *(moved_keys, inputs_kept, determinism, appending),
     )
 )
 
@@ -304,10 +330,17 @@ def _agrees(
     packed: bool = True,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    moved: int = 0,
 ) -> None:
-    """The kernel's error is at most twice the oracle's own, both against the oracle in float64."""
+    """The kernel's error is at most twice the oracle's own, both against the oracle in float64.
+
+    Packed keys of the first ``moved`` slots are moved by up to a thousand positions, each by its own number.
+    """
     query, segments = case.query(shape), case.segments(shape, flat=flat)
     segments = segments if packed else segments[1:]
+    if moved and isinstance(segments[0], PackedSegment):
+        far = torch.randint(0, 1000, (shape.batch, shape.heads, moved), generator=case.generator, dtype=torch.int32)
+        segments[0] = replace(segments[0], shift=Shift(_Turning(), far.to(case.device)))
     scaling = shape.head_dim**-0.5
     precise = decode_attention(query, [_double(s) for s in segments], scaling, softcap, sinks)
     for number, (found, oracle, wanted, what) in enumerate(
@@ -365,6 +398,8 @@ def _double(segment: Segment) -> Segment:
         tier.keys.decode(replace(keys, dtype=torch.float64)),
         tier.values.decode(replace(values, dtype=torch.float64)),
     )
+    if segment.shift is not None:
+        full = segment.shift.moved(full[0]), full[1]
     return FullSegment(*full, mask=segment.mask)
 
 

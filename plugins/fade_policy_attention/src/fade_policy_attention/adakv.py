@@ -75,5 +75,8 @@ class AdaKVConfig(PolicyConfig):
                 raise ValueError(f"base.{name}={found} has no effect; write {name} beside base, not in it")
         return self
 
+    def check_model(self, model: Any) -> None:
+        self.base.check_model(model)
+
     def build(self) -> AdaKVPolicy:
         return AdaKVPolicy(self.base.build(), self.floor)

@@ -48,7 +48,8 @@ class SideCalibration:
 
     def inverse(self) -> Tensor:
         """Float32 ``[H, D, D]`` with ``y @ inverse = x - mean``, exact for the rounded ``transform``."""
-        return torch.linalg.inv(self.transform.double()).float()
+        result: Tensor = torch.linalg.inv(self.transform.double()).float()
+        return result
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,8 @@ class PQCodebook:
         split = x.float().unflatten(-1, (-1, self.sub_dim)).transpose(-2, -3)  # [..., S, T, d]
         centroids = self.centroids.to(x.device)
         distance = centroids.square().sum(-1)[:, None] - 2 * split @ centroids.transpose(-1, -2)  # [..., S, T, C]
-        return distance.argmin(-1).transpose(-1, -2)
+        result: Tensor = distance.argmin(-1).transpose(-1, -2)
+        return result
 
     def decode(self, codes: Tensor) -> Tensor:
         """Float32 ``[..., D]`` of int ``[..., S]``."""

@@ -22,7 +22,7 @@ from fade_quant_rotated.codebook import save_codebooks
 from fade_quant_rotated.training import train_codebooks
 
 Texts = Annotated[list[Path], typer.Option("--text", help="UTF-8 text file; may be given several times.")]
-Model = Annotated[str, typer.Option("--model", "-m", help='Hub id, folder, .gguf file, or "smollm2".')]
+Model = Annotated[str, typer.Option("--model", "-m", help='Hub id, folder, .gguf file, "smollm2" or "gemma3-270m".')]
 Length = Annotated[int, typer.Option(min=128, help="Tokens read at once.")]
 MaxTokens = Annotated[int, typer.Option(min=128, help="Most tokens to read; spread evenly over the text.")]
 Dtype = Annotated[str, typer.Option(help="Dtype of the weights: auto, float32, bfloat16.")]
@@ -139,19 +139,29 @@ class Peak:
 def cut(tokenizer: Any, texts: list[str], length: int, max_tokens: int) -> list[Tensor]:
     """Pieces of ``length`` token ids, evenly spread over ``texts``, at most ``max_tokens`` in all.
 
-    Each piece begins with the tokenizer's beginning-of-sequence token if it has one, as a prompt would.
+    Each piece begins with the tokenizer's beginning-of-sequence token if it has one, as a prompt would. Texts that are
+    too short to fill one are left out, which is said on stderr.
 
     Raises:
         InputError: if no text fills a piece.
     """
-    pieces = []
+    pieces, short = [], []
     start = [tokenizer.bos_token_id] if getattr(tokenizer, "add_bos_token", False) else []
     body = length - len(start)
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) < body:
+            short.append(len(start) + len(ids))
         pieces += [start + ids[at : at + body] for at in range(0, len(ids) - body + 1, body)]
     if not pieces:
         raise InputError(f"no text holds {length} tokens; give longer ones, or a smaller --length")
+    if short:
+        Console(stderr=True).print(
+            f"{len(short)} of {len(texts)} texts hold fewer than {length} tokens and are left out; --length {min(short)} "
+            "would read them all",
+            soft_wrap=True,
+            highlight=False,
+        )
     wanted = max(1, max_tokens // length)
     if len(pieces) > wanted:
         pieces = [pieces[(2 * i + 1) * len(pieces) // (2 * wanted)] for i in range(wanted)]

@@ -46,7 +46,8 @@ def to_tiles(x: Tensor, tile: int) -> Tensor:
     short = -x.shape[2] % tile
     if short:
         x = torch.cat([x, x[:, :, -1:].expand(-1, -1, short, -1)], dim=2)
-    return x.unflatten(2, (-1, tile))
+    result: Tensor = x.unflatten(2, (-1, tile))
+    return result
 
 
 def check_tokens(x: Tensor, head_dim: int, who: str) -> None:
@@ -136,7 +137,8 @@ class TokenQuantizer(Quantizer):
         x = x * scale.transpose(-1, -2)[..., None]
         if minimum is not None:
             x = x + minimum.transpose(-1, -2)[..., None]
-        return x.flatten(-2).flatten(2, 3)[:, :, : packed.length].to(packed.dtype)
+        result: Tensor = x.flatten(-2).flatten(2, 3)[:, :, : packed.length].to(packed.dtype)
+        return result
 
     def select(self, packed: Packed, index: Tensor) -> Packed:
         if index.shape[-1] % self.tile:
@@ -161,7 +163,8 @@ class TokenQuantizer(Quantizer):
         out = dots * _by_token(scale, query)
         if minimum is not None:
             out = out + split.sum(-1).transpose(2, 3)[..., None] * _by_token(minimum, query)
-        return out.sum(2)[..., : packed.length]
+        result: Tensor = out.sum(2)[..., : packed.length]
+        return result
 
     def combine(self, weights: Tensor, packed: Packed) -> Tensor:
         short = -weights.shape[-1] % self.tile
@@ -171,7 +174,8 @@ class TokenQuantizer(Quantizer):
         out = (weights * _by_token(scale, weights)) @ values.transpose(2, 3)  # [B, H, g, N, G]
         if minimum is not None:
             out = out + (weights * _by_token(minimum, weights)).sum(-1, keepdim=True)
-        return out.transpose(2, 3).flatten(3)
+        result: Tensor = out.transpose(2, 3).flatten(3)
+        return result
 
     # --- words ---
     def _meta(self, packed: Packed) -> tuple[Tensor, Tensor | None]:

@@ -109,7 +109,8 @@ class PQQuantizer(Quantizer):
             sums.scatter_add_(3, where, part.repeat_interleave(self.parts, dim=-1))
         centroids = self._book().centroids.to(weights.dtype)
         grouped = sums.unflatten(-1, (self.parts, 1, self.num_centroids))  # [B, H, N, S, 1, C]
-        return (grouped @ centroids).flatten(3)
+        result: Tensor = (grouped @ centroids).flatten(3)
+        return result
 
     # --- state ---
     def state_dict(self) -> dict[str, Tensor]:

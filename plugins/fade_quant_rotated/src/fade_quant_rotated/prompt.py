@@ -32,16 +32,22 @@ TOKENS = 512
 
 
 def moments_of(
-    prompt: PromptView, needed: int, queries: int = QUERIES, even: float = EVEN, drift: float = DRIFT
+    prompt: PromptView,
+    needed: int,
+    queries: int = QUERIES,
+    even: float = EVEN,
+    drift: float = DRIFT,
+    shrink: float = 1.0,
 ) -> LayerMoments | str:
     """Moments of a layer over the real tokens of all rows, weighted as in ``statistics``; or why there are none.
 
     Args:
         prompt: the layer's attention.
-        needed: tokens outside the sinks that it takes.
+        needed: tokens outside the sinks that it takes, and queries of them, all heads of a group counted.
         queries: most queries of a row to look at.
         even: share of keys' and values' weight that goes to all tokens alike.
         drift: share of the mean key's energy that counts as variance.
+        shrink: factor of how far covariances are drawn to their diagonals (``shrunk``).
     """
     rows, _, total, _ = prompt.keys.shape
     last = torch.tensor([prompt.queries.shape[2] - 1], device=prompt.keys.device)
@@ -50,6 +56,10 @@ def moments_of(
     tokens = int((real & (place >= prompt.n_sink)).sum())
     if tokens < needed:
         return f"the prompt has {tokens} tokens outside the sinks, {needed} are needed to learn from"
+    group = prompt.queries.shape[1] // prompt.keys.shape[1]
+    asked = int((real & (place >= prompt.n_sink))[:, total - prompt.queries.shape[2] :].sum())
+    if asked * group < needed:
+        return f"{asked} tokens came at once, {-(-needed // group)} are needed to learn what is asked of a layer"
     metric = _metric(prompt)
     sums = LayerSums.empty(prompt.keys.shape[3], metric)
     for row in range(rows):
@@ -57,7 +67,20 @@ def moments_of(
     if not bool(sums.key_weight.isfinite().all()):
         return "the prompt's attention is not finite"
     moments = sums.moments()
-    return replace(moments, key_cov=moments.key_cov + drift * torch.diag_embed(_turning(moments.key_mean)))
+    turned = drift * torch.diag_embed(_turning(moments.key_mean))
+    key_cov, value_cov = (shrunk(cov, tokens, shrink) for cov in (moments.key_cov, moments.value_cov))
+    return replace(moments, key_cov=key_cov + turned, value_cov=value_cov)
+
+
+def shrunk(cov: Tensor, tokens: int, factor: float = 1.0) -> Tensor:
+    """A covariance ``[..., D, D]`` of ``tokens`` tokens, drawn to its diagonal by ``(D / (tokens + D)) ** 2``.
+
+    Of few tokens a channel, some directions look as if nothing ever went there: they would get no bits and be wrong for
+    what comes after the prompt. A quarter at one token a channel, a twenty-fifth at four, soon nothing.
+    """
+    dim = cov.shape[-1]
+    share = factor * (dim / (tokens + dim)) ** 2
+    return (1 - share) * cov + share * torch.diag_embed(cov.diagonal(dim1=-2, dim2=-1))
 
 
 def _turning(mean: Tensor) -> Tensor:

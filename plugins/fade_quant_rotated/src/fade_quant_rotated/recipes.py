@@ -7,7 +7,7 @@ from fade_core.interfaces import Recipe
 BITS = (4.5, 3.5, 2.5, 2.1, 1.65)
 """Average bits an element that a calibration is asked for, everything counted."""
 
-LEARNT = ((4.75, 4.25), (3.75, 3.25), (2.75, 2.25), (2.35, 1.85))
+LEARNT = ((4.75, 4.25), (3.75, 3.25), (3.5, 2.75), (2.75, 2.25), (2.35, 1.85))
 """Bits of keys and of values that are asked for where each prompt is its own calibration."""
 
 TURBO = "random rotation and Lloyd-Max codes, arXiv 2504.19874"

@@ -94,13 +94,15 @@ def hadamard(n: int, dtype: torch.dtype = torch.float32, device: torch.device | 
     """Orthonormal Hadamard matrix ``[n, n]``, or a direct sum of them where none is known; shared, never written to."""
     matrix = _hadamard_signs(n)
     if matrix is not None:
-        return (matrix.double() / n**0.5).to(dtype).to(device)
+        result: Tensor = (matrix.double() / n**0.5).to(dtype).to(device)
+        return result
     blocks, rest = [], n
     while rest:
         size = max(m for m in range(1, rest + 1) if _hadamard_signs(m) is not None)
         blocks.append(hadamard(size, torch.float64))
         rest -= size
-    return torch.block_diag(*blocks).to(dtype).to(device)
+    result: Tensor = torch.block_diag(*blocks).to(dtype).to(device)
+    return result
 
 
 @cache

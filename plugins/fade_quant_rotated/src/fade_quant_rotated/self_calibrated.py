@@ -21,8 +21,8 @@ from fade_quant_rotated.prompt import moments_of
 from fade_quant_rotated.rotation import Rotation
 from fade_quant_rotated.statistics import LayerMoments
 
-TOKENS_A_CHANNEL = 4
-"""Fewest tokens a channel, outside the sinks, that are learnt from."""
+TOKENS_A_CHANNEL = 1
+"""Fewest tokens a channel, outside the sinks, that are learnt from; ``shrunk`` makes up for their number."""
 
 
 class SelfCalibratedQuantizer(CalibratedQuantizer):

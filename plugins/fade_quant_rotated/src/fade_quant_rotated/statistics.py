@@ -265,7 +265,8 @@ class Movement:
 
 def by_group(grouped: Tensor, shared: Tensor) -> Tensor:
     """``[H_kv, G, q, X] @ [H_kv, X, Y]``: what a group shares is not repeated for each of its heads."""
-    return (grouped.flatten(1, 2) @ shared).unflatten(1, grouped.shape[1:3])
+    result: Tensor = (grouped.flatten(1, 2) @ shared).unflatten(1, grouped.shape[1:3])
+    return result
 
 
 def output_metric(module: nn.Module, heads: int, group: int, width: int, device: torch.device) -> Tensor:
@@ -282,7 +283,8 @@ def output_metric(module: nn.Module, heads: int, group: int, width: int, device:
             f"the output projection of {type(module).__name__} holds NaN or infinity: nothing can be calibrated. Check the "
             "weights"
         )
-    return metric.unflatten(0, (heads, group))
+    result: Tensor = metric.unflatten(0, (heads, group))
+    return result
 
 
 def _square(weight: Tensor) -> Tensor:

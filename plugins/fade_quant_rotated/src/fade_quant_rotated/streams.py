@@ -72,7 +72,8 @@ class StreamLayout:
             out[..., self.channels[start:stop]] = levels_on(gaussian_levels(width), dtype, codes.device)[
                 codes[..., start:stop]
             ]
-        return out.unflatten(-1, (self.heads, self.kept)).permute(0, 3, 1, 2, 4)
+        result: Tensor = out.unflatten(-1, (self.heads, self.kept)).permute(0, 3, 1, 2, 4)
+        return result
 
     def pack(self, codes: Tensor) -> Tensor:
         """Rows ``[B, H, n, row]`` (int16) of codes ``[B, n, tile, C]``."""
@@ -84,7 +85,8 @@ class StreamLayout:
                 part = (codes[..., start:stop] >> below) & ((1 << plane) - 1)
                 parts.append(pack_codes(part, plane, self.layout).flatten(-2))
         stream = torch.nn.functional.pad(torch.cat(parts, -1), (0, self.row * self.heads - self.words))
-        return stream.unflatten(-1, (self.heads, self.row)).transpose(1, 2).contiguous()
+        result: Tensor = stream.unflatten(-1, (self.heads, self.row)).transpose(1, 2).contiguous()
+        return result
 
     def unpack(self, rows: Tensor) -> Tensor:
         """Codes (int32 ``[B, n, tile, C]``) of rows ``[B, H, n, row]``."""

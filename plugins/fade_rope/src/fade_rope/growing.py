@@ -24,6 +24,11 @@ class GrowingRotary(Rotary):
     def threshold(self) -> int:
         """The last length, in tokens, at which the trained frequencies hold."""
 
+    @property
+    def fixed_until(self) -> int | None:
+        """The threshold."""
+        return self.threshold
+
     @abstractmethod
     def extended(self, length: Tensor) -> Tensor:
         """Frequencies beyond the threshold: ``[P]`` for a 0-dim int64 ``length``, ``[..., P]`` for ``[..., 1]``."""

@@ -49,6 +49,11 @@ class MRope(RopeScheme):
         """Factor on rotated keys and queries."""
         return self.inner.attention_scaling
 
+    @property
+    def fixed_until(self) -> int | None:
+        """That of the inner embedding."""
+        return self.inner.fixed_until
+
     def rotate(self, x: Tensor, positions: Tensor | int, length: Tensor | int | None = None) -> Tensor:
         """As ``Rotary.rotate``; ``positions`` may also be ``[3, B, H, T]``."""
         return self._by_axis(x, positions, length, 1.0)
