@@ -320,3 +320,16 @@ def test_a_rehearsal_leaves_nothing_behind() -> None:
             model(prompt(1, 40), past_key_values=cache, use_cache=True)
             found.append(go_on(model, cache))
     assert torch.equal(*found)
+
+
+def test_rows_leave_a_fixed_cache_and_none_come() -> None:
+    model, found = tiny_llama(), []
+    for options in ({}, {"max_cache_len": 100}):
+        with fed(model, 40, 3, rows=3, **options) as cache:
+            assert cache.keep_rows([2, 0]) == 0
+            found.append(go_on(model, cache))
+    torch.testing.assert_close(*found)
+    with fed(model, 40, 0, max_cache_len=100) as cache, fed(model, 20, 0, max_cache_len=100) as other:
+        with pytest.raises(InputError, match="buffers of fixed size, which take no rows in"):
+            cache.add_rows(other)
+        assert (cache.get_seq_length(), other.get_seq_length()) == (40, 20)

@@ -101,8 +101,8 @@ def hadamard(n: int, dtype: torch.dtype = torch.float32, device: torch.device | 
         size = max(m for m in range(1, rest + 1) if _hadamard_signs(m) is not None)
         blocks.append(hadamard(size, torch.float64))
         rest -= size
-    result: Tensor = torch.block_diag(*blocks).to(dtype).to(device)
-    return result
+    joined: Tensor = torch.block_diag(*blocks).to(dtype).to(device)
+    return joined
 
 
 @cache
