@@ -28,6 +28,7 @@ from fade_core.bytebudget import ByteBudget, LayerShape, layer_budgets
 from fade_core.config import FadeConfig
 from fade_core.errors import ConfigError, InputError, UnsupportedModelError
 from fade_core.fixed import FixedLayer, bucket, refusal
+from fade_core.geometry import head_channels, kv_heads, query_heads
 from fade_core.incoming import check_finite, check_room, check_tokens
 from fade_core.interfaces import (
     Event,
@@ -158,7 +159,7 @@ class TieredKVCache(Cache):
             )
             layers.append(TieredLayer(plan, max_cache_len))
             made_from = own.model_dump_json(include={"keys", "values", "ladder", "tile"})
-            heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+            heads = kv_heads(text, index)
             appenders[index] = kernels["append"], f"{made_from} for {heads} heads in {len(own_layers)} layers"
         self.compile_refusal = _not_fixed(layers, max_cache_len)
         if max_cache_len is not None and not self.compile_refusal:
@@ -497,9 +498,8 @@ class TieredKVCache(Cache):
         model: PreTrainedModel,
         budget: int | float | None,
     ) -> Ladder:
-        head_dim = _head_dim(text, index)
-        shape = _of_layer(text, index)
-        heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
+        head_dim = head_channels(text, index)
+        heads = kv_heads(text, index)
         tiers = []
         for rung in config.resolved_ladder():
             keys, values = (
@@ -511,7 +511,7 @@ class TieredKVCache(Cache):
         if isinstance(config.policy.budget, str):
             bytes_of = LayerShape(
                 heads,
-                shape.num_attention_heads,
+                query_heads(text, index),
                 head_dim,
                 model.dtype.itemsize,
                 len(self.tracker.statistics),
@@ -545,7 +545,7 @@ class TieredKVCache(Cache):
         self, op: Op, config: FadeConfig, ladder: Ladder, text: PreTrainedConfig, model: PreTrainedModel
     ) -> Kernel:
         packed = ladder.tiers[0].keys if ladder.tiers else None
-        head_dim = packed.head_dim if packed else _head_dim(text, 0)
+        head_dim = packed.head_dim if packed else head_channels(text, 0)
         kernel, refusals = choose_kernel(
             op, config.kernel, packed.format if packed else None, head_dim, model.device, model.dtype
         )
@@ -659,7 +659,7 @@ def _fixed(
     for index, layer in enumerate(layers):
         if isinstance(layer, TieredLayer):
             append, meaning = appenders[index]
-            layer = FixedLayer(layer.plan, max_cache_len, meaning, append, text.num_attention_heads)
+            layer = FixedLayer(layer.plan, max_cache_len, meaning, append, query_heads(text, index))
             layer.watches = not any(isinstance(before, FixedLayer) for before in found)
         elif type(layer) is DynamicSlidingWindowLayer:
             layer = static[index]
@@ -675,17 +675,6 @@ def _replaces_tensors(layer: Any) -> bool:
 def _can_be_read(layer: Any) -> bool:
     """Whether a forward pass can leave a layer as it was."""
     return isinstance(layer, TieredLayer) or _replaces_tensors(layer)
-
-
-def _of_layer(text: PreTrainedConfig, index: int) -> PreTrainedConfig:
-    """The configuration of one layer: transformers refuses to say of a whole model what differs between its layers."""
-    layers = getattr(text, "per_layer_config", None)
-    return layers[index] if layers is not None and index < len(layers) else text
-
-
-def _head_dim(text: PreTrainedConfig, index: int) -> int:
-    found = getattr(_of_layer(text, index), "head_dim", None) or getattr(text, "head_dim", None)
-    return int(found or text.hidden_size // text.num_attention_heads)
 
 
 def _own_layers(model: PreTrainedModel, text: PreTrainedConfig) -> list[Any]:

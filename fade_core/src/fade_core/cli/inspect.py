@@ -13,6 +13,7 @@ import typer
 from fade_core.cli.console import out, print_json, rows, size, table, working
 from fade_core.cli.options import Cache, Json, Model
 from fade_core.errors import CheckpointError, InputError
+from fade_core.geometry import head_channels, kv_heads
 
 if TYPE_CHECKING:
     from fade_core.layer import TieredLayer
@@ -238,9 +239,8 @@ def _ranges(indices: list[int]) -> str:
 def _geometry(layer: TieredLayer, model: Any) -> tuple[int, int, int]:
     """KV heads, key channels and value channels of a layer."""
     text = model.config.get_text_config(decoder=True)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    heads, dim = kv_heads(text, layer.index), head_channels(text, layer.index)
     tiers = layer.plan.ladder.tiers
-    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return (heads, tiers[0].keys.head_dim, tiers[0].values.head_dim) if tiers else (heads, dim, dim)
 
 

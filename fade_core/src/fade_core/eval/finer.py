@@ -9,6 +9,7 @@ from typing import Any
 from fade_core.config import FadeConfig
 from fade_core.errors import ConfigError
 from fade_core.eval.caches import opened, tiered_factory
+from fade_core.geometry import kv_heads
 from fade_core.interfaces import QuantizerConfig, QuantizerContext, Side
 from fade_core.validation import Capacity
 
@@ -65,7 +66,7 @@ def _contexts(
     model: Any, config: FadeConfig, layer: int, num_layers: int, head_dim: int
 ) -> dict[Side, QuantizerContext]:
     text = model.config.get_text_config(decoder=True)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    heads = kv_heads(text, layer)
     sides: tuple[Side, Side] = ("key", "value")
     return {
         side: QuantizerContext(head_dim, side, config.tile, layer, num_layers, heads, model.device) for side in sides

@@ -79,13 +79,16 @@ class LearnedPolicy(EvictionPolicy):
         if self.geometry is None:
             return
         config = model.config.get_text_config(decoder=True)
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        found = Geometry(config.num_hidden_layers, heads, dim)
-        if found != self.geometry:
+        found = set()
+        for layer in getattr(config, "per_layer_config", None) or [config]:
+            heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
+            dim = getattr(layer, "head_dim", None) or config.hidden_size // layer.num_attention_heads
+            found.add(Geometry(config.num_hidden_layers, heads, dim))
+        if found != {self.geometry}:
+            shapes = " and ".join(sorted(map(str, found)))
             raise CheckpointError(
                 f"the learned policy was trained on {self.notes.get('model', 'a model')} ({self.geometry}); "
-                f"{type(model).__name__} has {found}. Train one for it with 'fade train-policy' and name the file as checkpoint"
+                f"{type(model).__name__} has {shapes}. Train one for it with 'fade train-policy' and name the file as checkpoint"
             )
 
     def save(self, path: str | Path) -> None:
