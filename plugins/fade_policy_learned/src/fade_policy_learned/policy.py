@@ -88,7 +88,7 @@ class LearnedPolicy(EvictionPolicy):
             shapes = " and ".join(sorted(map(str, found)))
             raise CheckpointError(
                 f"the learned policy was trained on {self.notes.get('model', 'a model')} ({self.geometry}); "
-                f"{type(model).__name__} has {shapes}. Train one for it with 'fade train-policy' and name the file as checkpoint"
+                f"{type(model).__name__} has {shapes}. Train one for it with 'fade train-policy' and name the file"
             )
 
     def save(self, path: str | Path) -> None:
