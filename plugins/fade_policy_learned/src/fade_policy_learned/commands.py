@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 
 from fade_core import load_model
 from fade_core.errors import InputError
+from fade_core.training import Peak, check_folder, read_text, steps
 from fade_policy_learned.agreement import rankings
 from fade_policy_learned.traces import collect
 from fade_policy_learned.training import train_policy
@@ -43,8 +41,7 @@ def train_policy_command(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
 ) -> None:
     """Train an eviction policy on a model's own attention over text (kind = "learned"); measured on text held out."""
-    if not output.parent.is_dir():
-        raise InputError(f"--output {output}: there is no folder {output.parent}")
+    check_folder(output)
     texts = [read_text(path) for path in text]
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
     pieces, sources = cut(tokenizer, texts, length, max_tokens)
@@ -118,41 +115,6 @@ def train_policy_command(
     )
 
 
-@contextmanager
-def steps(what: str, memory: Peak) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr for the length of the block, sampling memory as it moves."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(what, total=None)
-
-        def advance(done: int, total: int) -> None:
-            memory.sample()
-            progress.update(task, completed=done, total=total)
-
-        yield advance
-
-
-class Peak:
-    """Highest memory of this process (CPU) or of its tensors (CUDA), in bytes."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.peak = device, 0
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        self.sample()
-
-    def sample(self) -> None:
-        """Note the peak so far."""
-        if self.device.type == "cuda":
-            self.peak = torch.cuda.max_memory_allocated(self.device)
-            return
-        import resource
-        import sys
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        self.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def cut(tokenizer: Any, texts: list[str], length: int, max_tokens: int) -> tuple[list[Tensor], list[int]]:
     """Pieces of ``length`` token ids, evenly spread over ``texts``, at most ``max_tokens`` in all, and the text of each.
 
@@ -181,11 +143,3 @@ def cut(tokenizer: Any, texts: list[str], length: int, max_tokens: int) -> tuple
 def name_of(model: str) -> str:
     """A name as it is, a path's last part: where a model lies on this machine is nobody's business."""
     return Path(model).name if Path(model).exists() else model
-
-
-def read_text(path: Path) -> str:
-    """The file's text. Raises ``InputError`` if it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"text {path} cannot be read: {error}") from error

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from fade_core import load_model
 from fade_core.errors import InputError
+from fade_core.training import Peak, check_folder, read_text, steps
 from fade_quant_rotated.allocation import WIDTHS
 from fade_quant_rotated.calibrate import calibrate
 from fade_quant_rotated.codebook import save_codebooks
@@ -101,41 +99,6 @@ def train_codebook_command(
     )
 
 
-@contextmanager
-def steps(what: str, memory: Peak) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr for the length of the block, sampling memory as it moves."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(what, total=None)
-
-        def advance(done: int, total: int) -> None:
-            memory.sample()
-            progress.update(task, completed=done, total=total)
-
-        yield advance
-
-
-class Peak:
-    """Highest memory of this process (CPU) or of its tensors (CUDA), in bytes."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.peak = device, 0
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        self.sample()
-
-    def sample(self) -> None:
-        """Note the peak so far."""
-        if self.device.type == "cuda":
-            self.peak = torch.cuda.max_memory_allocated(self.device)
-            return
-        import resource
-        import sys
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        self.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def cut(tokenizer: Any, texts: list[str], length: int, max_tokens: int) -> list[Tensor]:
     """Pieces of ``length`` token ids, evenly spread over ``texts``, at most ``max_tokens`` in all.
 
@@ -174,17 +137,3 @@ def parse_widths(widths: str) -> tuple[int, ...]:
         return tuple(int(part) for part in widths.split(","))
     except ValueError as error:
         raise InputError(f"--widths {widths!r} must be whole numbers separated by commas, such as 0,2,4") from error
-
-
-def check_folder(output: Path) -> None:
-    """Raises ``InputError`` if ``output`` cannot be written for want of a folder."""
-    if not output.parent.is_dir():
-        raise InputError(f"--output {output}: there is no folder {output.parent}")
-
-
-def read_text(path: Path) -> str:
-    """The file's text. Raises ``InputError`` if it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"text {path} cannot be read: {error}") from error
