@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from reference import stored
+from reference import excess, stored
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -58,8 +58,6 @@ for _axis in ("token", "channel"):
         ladder=[{"tier": "int4", "capacity": 0.3}, {"tier": "int2"}],
         policy={"kind": "adakv", "budget": 0.6, "every": 6, "floor": 0.1, "base": {"kind": "h2o"}},
     )
-ERRORS = {"fp16": 0.0, "int4": 0.25, "int2": 1.0}
-"""Error of a token relative to the mean norm; two unrelated tokens are some 1.4 apart."""
 
 
 def layer_of(config: FadeConfig) -> TieredLayer:
@@ -277,11 +275,10 @@ class Twin:
         self.tier = tier
 
     def _check_contents(self, keys: Tensor, values: Tensor, tier: Tensor) -> None:
-        bounds = [0.0, *(ERRORS[store.tier.name] for store in self.layer.stores)]
+        ladder = ["fp16", *(store.tier.name for store in self.layer.stores)]
         for held, exact in ((keys, self.keys), (values, self.values)):
-            error = (held - exact).norm(dim=-1) / DIM**0.5
-            for level, bound in enumerate(bounds):
-                assert bool((error[tier == level] <= bound).all()), "a token is not what was given at its position"
+            # A channel's grid may have spanned tokens that were cropped since: twice the error that is left to explain.
+            assert excess(held, exact, tier, ladder) <= 2, "a token is not what was given at its position"
         if not self.layer.plan.ladder.bounded and self.by_hand is None:
             for side, held in (("key", keys), ("value", values)):
                 assert torch.equal(self.layer.dense(side), held)

@@ -55,7 +55,7 @@ LADDERS = {
         policy={"kind": "position", "every": 8},
     ),
 }
-ERRORS = {"h2o": (1e-6, 1e-6, 0.2, 0.8), "ema": (1e-6, 0.2), "position": (1e-6, 0.2, 0.8)}
+TIERS = {"h2o": ("fp16", "fp16", "int4", "int2"), "ema": ("fp16", "int4"), "position": ("fp16", "int4", "int2")}
 
 
 def each_mode(configs: Sequence[str]) -> list[tuple[str, str, str]]:
@@ -113,7 +113,7 @@ def test_demoted_and_evicted_is_the_dense_reference(family: str, ladder: str, mo
         recording = Recording(cache)
         found = MODES[mode](task, lambda padding: cache)
     with attention(model, DENSE):
-        wanted = MODES[mode](task, lambda padding: replay_cache(model, recording, ERRORS[ladder]))
+        wanted = MODES[mode](task, lambda padding: replay_cache(model, recording, TIERS[ladder]))
     same(found, wanted)
     assert encoded(cache) > 0
     assert all(int((layer.tier_map() < 0).sum()) > evicted_by_padding(layer) for layer in cache.tiered)
