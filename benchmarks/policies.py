@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fade_core import create_tiered_cache, list_plugins, load_model
 from fade_core.eval.decode import prefill
 from fade_core.eval.haystack import ask, judge, needle_prompts
@@ -55,9 +57,10 @@ def main() -> None:
     parser.add_argument("--budget", type=float, nargs="+", default=[0.5, 0.25])
     parser.add_argument("--split", default="evaluation", choices=["evaluation", "unlike", "calibration"])
     parser.add_argument("--only", nargs="+", help="names of policies; default: all")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda; on a GPU the times are those of the host alone")
     parser.add_argument("--output", type=Path, default=Path("policies.json"))
     wanted = parser.parse_args()
-    model, tokenizer = load_model(wanted.model)
+    model, tokenizer = load_model(wanted.model, dtype=torch.float32, device=wanted.device)
     texts = [passage.text for passage in passages(wanted.split)]
     spread = texts[:: max(1, len(texts) // wanted.texts)][: wanted.texts]  # of every work, not the first ones alone
     (run,) = exact_runs(
