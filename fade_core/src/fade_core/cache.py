@@ -50,7 +50,7 @@ from fade_core.reposition import layer_schemes
 from fade_core.tracker import AttentionTracker
 
 SIDES: tuple[Side, Side] = ("key", "value")
-_OPS: tuple[Op, ...] = ("decode_attention", "attention_mass", "append")
+_OPS: tuple[Op, ...] = ("decode_attention", "attention_mass", "append", "encode")
 
 
 def create_tiered_cache(
@@ -153,6 +153,7 @@ class TieredKVCache(Cache):
                 config.on_nonfinite,
                 kernels["decode_attention"],
                 kernels["attention_mass"],
+                kernels["encode"],
                 self._emit,
                 _weakly(self._roll_back),
                 schemes.get(index),

@@ -134,7 +134,10 @@ class FixedLayer(TieredLayer):
         if self._kept is None or not self._fits(self._kept[0], (*shape, key_dim), (*shape, value_dim)):
             window = FixedWindow(batch, heads, key_dim, value_dim, shape[2], self.dtype, self.device)
             tiles = max(1, (self.slots - ladder.n_sink - ladder.recent_window) // ladder.tile)
-            self._kept = window, FixedStore(ladder.tiers[0], batch, heads, self.device, self.dtype, tiles)
+            self._kept = (
+                window,
+                FixedStore(ladder.tiers[0], batch, heads, self.device, self.dtype, tiles, self.plan.encoder),
+            )
             self._counters = torch.zeros(3, dtype=torch.long, device=self.device)
             self._wire()
             if self.device.type != "cpu":

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fade_core.errors import CheckpointError, InputError
-from fade_core.interfaces import Tier
+from fade_core.interfaces import Kernel, Tier
+from fade_core.kernels.encode import encode
 from fade_core.packed import Packed
 from fade_core.tierstore import DeviceBook, TierStore, Tokens
 
@@ -79,14 +80,22 @@ class FixedStore(TierStore):
         device: where tokens live.
         dtype: dtype that decoding gives back.
         max_tiles: tiles a row and head has room for.
+        encoder: implementation of the op ``encode``.
     """
 
     def __init__(
-        self, tier: Tier, batch: int, heads: int, device: torch.device, dtype: torch.dtype, max_tiles: int
+        self,
+        tier: Tier,
+        batch: int,
+        heads: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_tiles: int,
+        encoder: Kernel | None = None,
     ) -> None:
         self.max_tiles = max_tiles
         self._before: _Before | None = None
-        super().__init__(tier, batch, heads, device, dtype, explicit=False)
+        super().__init__(tier, batch, heads, device, dtype, explicit=False, encoder=encoder)
 
     def _forget(self, batch: int) -> None:
         lead = (batch, self.heads, self.max_tiles)
@@ -182,8 +191,8 @@ class FixedStore(TierStore):
         block = max(4, -(-new // 8))
         for start in range(0, new, block):
             part = slice(start * self.tile, min(start + block, new) * self.tile)
-            encoded = {"k": self.tier.keys.encode(tokens.keys[:, :, part])}
-            encoded["v"] = self.tier.values.encode(tokens.values[:, :, part])
+            encoded = {"k": encode(self.encoder, self.tier.keys, tokens.keys[:, :, part])}
+            encoded["v"] = encode(self.encoder, self.tier.values, tokens.values[:, :, part])
             self._write(encoded, start, per_row)
         fresh = tokens.positions[:, 0, 0].cpu()
         self.occupy(after, torch.where(self.per_row > 0, self.first, fresh))

@@ -399,7 +399,7 @@ class RopeScheme(ABC):
 
 # --- kernels -----------------------------------------------------------------------------------------------------
 
-Op = Literal["append", "decode_attention", "dequantize", "attention_mass"]
+Op = Literal["append", "decode_attention", "dequantize", "attention_mass", "encode"]
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def load_model(
     Raises:
         InputError: if nothing of that name can be loaded; the message says what to install or to write.
     """
-    where = _device(device)
+    where = resolve_device(device)
     source, gguf_file = _locate(str(name_or_path))
     loading = {"gguf_file": gguf_file} if gguf_file else {}
     with hidden_progress_bars():
@@ -143,7 +143,8 @@ def _locate(name: str) -> tuple[str, str | None]:
     return str(path.parent), path.name
 
 
-def _device(device: torch.device | str) -> torch.device:
+def resolve_device(device: torch.device | str) -> torch.device:
+    """The device that ``device`` means; "auto" is the GPU if there is one. Raises ``InputError`` for one that is not there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fade_core.interfaces import Tier
+from fade_core.interfaces import Kernel, Tier
+from fade_core.kernels.encode import TorchEncode, encode
 from fade_core.packed import Packed
 from fade_core.pool import TilePool
 
@@ -86,6 +87,7 @@ class TierStore:
         dtype: dtype that decoding gives back.
         explicit: keep a position for every token.
         statistics: tracked statistics to keep a token.
+        encoder: implementation of the op ``encode``.
     """
 
     def __init__(
@@ -97,7 +99,9 @@ class TierStore:
         dtype: torch.dtype,
         explicit: bool,
         statistics: tuple[str, ...] = (),
+        encoder: Kernel | None = None,
     ) -> None:
+        self.encoder = encoder if encoder is not None else TorchEncode()
         self._ids: Tensor | None = None
         self._valid: Tensor | None = None
         self._alike: bool | None = None
@@ -258,7 +262,8 @@ class TierStore:
         for first in range(0, new, block):
             part = slice(first * self.tile, min((first + block) * self.tile, width))
             piece = _piece(tokens, index, part, rows)
-            packed_k, packed_v = self.tier.keys.encode(piece.keys), self.tier.values.encode(piece.values)
+            packed_k = encode(self.encoder, self.tier.keys, piece.keys)
+            packed_v = encode(self.encoder, self.tier.values, piece.values)
             fields = {f"k.{n}": f for n, f in packed_k.fields.items()}
             fields |= {f"v.{n}": f for n, f in packed_v.fields.items()}
             self._enter(rows, filled[..., first : first + block], fields, piece.positions, piece.statistics)

@@ -17,6 +17,10 @@ FAILED = 2
 """Exit code of a ``FadeError``."""
 
 
+OPEN_GROUPS = ("bench",)
+"""Groups that plugins may add commands to, by offering a group of that name."""
+
+
 class FadeGroup(TyperGroup):
     """Shows a ``FadeError`` as one clear message instead of a traceback."""
 
@@ -46,7 +50,7 @@ def build_app() -> typer.Typer:
     app.command("plugins")(plugins.plugins)
     app.add_typer(config.app, name="config")
     app.add_typer(evaluate.app, name="eval")
-    app.command("bench")(bench.bench)
+    app.add_typer(bench.group(), name="bench")
     app.command("inspect")(inspect.inspect)
     app.command("check")(check.check)
     _add_plugin_commands(app)
@@ -73,6 +77,16 @@ def _add_plugin_commands(app: typer.Typer) -> None:
 
     offered = typer.Typer()
     default_registry().add_commands(offered)
+    for info in [*offered.registered_groups]:
+        host = next((g.typer_instance for g in app.registered_groups if _name(g) == _name(info)), None)
+        if _name(info) in OPEN_GROUPS and host is not None and info.typer_instance is not None:
+            offered.registered_groups.remove(info)
+            _take(host, info.typer_instance)
+    _take(app, offered)
+
+
+def _take(app: typer.Typer, offered: typer.Typer) -> None:
+    """Take over the commands and groups of ``offered`` that work and whose names are free."""
     taken = {_name(info) for info in [*app.registered_commands, *app.registered_groups]}
     for info, kind in [
         *((info, "registered_commands") for info in offered.registered_commands),

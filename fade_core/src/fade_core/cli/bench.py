@@ -1,4 +1,4 @@
-"""``fade bench``: what a decode step costs with each cache, measured in turns."""
+"""``fade bench``: what a decode step costs with each cache, measured in turns; and the benchmarks beside it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from fade_core.cli import benchdecode
 from fade_core.cli.console import errors, out, print_json, rows, size, table, working
 from fade_core.cli.options import PRESETS, Caches, Device, Dtype, Json, Model, named_caches, open_model
 
@@ -13,7 +14,16 @@ WINDOW = 64
 """Newest tokens that peers keep in full precision: as many as the presets do."""
 
 
+def group() -> typer.Typer:
+    """``fade bench`` with its sub-commands; plugins add theirs."""
+    app = typer.Typer(help="Time decode steps: of presets in turns, or what a sub-command says.")
+    app.callback(invoke_without_command=True)(bench)
+    app.command("decode")(benchdecode.decode)
+    return app
+
+
 def bench(
+    context: typer.Context,
     model: Model = "smollm2",
     config: Caches = PRESETS,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens in the cache when timing begins.")] = 2048,
@@ -28,6 +38,8 @@ def bench(
     json: Json = False,
 ) -> None:
     """Time decode steps of the exact cache and of each configuration, interleaved in one run."""
+    if context.invoked_subcommand is not None:
+        return
     from fade_core.eval.caches import factory_of
     from fade_core.eval.contenders import peers as all_peers
     from fade_core.eval.contenders import refusal

@@ -29,6 +29,7 @@ class KernelSelection(KernelConfig):
         decode_attention: as ``append``.
         dequantize: as ``append``.
         attention_mass: as ``append``.
+        encode: as ``append``.
     """
 
     kind: str = AUTO
@@ -36,6 +37,7 @@ class KernelSelection(KernelConfig):
     decode_attention: str | None = None
     dequantize: str | None = None
     attention_mass: str | None = None
+    encode: str | None = None
 
     @field_validator("kind")
     @classmethod

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fade_core.errors import InputError
-from fade_core.interfaces import Kernel, Op, QuantizerContext, RopeScheme, Support, Tier
+from fade_core.interfaces import Kernel, Op, Quantizer, QuantizerContext, RopeScheme, Support, Tier
 from fade_core.kernels.append import AppendRule, FixedBuffers, append
 from fade_core.kernels.attention import (
     AttentionOutput,
@@ -36,7 +36,7 @@ from fade_core.testing.checks import (
 from fade_core.tierstore import TierStore, Tokens
 
 ATTENTION: tuple[Op, ...] = ("decode_attention", "attention_mass")
-CHECKED_OPS: tuple[Op, ...] = (*ATTENTION, "append")
+CHECKED_OPS: tuple[Op, ...] = (*ATTENTION, "append", "encode")
 KEYS, VALUES = UniformConfig(bits=4, axis="channel"), UniformConfig(bits=4)
 
 
@@ -123,7 +123,7 @@ def check_kernel(
     progress: Callable[[int, int], None] | None = None,
     only: tuple[str, ...] = (),
 ) -> list[CheckResult]:
-    """Check an implementation of ``decode_attention``, ``attention_mass`` or ``append`` against the core's oracle.
+    """Check an implementation of ``decode_attention``, ``attention_mass``, ``append`` or ``encode`` against the core's oracle.
 
     Args:
         kernel: the implementation, its class, or "OP:NAME" as it is installed.
@@ -279,18 +279,43 @@ def appending(case: KernelCase) -> None:
             (rule.tier.keys, ours.key_fields, theirs.key_fields),
             (rule.tier.values, ours.value_fields, theirs.value_fields),
         ):
-            decoded = [side.decode(Packed(dict(f), 2 * rule.tile, torch.float32)) for f in (found, wanted)]
-            apart = (decoded[0] - decoded[1]).unflatten(2, (2, -1))[tiles].abs()
-            step = unpack_meta(wanted["meta"][tiles])[0].max()
-            require(float(apart.max()) < 1.1 * float(step), f"codes are {float(apart.max() / step):.3g} steps apart")
-            few = float((apart > 0.5 * step).float().mean())
-            require(few < 0.01, f"{few:.1%} of the codes are not the oracle's; 1% may lie on an edge")
+            _same_codes(side, found, wanted, 2 * rule.tile, tiles)
+
+
+def encoding(case: KernelCase) -> None:
+    """A prompt's tokens, strided as a model has them, the last tile cut short: codes are the quantizer's, or a step off, rarely."""
+    case.supported(ops=("encode",))
+    for rows, heads, head_dim, length in ((3, 2, 64, 150), (1, 1, 128, 1), (2, 3, 80, 64)):
+        contexts = QuantizerContext(head_dim, "key"), QuantizerContext(head_dim, "value")
+        for quantizer in (case.keys.build(contexts[0]), case.values.build(contexts[1])):
+            tokens = case.randn(rows, length, heads, head_dim).transpose(1, 2)
+            if not case.kernel.accepts(quantizer, tokens):
+                raise NotApplicableError(case.kernel.accepts(quantizer, tokens).reason)
+            check = unchanged("the call", tokens)
+            found, wanted = case.kernel(quantizer, tokens), quantizer.encode(tokens)
+            check()
+            require(found.length == length, f"{found.length} tokens; {length} were given")
+            live = torch.arange(-(-length // quantizer.tile), device=case.device) >= 0
+            _same_codes(quantizer, found.fields, wanted.fields, found.fields["meta"].shape[2] * quantizer.tile, live)
+
+
+def _same_codes(
+    side: Quantizer, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], length: int, tiles: Tensor
+) -> None:
+    """Codes of ``tiles`` (bool over ``[B, H_kv, n]``) are at most one step apart, and few are."""
+    tiles = tiles.expand(wanted["meta"].shape[:3])
+    decoded = [side.decode(Packed(dict(f), length, torch.float32)) for f in (found, wanted)]
+    apart = (decoded[0] - decoded[1]).unflatten(2, (tiles.shape[2], -1))[tiles].abs()
+    step = unpack_meta(wanted["meta"][tiles])[0].max()
+    require(float(apart.max()) < 1.1 * float(step), f"codes are {float(apart.max() / step):.3g} steps apart")
+    few = float((apart > 0.5 * step).float().mean())
+    require(few < 0.01, f"{few:.1%} of the codes are not the oracle's; 1% may lie on an edge")
 
 
 KERNEL_CHECKS: Suite[KernelCase] = Suite(
     (
         *(support, agreement, several_queries, head_shapes, softcap_and_sinks, long_and_flat, window_only),
-        *(moved_keys, inputs_kept, determinism, appending),
+        *(moved_keys, inputs_kept, determinism, appending, encoding),
     )
 )
 

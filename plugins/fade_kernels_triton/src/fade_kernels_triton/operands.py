@@ -13,6 +13,7 @@ from fade_core.packed import PackedFormat
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 PACKED_BITS = (2, 4)
+TILES = (64, 128)
 MAX_COLUMNS = 128
 """Query heads of a KV head times query tokens."""
 
@@ -30,7 +31,7 @@ def unsupported_format(fmt: PackedFormat | None, side: str) -> str:
         return f"{side}s with a level table (it reads uniform codes)"
     if fmt.groups != 1:
         return f"{fmt.groups} groups along the {side}s' axis (it reads one group)"
-    if fmt.tile not in (64, 128):
+    if fmt.tile not in TILES:
         return f"tiles of {fmt.tile} tokens (it reads 64 or 128)"
     if side == "key" and fmt.layout != "token":
         return "keys stored channel-major (it reads token-major keys)"

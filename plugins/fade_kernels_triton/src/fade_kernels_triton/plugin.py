@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 @hookimpl
 def fade_kernels() -> Sequence[type[Kernel]]:
     from fade_kernels_triton.append import TritonAppend
+    from fade_kernels_triton.encode import TritonEncode
     from fade_kernels_triton.kernel import TritonDecodeAttention
 
-    return [TritonDecodeAttention, TritonAppend]
+    return [TritonDecodeAttention, TritonAppend, TritonEncode]
 
 
 @hookimpl

@@ -1,0 +1,111 @@
+"""FADE's ``encode`` op, run by a Triton kernel: a prompt's tokens to packed tiles in one pass over them."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fade_core.errors import InputError
+from fade_core.interfaces import Kernel, Op, Quantizer, Support
+from fade_core.packed import Packed, PackedFormat
+from fade_kernels_triton.device import interpreted, unusable
+from fade_kernels_triton.operands import HEAD_DIMS, TILES
+
+BITS = (2, 4)
+TOKEN_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class TritonEncode(Kernel):
+    """``encode`` for uniform codes of 2 and 4 bits with one scale a token or a channel of a tile, rotated or not.
+
+    Codes and metadata are those of the quantizer itself, bit by bit, with the exceptions that ``TritonAppend`` names.
+    """
+
+    name: ClassVar[str] = "triton"
+    op: ClassVar[Op] = "encode"
+    priority: ClassVar[int] = -10 if interpreted() else 10
+
+    def supports(self, format: PackedFormat | None, head_dim: int, device: torch.device, dtype: torch.dtype) -> Support:
+        reason = unusable(device)
+        if not reason and dtype not in TOKEN_DTYPES:
+            reason = f"{dtype} (it takes {', '.join(map(str, TOKEN_DTYPES))})"
+        reason = reason or unsupported(format)
+        return Support(not reason, reason)
+
+    def accepts(self, quantizer: Quantizer, tokens: Tensor) -> Support:
+        reason = _refusal(quantizer, tokens)
+        return Support(not reason, reason)
+
+    def __call__(self, quantizer: Quantizer, tokens: Tensor) -> Packed:
+        """What ``quantizer.encode(tokens)`` gives.
+
+        Args:
+            quantizer: of uniform codes.
+            tokens: ``[B, H_kv, T, D]`` of any strides.
+
+        Raises:
+            InputError: for what ``accepts`` refuses.
+        """
+        if refused := _refusal(quantizer, tokens):
+            raise InputError(f"the Triton encode kernel does not take this call: {refused}")
+        from fade_kernels_triton.jit.encode import encode_kernel
+
+        fmt, plain = quantizer.format, quantizer.plain_encoding(tokens.device)
+        if fmt is None or plain is None:
+            raise InputError(f"quantizer {quantizer.kind!r} has no packed format")
+        tokens = tokens if tokens.stride(3) == 1 else tokens.contiguous()
+        rows, heads, length, dim = tokens.shape
+        tiles = -(-length // fmt.tile)
+        fields = {
+            name: torch.empty((rows, heads, tiles, *shape), dtype=dtype, device=tokens.device)
+            for name, (shape, dtype) in fmt.field_shapes().items()
+        }
+        encode_kernel[(tiles, rows * heads)](
+            tokens,
+            plain.rotation,
+            fields[f"codes{fmt.bits}"],
+            fields["meta"],
+            heads,
+            length,
+            *tokens.stride()[:3],
+            BITS=fmt.bits,
+            CHANNEL=fmt.axis == "channel",
+            TRANSPOSED=fmt.layout == "channel",
+            OUTWARD=plain.outward,
+            TILE=fmt.tile,
+            D=dim,
+            DP=max(16, 1 << (dim - 1).bit_length()),
+            num_warps=4,
+        )
+        return Packed(fields, length, tokens.dtype)
+
+
+def unsupported(fmt: PackedFormat | None) -> str:
+    """Why the kernel cannot write this format; empty if it can."""
+    if fmt is None:
+        return "the quantizer has no packed format"
+    if fmt.bits not in BITS or fmt.levels is not None:
+        return (
+            f"{fmt.bits}-bit codes{' with a level table' if fmt.levels is not None else ''} (it writes uniform 2 or 4)"
+        )
+    if fmt.groups != 1:
+        return f"{fmt.groups} groups along the axis (it writes one group)"
+    if fmt.tile not in TILES or fmt.head_dim not in HEAD_DIMS:
+        return f"tiles of {fmt.tile} tokens of {fmt.head_dim} channels (it writes {TILES} of {HEAD_DIMS})"
+    return ""
+
+
+def _refusal(quantizer: Quantizer, tokens: Tensor) -> str:
+    """Why the kernel cannot take this call; empty if it can."""
+    fmt, plain = quantizer.format, quantizer.plain_encoding(tokens.device)
+    if reason := unsupported(fmt):
+        return reason
+    if fmt is None or plain is None:
+        return f"quantizer {quantizer.kind!r} has a way of its own to encode"
+    if plain.rotation is not None and (fmt.axis != "token" or fmt.tile * fmt.bits < 256):
+        return f"a rotation before {fmt.bits}-bit codes with a scale a {fmt.axis}, tile {fmt.tile}"
+    if tokens.dim() != 4 or not tokens.shape[2] or tokens.shape[3] != fmt.head_dim or tokens.dtype not in TOKEN_DTYPES:
+        return f"{tokens.dtype} {tuple(tokens.shape)} (it takes [B, H_kv, T >= 1, {fmt.head_dim}])"
+    return ""
