@@ -274,6 +274,42 @@ def test_bench_times_the_peers_that_are_installed(
     assert len(ran) == 2  # tried, then timed
 
 
+DECODE = ("bench", "decode", "--shape", "tiny", "--context", 90, "--steps", 4, "--warmup", 2)
+
+
+def test_bench_decode_times_what_is_the_same(fade: Callable[..., Result], tmp_path: Path) -> None:
+    found = data(fade(*DECODE, "--batch", 1, "--batch", 2, "--output-dir", tmp_path, "--json"))
+    assert [(r["batch"], r["context"], r["graphs"]) for r in found["results"]] == [(1, 90, 0), (2, 90, 0)]
+    for result in found["results"]:
+        assert result["ours"] < 1e-5
+        assert list(result["times"]) == ["DynamicCache", "StaticCache, compiled", "FADE", "FADE, compiled"]
+        assert all(time["ms"] > 0 and time["prefill_ms"] > 0 for time in result["times"].values())
+        assert result["times"]["FADE, compiled"]["kernels"] == "torch, torch"
+    assert json.loads((tmp_path / "decode.json").read_text())["results"] == found["results"]
+    assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_decode_prints_no_time_where_parity_is_red(
+    fade: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fade_core.eval import generating
+
+    gaps = iter([1.0, 0.1])
+    monkeypatch.setattr(generating, "distance", lambda found, wanted: next(gaps))
+    shown = fade(*DECODE)
+    assert shown.exit_code == 1
+    assert "parity: compiled FADE 1.00e+00" in shown.stdout
+    assert "no time is worth printing" in shown.stderr
+    assert "DynamicCache │" not in shown.stdout
+
+
+def test_bench_decode_refuses_what_does_not_compile(fade: Callable[..., Result]) -> None:
+    assert "cannot be compiled: layer 0: its tokens are evicted" in fade(*DECODE, "--config", "aggressive").stderr
+    assert "unknown shape" in fade(*DECODE[:3], "huge").stderr
+    if not torch.cuda.is_available():
+        assert "on a GPU only" in fade(*DECODE, "--profile").stderr
+
+
 def test_step_times_restore_the_models_attention() -> None:
     from fade_core.eval.caches import tiered_factory
     from fade_core.eval.speed import step_times
@@ -457,6 +493,10 @@ class Commands:
         nested.command("one")(hello)
         nested.command("two")(refuse)
         app.add_typer(nested, name="nested")
+        timing = typer.Typer()
+        timing.command("hello")(hello)
+        timing.command("decode")(refuse)
+        app.add_typer(timing, name="bench")
 
 
 class HalfWay:
@@ -476,12 +516,15 @@ def test_plugin_commands_join_and_cannot_break_the_host(
         assert refused.exit_code == 2
         assert "this plugin refuses" in refused.stderr
         assert fade("nested", "two").exit_code == 2
+        assert ok(fade("bench", "hello")).strip() == "hello you"  # beside the built-in ones
+        assert "StaticCache" in ok(fade("bench", "decode", "--help"))
         assert isinstance(fade("crash").exception, RuntimeError)
         capsys.readouterr()
         assert "Answer a question about a long document" in ok(fade("--help"))  # the built-in demo
         warnings = capsys.readouterr().err
         assert "'impossible' is left out" in warnings
         assert "'demo' is left out: another command has that name" in warnings
+        assert "'decode' is left out: another command has that name" in warnings
         assert "no commands today" in ok(fade("plugins"))
 
 

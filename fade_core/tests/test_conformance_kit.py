@@ -67,7 +67,13 @@ def test_uniform_quantizers_conform(bits: int, axis: Any, group: int) -> None:
     "component",
     [
         *("policies:h2o", "policies:ema", "policies:position", "quantizers:uniform"),
-        *("kernels:decode_attention:torch", "kernels:attention_mass:torch", "kernels:append:torch", "telemetry:jsonl"),
+        *(
+            "kernels:decode_attention:torch",
+            "kernels:attention_mass:torch",
+            "kernels:append:torch",
+            "kernels:encode:torch",
+            "telemetry:jsonl",
+        ),
     ],
 )
 def test_built_in_components_conform(component: str) -> None:
@@ -596,7 +602,7 @@ def test_a_kernel_that_does_not_run_here_says_so_and_is_not_green_by_silence() -
     assert not failed(results)
     outcomes = {result.outcome for result in results if result.name != "support"}
     assert outcomes == {"not applicable"}
-    others = [result for result in results if result.name not in ("support", "appending")]
+    others = [result for result in results if result.name not in ("support", "appending", "encoding")]
     assert all("computes with light" in result.message for result in others)
 
 

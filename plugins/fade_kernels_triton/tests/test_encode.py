@@ -6,7 +6,9 @@ import pytest
 import torch
 from oracle import seed
 from test_append import Turned
+from test_fixed_cache import model
 
+from fade_core import FadeConfig, create_tiered_cache
 from fade_core.errors import InputError
 from fade_core.packed import unpack_codes, unpack_meta
 from fade_core.quantizers.kivi import KiviQuantizer
@@ -67,6 +69,25 @@ def test_tokens_are_turned_before_they_are_encoded(bits: int, tile: int, dim: in
     assert float((codes[0] != codes[1]).float().mean()) < 0.002
     for ours, theirs in zip(*(unpack_meta(p.fields["meta"].cpu()) for p in (found, wanted)), strict=True):
         assert int((ours.view(torch.int16).int() - theirs.view(torch.int16).int()).abs().max()) <= 1
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_prompt_is_packed_by_it(fixed: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Growing and fixed caches hold the same codes as without it."""
+    number, calls = seed(), []
+    llama = model(device)
+    ids = torch.randint(1, 64, (2, 230), generator=torch.Generator().manual_seed(number)).to(device)
+    run = TritonEncode.__call__
+    monkeypatch.setattr(TritonEncode, "__call__", lambda self, *args: calls.append(1) or run(self, *args))
+    held = []
+    for kind in ("torch", "triton"):
+        config = FadeConfig(n_sink=4, recent_window=16, kernel={"encode": kind, "decode_attention": "torch"})
+        with torch.no_grad(), create_tiered_cache(llama, config, max_cache_len=300 if fixed else None) as cache:
+            llama(ids, past_key_values=cache, use_cache=True)
+            held.append([p.fields for layer in cache.tiered for p in layer.stores[0].packed()])
+        assert bool(calls) == (kind == "triton")
+    for theirs, ours in zip(*held, strict=True):
+        assert all(torch.equal(ours[name], field) for name, field in theirs.items())
 
 
 def test_conformance(device: str) -> None:

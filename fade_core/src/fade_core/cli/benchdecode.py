@@ -129,13 +129,11 @@ def show(found: Comparison, title: str) -> None:
 
 
 def draw(found: list[Comparison], title: str, path: Path) -> None:
-    """Bars of the median step, a group for each batch and context, each cache relative to the best of transformers'."""
-    import matplotlib
+    """Bars of the median step, a group for each batch and context."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(2.4 + 2.2 * len(found), 4))
+    figure = Figure(figsize=(2.4 + 2.2 * len(found), 4), layout="constrained")
+    axes = figure.subplots()
     names = list(found[0].times)
     for number, name in enumerate(names):
         at = [i + (number - (len(names) - 1) / 2) / (len(names) + 1) for i in range(len(found))]
@@ -146,6 +144,4 @@ def draw(found: list[Comparison], title: str, path: Path) -> None:
     axes.set_ylabel("ms a step (median)")
     axes.set_title(title, fontsize=8)
     axes.legend(fontsize=7)
-    figure.tight_layout()
     figure.savefig(path, dpi=150)
-    plt.close(figure)

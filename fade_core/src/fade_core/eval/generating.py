@@ -11,7 +11,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 DYNAMIC, STATIC = "DynamicCache", "StaticCache, compiled"
 GROWING, FIXED = "FADE", "FADE, compiled"
+CACHES, COMPILED = (DYNAMIC, STATIC, GROWING, FIXED), (STATIC, FIXED)
 OPS = {"append": ("append_kernel",), "attention": ("decode_kernel", "merge_kernel")}
 """Names of kernels by what they are for."""
 
@@ -204,94 +205,116 @@ def generate_times(
         InputError: for numbers below 1, or a configuration that does not compile.
     """
     check_counts(batch=batch, context=context, steps=steps, warmup=warmup)
-    device = model.device
-    if profile and device.type != "cuda":
+    if profile and model.device.type != "cuda":
         raise InputError("GPU time can be profiled on a GPU only; leave profile out")
-    generator = torch.Generator().manual_seed(seed)
-    vocabulary = model.config.get_text_config().vocab_size
-    prompt = torch.randint(1, vocabulary, (batch, context), generator=generator).to(device)
-    text = torch.randint(1, vocabulary, (warmup + steps + 1,), generator=generator).to(device)
-    total, checked = context + warmup + steps + 2, min(2 * config.tile + 8, warmup + steps)
-
-    def fade(length: int | None) -> TieredKVCache:
-        cache = create_tiered_cache(model, config, max_cache_len=length)
-        if length is not None and not cache.is_compileable:
-            raise InputError(f"this cache cannot be compiled: {cache.compile_refusal}")
-        return cache
-
-    makers: dict[str, Callable[[], Cache]] = {
-        DYNAMIC: lambda: DynamicCache(config=model.config),
-        STATIC: lambda: StaticCache(config=model.config, max_cache_len=total),
-        GROWING: lambda: fade(None),
-        FIXED: lambda: fade(total),
-    }
-    compiled = compile_config(device, backend)
-    advance = Units(len(makers) + 1 + profile, progress)
-
-    def run(name: str, prompt: Tensor, steps: int, clock: Clock, kept: Kept) -> tuple[float, Cache]:
-        cache = makers[name]()
-        begun = time.perf_counter()
-        model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            past_key_values=cache,
-            max_new_tokens=steps + 1,
-            do_sample=False,
-            stopping_criteria=[clock],
-            logits_processor=[kept, Dictate(text, prompt.shape[1])],
-            **({"compile_config": compiled} if name in (STATIC, FIXED) else {"disable_compile": True}),
-        )
-        return 1e3 * (clock.times[0] - begun), cache
-
-    run(DYNAMIC, prompt[:, : min(64, context)], 1, Clock(device), Kept(0, 0))  # libraries start up
+    runs = _Runs(model, config, batch, context, warmup, steps, backend, seed)
+    checked = min(2 * config.tile + 8, warmup + steps)
+    advance = Units(len(CACHES) + 1 + profile, progress)
+    runs.start_up()
     advance(1)
     times, logits, graphs = dict[str, GenerateTime](), dict[str, Tensor](), 0
-    for name in makers:
-        count = warmup + steps if name in (STATIC, FIXED) else checked
-        clock, kept = Clock(device), Kept(checked, context)
-        prefill, cache = run(name, prompt, count, clock, kept)
-        kernels = ""
-        if isinstance(cache, TieredKVCache):
-            if name == FIXED:
-                layer = cache.tiered[0]
-                kernels = f"{layer.step_plan.append.name}, {layer.step_plan.attention.name}"
-                graphs = clock.graphs[-1] - clock.graphs[warmup]
-            cache.detach()
-        took = [1e3 * (after - before) for before, after in itertools.pairwise(clock.times)]
-        late = took[min(warmup, len(took) - 1) :]
-        times[name] = GenerateTime(
-            statistics.median(late),
-            statistics.mean(late),
-            max(late),
-            prefill,
-            sum(took[:warmup]),
-            live_bytes(cache),
-            kernels,
-        )
+    for name in CACHES:
+        clock, kept = Clock(model.device), Kept(checked, context)
+        times[name] = runs.timed(name, warmup + steps if name in COMPILED else checked, clock, kept)
         logits[name] = torch.stack(kept.logits).cpu()
-        del cache, kept
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        graphs = clock.graphs[-1] - clock.graphs[min(warmup, len(clock.graphs) - 1)]  # the last cache's: FIXED
         advance(1)
     ours, theirs = distance(logits[FIXED], logits[GROWING]), distance(logits[STATIC], logits[DYNAMIC])
     found = Comparison(batch, context, steps, ours, theirs, graphs, times, {})
     if not found.green:
-        return Comparison(batch, context, steps, ours, theirs, graphs, {}, {})
+        return replace(found, times={})
     if profile:
-        steps_seen = min(2 * config.tile, steps - 1)
-        shares = profiled(lambda clock, n: run(FIXED, prompt, n, clock, Kept(0, 0)), device, warmup, steps_seen)
+        found = replace(found, shares=profiled(runs, min(2 * config.tile, steps - 1)))
         advance(1)
-        return Comparison(batch, context, steps, ours, theirs, graphs, times, shares)
     return found
 
 
-def profiled(run: Callable[[Clock, int], Any], device: torch.device, warmup: int, steps: int) -> dict[str, float]:
-    """Shares of the GPU's busy time over ``steps`` steps after ``warmup``, by the names of kernels (``OPS``, the rest "other")."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    profiler = torch.profiler.profile(activities=activities)
-    run(Clock(device, {warmup: profiler.start, warmup + steps: profiler.stop}), warmup + steps + 1)
+class _Runs:
+    """Calls of ``generate`` on one prompt and one dictated text; arguments as ``generate_times``."""
+
+    def __init__(
+        self,
+        model: Any,
+        config: FadeConfig,
+        batch: int,
+        context: int,
+        warmup: int,
+        steps: int,
+        backend: str | None,
+        seed: int,
+    ) -> None:
+        self.model, self.config, self.warmup, self.device = model, config, warmup, model.device
+        generator = torch.Generator().manual_seed(seed)
+        vocabulary = model.config.get_text_config().vocab_size
+        self.prompt = torch.randint(1, vocabulary, (batch, context), generator=generator).to(self.device)
+        self.text = torch.randint(1, vocabulary, (warmup + steps + 1,), generator=generator).to(self.device)
+        self.longest = context + warmup + steps + 2
+        self.compiled = compile_config(self.device, backend)
+
+    def make(self, name: str) -> Cache:
+        """A new cache. Raises ``InputError`` if the configuration's cannot be compiled."""
+        if name == DYNAMIC:
+            return DynamicCache(config=self.model.config)
+        if name == STATIC:
+            return StaticCache(config=self.model.config, max_cache_len=self.longest)
+        cache = create_tiered_cache(self.model, self.config, max_cache_len=self.longest if name == FIXED else None)
+        if name == FIXED and not cache.is_compileable:
+            raise InputError(f"this cache cannot be compiled: {cache.compile_refusal}")
+        return cache
+
+    @torch.no_grad()
+    def start_up(self) -> None:
+        """Read a short prompt eagerly with every cache, so that libraries and kernels are there when prompts are timed."""
+        short = self.prompt[:, : 3 * self.config.tile + self.config.n_sink + self.config.recent_window]
+        for name in CACHES:
+            cache = self.make(name)
+            self.model(short, past_key_values=cache, logits_to_keep=1)
+            _detach(cache)
+
+    def generate(self, name: str, steps: int, clock: Clock, kept: Kept) -> tuple[float, Cache]:
+        """Milliseconds to the first token, and the cache."""
+        cache = self.make(name)
+        begun = time.perf_counter()
+        self.model.generate(
+            self.prompt,
+            attention_mask=torch.ones_like(self.prompt),
+            past_key_values=cache,
+            max_new_tokens=steps + 1,
+            do_sample=False,
+            stopping_criteria=[clock],
+            logits_processor=[kept, Dictate(self.text, self.prompt.shape[1])],
+            **({"compile_config": self.compiled} if name in COMPILED else {"disable_compile": True}),
+        )
+        return 1e3 * (clock.times[0] - begun), cache
+
+    def timed(self, name: str, steps: int, clock: Clock, kept: Kept) -> GenerateTime:
+        """One call, ``steps`` steps of it behind the prompt."""
+        prefill, cache = self.generate(name, steps, clock, kept)
+        kernels = ""
+        if isinstance(cache, TieredKVCache) and name == FIXED:
+            plan = cache.tiered[0].step_plan
+            kernels = f"{plan.append.name}, {plan.attention.name}"
+        took = [1e3 * (after - before) for before, after in itertools.pairwise(clock.times)]
+        late = took[min(self.warmup, len(took) - 1) :]
+        middle, mean, held = statistics.median(late), statistics.mean(late), live_bytes(cache)
+        _detach(cache)
+        del cache
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return GenerateTime(middle, mean, max(late), prefill, sum(took[: self.warmup]), held, kernels)
+
+
+def _detach(cache: Cache) -> None:
+    if isinstance(cache, TieredKVCache):
+        cache.detach()
+
+
+def profiled(runs: _Runs, steps: int) -> dict[str, float]:
+    """Shares of the GPU's busy time over ``steps`` compiled steps after the warm-up, by the names of kernels in ``OPS``."""
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True)
+    clock = Clock(runs.device, {runs.warmup: profiler.start, runs.warmup + steps: profiler.stop})
+    _, cache = runs.generate(FIXED, runs.warmup + steps + 1, clock, Kept(0, 0))
+    _detach(cache)
     busy = dict.fromkeys([*OPS, "other"], 0.0)
     for event in profiler.key_averages():
         if event.device_type.name == "CUDA":
