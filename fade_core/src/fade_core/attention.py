@@ -19,6 +19,7 @@ from fade_core.kernels.attention import (
     AttentionOutput,
     FullSegment,
     PackedSegment,
+    Segment,
     TorchAttentionMass,
     TorchDecodeAttention,
     decode_attention,
@@ -119,14 +120,27 @@ def _step_attention(
         kernel = _ORACLE
     result: AttentionOutput = kernel(query, segments, scaling, softcap, sinks, probabilities=tracked)
     if tracked:
-        mass = layer.plan.mass_kernel if layer.plan.mass_kernel.shifts or not moved else _MASS_ORACLE
-        found = result.probabilities or [mass(query, segment, result.lse, scaling, softcap) for segment in segments]
+        found = result.probabilities or [_mass(layer, query, s, result.lse, scaling, softcap) for s in segments]
         for statistics, probabilities, segment in zip(held, found, segments, strict=True):
             tracker.age(statistics, query.shape[2])
             tracker.observe(statistics, probabilities, segment.mask)
     _observe_queries(layer, query, scaling, None)
     layer.settle()
     return result.output
+
+
+def _mass(
+    layer: TieredLayer, query: Tensor, segment: Segment, lse: Tensor, scaling: float, softcap: float | None
+) -> Tensor:
+    """What each query gives to the tokens of ``segment``, by the chosen kernel if it takes this segment."""
+    kernel, support = layer.plan.mass_kernel, _WITHOUT_SHIFTS
+    if kernel.shifts or not (isinstance(segment, PackedSegment) and segment.shift is not None):
+        support = kernel.accepts(query, segment, lse, scaling, softcap)
+    if not support:
+        layer.fall_back(kernel, support.reason)
+        kernel = _MASS_ORACLE
+    mass: Tensor = kernel(query, segment, lse, scaling, softcap)
+    return mass
 
 
 def _chunk_attention(

@@ -18,8 +18,9 @@ def fade_kernels() -> Sequence[type[Kernel]]:
     from fade_kernels_triton.append import TritonAppend
     from fade_kernels_triton.encode import TritonEncode
     from fade_kernels_triton.kernel import TritonDecodeAttention
+    from fade_kernels_triton.mass import TritonAttentionMass
 
-    return [TritonDecodeAttention, TritonAppend, TritonEncode]
+    return [TritonDecodeAttention, TritonAttentionMass, TritonAppend, TritonEncode]
 
 
 @hookimpl

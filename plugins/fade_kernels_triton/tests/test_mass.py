@@ -1,0 +1,168 @@
+"""The mass kernel gives what attention over the decoded keys gives, and a ranking cache the same statistics."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from oracle import seed
+from test_append import Turned
+from test_fixed_cache import model
+from torch import Tensor
+
+from fade_core import FadeConfig, FullSegment, PackedSegment, Tier, create_tiered_cache
+from fade_core.errors import InputError
+from fade_core.kernels.attention import attention_mass, decode_attention
+from fade_core.packed import Packed
+from fade_core.quantizers.uniform import UniformQuantizer
+from fade_core.testing import check_kernel
+from fade_core.tierstore import TierStore, Tokens
+from fade_kernels_triton.mass import TritonAttentionMass
+
+CASES = [
+    (4, "channel", 64, 128, 4, 1, torch.bfloat16),
+    (4, "token", 128, 64, 7, 3, torch.float16),
+    (2, "channel", 64, 80, 1, 8, torch.bfloat16),
+    (2, "token", 64, 256, 2, 2, torch.bfloat16),
+]
+
+
+def store(tier: Tier, device: str, tiles: int = 3) -> TierStore:
+    """Two rows of two heads, the second row and its last tile cut short; what nobody holds is NaN."""
+    dim, tile = tier.keys.head_dim, tier.keys.tile
+    held = TierStore(tier, 2, 2, torch.device(device), torch.bfloat16, explicit=False)
+    length = tiles * tile
+    keys = torch.randn(2, 2, length, dim, device=device) + 2 * torch.randn(1, 2, 1, dim, device=device)
+    counts = torch.tensor([[length] * 2, [length - tile - 9] * 2])
+    positions = torch.arange(length, device=device).expand(2, 1, -1)
+    held.append(Tokens(keys.bfloat16(), torch.zeros_like(keys).bfloat16(), positions, counts, {}))
+    used = held.table[held.table >= 0]
+    for name, field in held.pool.fields.items():
+        free = torch.ones(len(field), dtype=torch.bool)
+        free[used] = False
+        if name.endswith("meta"):
+            field[free.to(device)] = -1  # two halves of NaN
+    return held
+
+
+def tier(bits: int, axis: str, tile: int, dim: int) -> Tier:
+    keys = UniformQuantizer(dim, bits, axis, tile=tile)  # type: ignore[arg-type]
+    return Tier("int", "rest", keys, UniformQuantizer(dim, bits, tile=tile, layout="channel"))
+
+
+def exact(query: Tensor, segment: PackedSegment, lse: Tensor, **options: Any) -> Tensor:
+    """The oracle in float64."""
+    keys, values = segment.store.decoded()
+    full = FullSegment(keys.double(), values.double(), segment.mask)
+    return attention_mass(query.double(), full, lse.double(), query.shape[-1] ** -0.5, **options)
+
+
+@pytest.mark.parametrize("softcap", [None, 20.0])
+@pytest.mark.parametrize(("bits", "axis", "tile", "dim", "group", "queries", "dtype"), CASES)
+def test_the_kernel_is_the_oracle(
+    bits: int, axis: str, tile: int, dim: int, group: int, queries: int, dtype: torch.dtype, softcap: float | None,
+    device: str,
+) -> None:  # fmt: skip
+    """As close to float64 as probabilities of fp16 logits can be: a relative error of twice the logits' absolute one."""
+    seed()
+    held = store(tier(bits, axis, tile, dim), device)
+    live = held.valid()
+    assert live is not None
+    segment = PackedSegment(held, live[:, :, None].expand(-1, -1, queries, -1), plain=True)
+    query = torch.randn(2, 2 * group, queries, dim, device=device).to(dtype)
+    scaling = dim**-0.5
+    lse = decode_attention(query, [segment], scaling, softcap).lse
+    kernel = TritonAttentionMass()
+    assert kernel.accepts(query, segment, lse, scaling, softcap)
+    found, wanted = kernel(query, segment, lse, scaling, softcap), exact(query, segment, lse, softcap=softcap)
+    assert found.shape == wanted.shape
+    assert bool(found.isfinite().all())
+    assert not bool(found[~segment.mask.expand_as(found)].any())
+    keys, _ = held.decoded()
+    norms = query.float().norm(dim=-1).max() * keys.float().norm(dim=-1).max() * scaling
+    bound = 2 * float(norms) * 2**-10 + 1e-3  # fp16 rounds query and scaled query by 2^-11 each
+    assert float((found.double() - wanted).abs().max() / wanted.max()) < bound
+    torch.testing.assert_close(found.sum(-1), torch.ones_like(found.sum(-1)), rtol=0, atol=bound)
+
+
+def test_a_query_that_sees_nothing_gives_nothing(device: str) -> None:
+    seed()
+    segment = PackedSegment(store(tier(4, "token", 64, 64), device), None, plain=True)
+    query = torch.randn(2, 4, 2, 64, device=device).half()
+    lse = torch.full((2, 4, 2), -math.inf, device=device)
+    assert not bool(TritonAttentionMass()(query, segment, lse, 0.1).any())
+
+
+class TurnedKeys(Turned):
+    """Codes of turned keys, read by turned queries."""
+
+    def transform_query(self, query: Tensor) -> Tensor:
+        return query @ self.turn.to(query.dtype)
+
+    def decode(self, packed: Packed) -> Tensor:
+        return (super().decode(packed).float() @ self.turn.T).to(packed.dtype)
+
+
+def test_turned_keys(device: str) -> None:
+    seed()
+    keys = TurnedKeys(64, 4)
+    keys.turn = keys.turn.to(device)
+    held = store(Tier("turned", "rest", keys, UniformQuantizer(64, 4, layout="channel")), device, 2)
+    live = held.valid()
+    assert live is not None
+    segment = PackedSegment(held, live[:, :, None], plain=True)
+    query = torch.randn(2, 4, 1, 64, device=device).bfloat16()
+    decoded = [side.float() for side in held.decoded()]
+    lse = decode_attention(query.float(), [FullSegment(decoded[0], decoded[1], segment.mask)], 0.125).lse
+    found, wanted = TritonAttentionMass()(query, segment, lse, 0.125), exact(query, segment, lse)
+    assert float((found.double() - wanted).abs().max() / wanted.max()) < 0.03
+
+
+def test_conformance(device: str) -> None:
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    results = check_kernel(TritonAttentionMass(), device=device, dtype=dtype)
+    assert all(r.passed for r in results if r.name not in DTYPE_CHECKS), results
+
+
+DTYPE_CHECKS = ("agreement", "several_queries", "head_shapes", "softcap_and_sinks", "long_and_flat")
+"""They allow twice the oracle's own error, which in float32 is none: here tensor cores take fp16."""
+
+
+@pytest.mark.slow
+def test_a_ranking_cache_sees_the_same_masses(device: str) -> None:
+    number = seed()
+    llama = model(device)
+    ids, steps = (torch.randint(1, 64, (2, n), generator=torch.Generator().manual_seed(number)) for n in (200, 6))
+    held = []
+    for kind in ("torch", "triton"):
+        config = FadeConfig(
+            n_sink=4,
+            recent_window=16,
+            policy={"kind": "h2o", "budget": 0.9, "every": 64},
+            kernel={"decode_attention": "triton", "attention_mass": kind},
+        )
+        events: list[Any] = []
+        with torch.no_grad(), create_tiered_cache(llama, config) as cache:
+            for layer in cache.tiered:
+                layer.plan.emit = events.append
+            llama(ids.to(device), past_key_values=cache, use_cache=True)
+            for step in steps.split(1, 1):
+                llama(step.to(device), past_key_values=cache, use_cache=True)
+            held.append([layer.stores[0].statistics["mass"].clone() for layer in cache.tiered])
+        assert not [event for event in events if event.kind == "fallback"]
+    for ours, theirs in zip(*held, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=2e-3)
+
+
+def test_what_it_does_not_take_is_refused_with_the_reason(device: str) -> None:
+    kernel, held = TritonAttentionMass(), store(tier(4, "token", 64, 64), device)
+    query, lse = torch.randn(2, 4, 9, 64, device=device).half(), torch.zeros(2, 4, 9, device=device)
+    assert "9 query tokens" in kernel.accepts(query, PackedSegment(held, None, plain=True), lse, 1.0).reason
+    hidden = PackedSegment(held, torch.zeros(2, 1, 1, 192, dtype=torch.bool, device=device), plain=False)
+    with pytest.raises(InputError, match="hides stored tokens"):
+        kernel(query[:, :, :1], hidden, lse[:, :, :1], 1.0)
+    assert "head_dim 48" in kernel.supports(held.tier.keys.format, 48, torch.device(device), torch.float16).reason
+    window = FullSegment(torch.randn(2, 2, 5, 64, device=device), torch.randn(2, 2, 5, 64, device=device))
+    assert kernel.accepts(query, window, lse, 1.0)
