@@ -40,9 +40,9 @@ def fade_policies() -> Sequence[type[PolicyConfig]]:
 def fade_kernels() -> Sequence[type[Kernel]]:
     from fade_core.kernels.append import TorchAppend
     from fade_core.kernels.attention import TorchAttentionMass, TorchDecodeAttention
-    from fade_core.kernels.encode import TorchEncode
+    from fade_core.kernels.codec import TorchDequantize, TorchEncode
 
-    return [TorchDecodeAttention, TorchAttentionMass, TorchAppend, TorchEncode]
+    return [TorchDecodeAttention, TorchAttentionMass, TorchAppend, TorchEncode, TorchDequantize]
 
 
 @hookimpl

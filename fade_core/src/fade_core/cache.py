@@ -42,6 +42,7 @@ from fade_core.interfaces import (
     TelemetrySink,
     Tier,
 )
+from fade_core.kernels.codec import Codec
 from fade_core.kernels.selection import choose_kernel
 from fade_core.ladder import Ladder, describe
 from fade_core.layer import LayerPlan, TieredLayer
@@ -50,7 +51,7 @@ from fade_core.reposition import layer_schemes
 from fade_core.tracker import AttentionTracker
 
 SIDES: tuple[Side, Side] = ("key", "value")
-_OPS: tuple[Op, ...] = ("decode_attention", "attention_mass", "append", "encode")
+_OPS: tuple[Op, ...] = ("decode_attention", "attention_mass", "append", "encode", "dequantize")
 
 
 def create_tiered_cache(
@@ -153,7 +154,7 @@ class TieredKVCache(Cache):
                 config.on_nonfinite,
                 kernels["decode_attention"],
                 kernels["attention_mass"],
-                kernels["encode"],
+                Codec(kernels["encode"], kernels["dequantize"]),
                 self._emit,
                 _weakly(self._roll_back),
                 schemes.get(index),

@@ -136,7 +136,7 @@ class FixedLayer(TieredLayer):
             tiles = max(1, (self.slots - ladder.n_sink - ladder.recent_window) // ladder.tile)
             self._kept = (
                 window,
-                FixedStore(ladder.tiers[0], batch, heads, self.device, self.dtype, tiles, self.plan.encoder),
+                FixedStore(ladder.tiers[0], batch, heads, self.device, self.dtype, tiles, self.plan.codec),
             )
             self._counters = torch.zeros(3, dtype=torch.long, device=self.device)
             self._wire()

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fade_core.errors import CheckpointError, InputError
-from fade_core.interfaces import Kernel, Tier
-from fade_core.kernels.encode import encode
+from fade_core.interfaces import Tier
+from fade_core.kernels.codec import Codec
 from fade_core.packed import Packed
 from fade_core.tierstore import DeviceBook, TierStore, Tokens
 
@@ -80,7 +80,7 @@ class FixedStore(TierStore):
         device: where tokens live.
         dtype: dtype that decoding gives back.
         max_tiles: tiles a row and head has room for.
-        encoder: implementation of the op ``encode``.
+        codec: how tokens are packed and unpacked.
     """
 
     def __init__(
@@ -91,11 +91,11 @@ class FixedStore(TierStore):
         device: torch.device,
         dtype: torch.dtype,
         max_tiles: int,
-        encoder: Kernel | None = None,
+        codec: Codec | None = None,
     ) -> None:
         self.max_tiles = max_tiles
         self._before: _Before | None = None
-        super().__init__(tier, batch, heads, device, dtype, explicit=False, encoder=encoder)
+        super().__init__(tier, batch, heads, device, dtype, explicit=False, codec=codec)
 
     def _forget(self, batch: int) -> None:
         lead = (batch, self.heads, self.max_tiles)
@@ -165,14 +165,14 @@ class FixedStore(TierStore):
         for first in range(0, self.tiles, block):
             tiles = slice(first, min(first + block, self.tiles))
             part = slice(tiles.start * self.tile, tiles.stop * self.tile)
-            keys[:, :, part] = self.tier.keys.decode(self._part("k", tiles))
-            values[:, :, part] = self.tier.values.decode(self._part("v", tiles))
+            keys[:, :, part] = self.codec.decode(self.tier.keys, self._part("k", tiles))
+            values[:, :, part] = self.codec.decode(self.tier.values, self._part("v", tiles))
 
     def decode_tile(self, row: int, number: int) -> tuple[Tensor, Tensor]:
         """Keys and values ``[1, H_kv, tile, D]`` of one tile of a row."""
         at = {side: {n: f[row : row + 1, :, number : number + 1] for n, f in self.side(side).items()} for side in "kv"}
         keys, values = (Packed(at[side], self.tile, self.dtype) for side in "kv")
-        return self.tier.keys.decode(keys), self.tier.values.decode(values)
+        return self.codec.decode(self.tier.keys, keys), self.codec.decode(self.tier.values, values)
 
     def tensors(self) -> dict[str, Tensor]:
         held = {**self.fields, "table": self.table, "counts": self.counts, "starts": self.starts}
@@ -191,8 +191,8 @@ class FixedStore(TierStore):
         block = max(4, -(-new // 8))
         for start in range(0, new, block):
             part = slice(start * self.tile, min(start + block, new) * self.tile)
-            encoded = {"k": encode(self.encoder, self.tier.keys, tokens.keys[:, :, part])}
-            encoded["v"] = encode(self.encoder, self.tier.values, tokens.values[:, :, part])
+            encoded = {"k": self.codec.encode(self.tier.keys, tokens.keys[:, :, part])}
+            encoded["v"] = self.codec.encode(self.tier.values, tokens.values[:, :, part])
             self._write(encoded, start, per_row)
         fresh = tokens.positions[:, 0, 0].cpu()
         self.occupy(after, torch.where(self.per_row > 0, self.first, fresh))

@@ -24,7 +24,7 @@ from fade_core.kernels.attention import (
     TorchAttentionMass,
     TorchDecodeAttention,
 )
-from fade_core.kernels.encode import TorchEncode
+from fade_core.kernels.codec import Codec
 from fade_core.ladder import Ladder, in_tiles, lowest, whole
 from fade_core.querymoments import QueryMoments
 from fade_core.shifts import Shift, Shifts
@@ -54,7 +54,7 @@ class LayerPlan:
         on_nonfinite: "raise" or "zero".
         kernel: implementation of ``decode_attention``.
         mass_kernel: implementation of ``attention_mass``, for kernels that give no probabilities.
-        encoder: implementation of ``encode``.
+        codec: how prompts are packed and tiers unpacked.
         emit: where events go.
         on_failure: called with the layer's index and length when it refuses input in the middle of a forward pass; says
             what became of the cache.
@@ -72,7 +72,7 @@ class LayerPlan:
     on_nonfinite: str = "raise"
     kernel: Kernel = field(default_factory=TorchDecodeAttention)
     mass_kernel: Kernel = field(default_factory=TorchAttentionMass)
-    encoder: Kernel = field(default_factory=TorchEncode)
+    codec: Codec = field(default_factory=Codec)
     emit: Callable[[Event], None] = lambda event: None
     on_failure: Callable[[int, int], str] = lambda index, length: ""
     rope: RopeScheme | None = None
@@ -160,9 +160,9 @@ class TieredLayer(CacheLayerMixin):
         ranked = ladder.bounded and not self.plan.policy.positional
         slots = ladder.n_sink + ladder.recent_window + ladder.tile
         window = Window(batch, heads, key_dim, value_dim, slots, self.dtype, self.device, statistics)
-        encoder = self.plan.encoder
+        codec = self.plan.codec
         stores = (
-            TierStore(tier, batch, heads, self.device, self.dtype, ranked, statistics, encoder) for tier in ladder.tiers
+            TierStore(tier, batch, heads, self.device, self.dtype, ranked, statistics, codec) for tier in ladder.tiers
         )
         return window, tuple(stores)
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fade_core.interfaces import Kernel, Tier
-from fade_core.kernels.encode import TorchEncode, encode
+from fade_core.interfaces import Tier
+from fade_core.kernels.codec import Codec
 from fade_core.packed import Packed
 from fade_core.pool import TilePool
 
@@ -87,7 +87,7 @@ class TierStore:
         dtype: dtype that decoding gives back.
         explicit: keep a position for every token.
         statistics: tracked statistics to keep a token.
-        encoder: implementation of the op ``encode``.
+        codec: how tokens are packed and unpacked.
     """
 
     def __init__(
@@ -99,9 +99,9 @@ class TierStore:
         dtype: torch.dtype,
         explicit: bool,
         statistics: tuple[str, ...] = (),
-        encoder: Kernel | None = None,
+        codec: Codec | None = None,
     ) -> None:
-        self.encoder = encoder if encoder is not None else TorchEncode()
+        self.codec = codec if codec is not None else Codec()
         self._ids: Tensor | None = None
         self._valid: Tensor | None = None
         self._alike: bool | None = None
@@ -199,7 +199,7 @@ class TierStore:
     def decoded(self) -> tuple[Tensor, Tensor]:
         """All tokens in full precision: keys and values ``[B, H_kv, tiles * tile, D]``."""
         keys, values = self.packed()
-        return self.tier.keys.decode(keys), self.tier.values.decode(values)
+        return self.codec.decode(self.tier.keys, keys), self.codec.decode(self.tier.values, values)
 
     def decode_into(self, keys: Tensor, values: Tensor) -> None:
         """Write ``decoded()`` into buffers ``[B, H_kv, tiles * tile, D]``, in pieces."""
@@ -207,7 +207,7 @@ class TierStore:
         for first in range(0, self.tiles, block):
             part = slice(first * self.tile, (first + block) * self.tile)
             for side, quantizer, out in (("k", self.tier.keys, keys), ("v", self.tier.values, values)):
-                out[:, :, part] = quantizer.decode(self._side(side, ids[..., first : first + block]))
+                out[:, :, part] = self.codec.decode(quantizer, self._side(side, ids[..., first : first + block]))
 
     @property
     def alike(self) -> bool:
@@ -262,8 +262,8 @@ class TierStore:
         for first in range(0, new, block):
             part = slice(first * self.tile, min((first + block) * self.tile, width))
             piece = _piece(tokens, index, part, rows)
-            packed_k = encode(self.encoder, self.tier.keys, piece.keys)
-            packed_v = encode(self.encoder, self.tier.values, piece.values)
+            packed_k = self.codec.encode(self.tier.keys, piece.keys)
+            packed_v = self.codec.encode(self.tier.values, piece.values)
             fields = {f"k.{n}": f for n, f in packed_k.fields.items()}
             fields |= {f"v.{n}": f for n, f in packed_v.fields.items()}
             self._enter(rows, filled[..., first : first + block], fields, piece.positions, piece.statistics)
@@ -453,7 +453,7 @@ class TierStore:
             index = (order[..., None] * self.tile + torch.arange(self.tile, device=self.device)).flatten(2)
             inner = by_position(moving.gather(2, index), self.positions().gather(2, index))[..., : int(gone.max())]
             index = index.gather(2, inner)
-        taken_k, taken_v = self.tier.keys.decode(keys), self.tier.values.decode(values)
+        taken_k, taken_v = self.codec.decode(self.tier.keys, keys), self.codec.decode(self.tier.values, values)
         if not (self.tier.keys.moves_tokens and self.tier.values.moves_tokens):
             spread = inner[..., None].expand(-1, -1, -1, taken_k.shape[-1])
             taken_k = taken_k.gather(2, spread)

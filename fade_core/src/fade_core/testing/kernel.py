@@ -36,7 +36,7 @@ from fade_core.testing.checks import (
 from fade_core.tierstore import TierStore, Tokens
 
 ATTENTION: tuple[Op, ...] = ("decode_attention", "attention_mass")
-CHECKED_OPS: tuple[Op, ...] = (*ATTENTION, "append", "encode")
+CHECKED_OPS: tuple[Op, ...] = (*ATTENTION, "append", "encode", "dequantize")
 KEYS, VALUES = UniformConfig(bits=4, axis="channel"), UniformConfig(bits=4)
 
 
@@ -123,7 +123,7 @@ def check_kernel(
     progress: Callable[[int, int], None] | None = None,
     only: tuple[str, ...] = (),
 ) -> list[CheckResult]:
-    """Check an implementation of ``decode_attention``, ``attention_mass``, ``append`` or ``encode`` against the core's oracle.
+    """Check an implementation of ``decode_attention``, ``attention_mass``, ``append``, ``encode`` or ``dequantize``.
 
     Args:
         kernel: the implementation, its class, or "OP:NAME" as it is installed.
@@ -299,6 +299,27 @@ def encoding(case: KernelCase) -> None:
             _same_codes(quantizer, found.fields, wanted.fields, found.fields["meta"].shape[2] * quantizer.tile, live)
 
 
+def decoding(case: KernelCase) -> None:
+    """Packed tokens come back as the quantizer decodes them, in their dtype, the last tile cut short; views too."""
+    case.supported(ops=("dequantize",))
+    for rows, heads, head_dim, length in ((3, 2, 64, 150), (1, 1, 128, 1), (2, 3, 80, 64)):
+        contexts = QuantizerContext(head_dim, "key"), QuantizerContext(head_dim, "value")
+        for quantizer in (case.keys.build(contexts[0]), case.values.build(contexts[1])):
+            packed = quantizer.encode(case.randn(rows, heads, length + 2 * quantizer.tile, head_dim))
+            tiles = -(-length // quantizer.tile)
+            part = Packed({n: f[:, :, 1 : 1 + tiles] for n, f in packed.fields.items()}, length, case.dtype)
+            if not case.kernel.accepts(quantizer, part):
+                raise NotApplicableError(case.kernel.accepts(quantizer, part).reason)
+            check = unchanged("the call", *part.fields.values())
+            found, wanted = case.kernel(quantizer, part), quantizer.decode(part)
+            check()
+            require(found.dtype == wanted.dtype, f"{found.dtype}; {wanted.dtype} is needed")
+            require(found.shape == wanted.shape, f"{tuple(found.shape)}; {tuple(wanted.shape)} is needed")
+            allowed = 2 * torch.finfo(case.dtype).eps * float(wanted.abs().max())
+            error = float((found.double() - wanted.double()).abs().max())
+            require(error <= allowed, f"error {error:.3g}; {allowed:.3g} is allowed")
+
+
 def _same_codes(
     side: Quantizer, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], length: int, tiles: Tensor
 ) -> None:
@@ -316,7 +337,7 @@ def _same_codes(
 KERNEL_CHECKS: Suite[KernelCase] = Suite(
     (
         *(support, agreement, several_queries, head_shapes, softcap_and_sinks, long_and_flat, window_only),
-        *(moved_keys, inputs_kept, determinism, appending, encoding),
+        *(moved_keys, inputs_kept, determinism, appending, encoding, decoding),
     )
 )
 

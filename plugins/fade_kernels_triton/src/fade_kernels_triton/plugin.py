@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 @hookimpl
 def fade_kernels() -> Sequence[type[Kernel]]:
     from fade_kernels_triton.append import TritonAppend
+    from fade_kernels_triton.dequantize import TritonDequantize
     from fade_kernels_triton.encode import TritonEncode
     from fade_kernels_triton.kernel import TritonDecodeAttention
     from fade_kernels_triton.mass import TritonAttentionMass
 
-    return [TritonDecodeAttention, TritonAttentionMass, TritonAppend, TritonEncode]
+    return [TritonDecodeAttention, TritonAttentionMass, TritonAppend, TritonEncode, TritonDequantize]
 
 
 @hookimpl

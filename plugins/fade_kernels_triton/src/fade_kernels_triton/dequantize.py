@@ -1,0 +1,82 @@
+"""FADE's ``dequantize`` op, run by a Triton kernel: packed tiles to tokens in one pass over the codes."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fade_core.errors import InputError
+from fade_core.interfaces import Kernel, Op, Quantizer, Support
+from fade_core.packed import Packed, PackedFormat
+from fade_core.quantizers.uniform import UniformQuantizer
+from fade_kernels_triton.device import interpreted, unusable
+from fade_kernels_triton.encode import TOKEN_DTYPES, unsupported
+
+
+class TritonDequantize(Kernel):
+    """``dequantize`` for uniform codes of 2 and 4 bits with one scale a token or a channel of a tile."""
+
+    name: ClassVar[str] = "triton"
+    op: ClassVar[Op] = "dequantize"
+    priority: ClassVar[int] = -10 if interpreted() else 10
+
+    def supports(self, format: PackedFormat | None, head_dim: int, device: torch.device, dtype: torch.dtype) -> Support:
+        reason = unusable(device)
+        if not reason and dtype not in TOKEN_DTYPES:
+            reason = f"{dtype} (it gives {', '.join(map(str, TOKEN_DTYPES))})"
+        reason = reason or unsupported(format)
+        return Support(not reason, reason)
+
+    def accepts(self, quantizer: Quantizer, packed: Packed) -> Support:
+        reason = _refusal(quantizer, packed)
+        return Support(not reason, reason)
+
+    def __call__(self, quantizer: Quantizer, packed: Packed) -> Tensor:
+        """What ``quantizer.decode(packed)`` gives: ``[B, H_kv, T, D]`` in ``packed.dtype``.
+
+        Raises:
+            InputError: for what ``accepts`` refuses.
+        """
+        if refused := _refusal(quantizer, packed):
+            raise InputError(f"the Triton dequantize kernel does not take this call: {refused}")
+        from fade_kernels_triton.jit.decoded import dequantize_kernel
+
+        fmt = quantizer.format
+        if fmt is None:
+            raise InputError(f"quantizer {quantizer.kind!r} has no packed format")
+        codes, meta = packed.fields[f"codes{fmt.bits}"], packed.fields["meta"]
+        rows, heads, dim = codes.shape[0], codes.shape[1], fmt.head_dim
+        out = torch.empty(rows, heads, packed.length, dim, dtype=packed.dtype, device=codes.device)
+        dequantize_kernel[(-(-packed.length // fmt.tile), rows * heads)](
+            codes,
+            meta,
+            out,
+            heads,
+            packed.length,
+            *codes.stride()[:2],
+            *meta.stride()[:2],
+            BITS=fmt.bits,
+            CHANNEL=fmt.axis == "channel",
+            TRANSPOSED=fmt.layout == "channel",
+            TILE=fmt.tile,
+            D=dim,
+            DP=max(16, 1 << (dim - 1).bit_length()),
+            num_warps=4,
+        )
+        return out
+
+
+def _refusal(quantizer: Quantizer, packed: Packed) -> str:
+    """Why the kernel cannot take this call; empty if it can."""
+    fmt = quantizer.format
+    if reason := unsupported(fmt):
+        return reason
+    if fmt is None or type(quantizer).decode is not UniformQuantizer.decode:
+        return f"quantizer {quantizer.kind!r} has a way of its own to decode"
+    if packed.dtype not in TOKEN_DTYPES or not packed.length:
+        return f"{packed.length} tokens of {packed.dtype} (it gives {', '.join(map(str, TOKEN_DTYPES))})"
+    if any(not field[0, 0].is_contiguous() for field in packed.fields.values()):
+        return "tiles that do not follow one another"
+    return ""

@@ -1,0 +1,57 @@
+"""The dequantize kernel: packed tiles back to tokens. Grid ``[tiles, B * H_kv]``, a tile a program."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fade_kernels_triton.jit.codes import high_half, low_half
+
+
+@triton.jit
+def dequantize_kernel(
+    CODES,
+    META,
+    OUT,
+    heads,
+    length,
+    code_stride_b,
+    code_stride_h,
+    meta_stride_b,
+    meta_stride_h,
+    BITS: tl.constexpr,
+    CHANNEL: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    TILE: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+):
+    """``dequantize.py`` has the arguments. CHANNEL, TRANSPOSED and the order of words are those of ``encode_tile``."""
+    R: tl.constexpr = TILE * BITS // 16
+    number = tl.program_id(0)
+    bh = tl.program_id(1).to(tl.int64)
+    row = bh // heads
+    head = bh % heads
+    token = tl.arange(0, TILE)
+    channel = tl.arange(0, DP)
+    inside = (channel < D)[None, :]
+    if TRANSPOSED:
+        where = channel[None, :] * R + (token % R)[:, None]
+    else:
+        where = (token % R)[:, None] * D + channel[None, :]
+    codes = CODES + row * code_stride_b + head * code_stride_h + number.to(tl.int64) * (R * D)
+    words = tl.load(codes + where, mask=inside, other=0).to(tl.int32)
+    x = ((words >> (BITS * (token // R))[:, None]) & (2**BITS - 1)).to(tl.float32)
+    META_SIZE: tl.constexpr = D if CHANNEL else TILE
+    metas = META + row * meta_stride_b + head * meta_stride_h + number.to(tl.int64) * META_SIZE
+    if CHANNEL:
+        meta = tl.load(metas + channel, mask=channel < D, other=0)[None, :]
+    else:
+        meta = tl.load(metas + token)[:, None]
+    x = x * low_half(meta).to(tl.float32) + high_half(meta).to(tl.float32)
+    place = number.to(tl.int64) * TILE + token
+    tl.store(
+        OUT + (bh * length + place)[:, None] * D + channel[None, :],
+        x.to(OUT.dtype.element_ty),
+        mask=(place < length)[:, None] & inside,
+    )
