@@ -91,6 +91,23 @@ def test_layers_of_transformers_own_join_too(family: str) -> None:
         assert request.said == alone(network, config, request), len(request.prompt)
 
 
+def test_states_of_linear_attention_are_chosen_and_repeated_with_their_rows() -> None:
+    """Rows chosen by number, by bool and repeated go on as each alone."""
+    seed = fresh_seed()
+    network = tiny("qwen3_next", seed, **FAMILIES["qwen3_next"])
+    ids = prompt(seed, 30, 3)
+    with create_tiered_cache(network, CONFIGS["exact"]) as cache, torch.no_grad():
+        cache.prefill(network, ids)
+        cache.batch_select_indices(torch.tensor([2, 0]))
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([True, False, True, True]))
+        token = ids[[2, 0, 0], -1:]
+        found = network(token, past_key_values=cache).logits
+        whole = [network(torch.cat([ids[row], ids[row, -1:]])[None]).logits[:, -1:] for row in (2, 0, 0)]
+    for ours, wanted in zip(found, whole, strict=True):
+        torch.testing.assert_close(ours[None], wanted, rtol=0, atol=1e-4 * float(wanted.std()))
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 

@@ -246,12 +246,22 @@ class TieredKVCache(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row ``repeats`` times. Raises ``UnsupportedModelError`` as ``crop`` does."""
         self._check_all("batch_repeat_interleave")
-        super().batch_repeat_interleave(repeats)
+        rows = max((layer.batch_size for layer in self.tiered), default=-1)
+        for layer in self.layers:
+            if not isinstance(layer, LinearAttentionCacheLayerMixin):
+                layer.batch_repeat_interleave(repeats)
+            elif rows > 0:  # states move with reorder_cache alone
+                layer.reorder_cache(torch.arange(rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep, repeat or reorder rows. Raises ``UnsupportedModelError`` as ``crop`` does."""
         self._check_all("batch_select_indices")
-        super().batch_select_indices(indices)
+        rows = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
+        for layer in self.layers:
+            if isinstance(layer, LinearAttentionCacheLayerMixin):
+                layer.reorder_cache(rows)  # states move with it alone
+            else:
+                layer.batch_select_indices(rows)
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
         """Logical length for masks; a tensor where only the device knows it (compiled steps)."""
