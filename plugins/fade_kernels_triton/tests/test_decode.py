@@ -4,8 +4,8 @@ import pytest
 import torch
 from oracle import attend64, relative_error, seed, tier_case, window_case
 
-from fade_kernels_triton.config import DecodeConfig
 from fade_kernels_triton.decode import Splits, decode_attention
+from fade_kernels_triton.launch import DecodeConfig
 
 TOLERANCE = {torch.float16: 1.5e-3, torch.bfloat16: 6e-3}  # rounding of P and of the output, in units of the dtype
 

@@ -1,81 +1,67 @@
-"""Launch configurations: how many warps, how deep a pipeline, how many programs share a multiprocessor."""
+"""Which launch configuration a call gets: the user's own for this GPU before those that are shipped."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+import os
+from dataclasses import replace
 from functools import cache, lru_cache
 from importlib.resources import files
+from pathlib import Path
 
+import torch
 
-@dataclass(frozen=True)
-class DecodeConfig:
-    """How ``decode_attention`` is launched.
+from fade_core.errors import ConfigError
+from fade_kernels_triton.configfile import ConfigFile, parse, read_file, user_file
+from fade_kernels_triton.device import gpu_name, overlaps
+from fade_kernels_triton.launch import DecodeConfig, LaunchCase
 
-    Attributes:
-        warps: warps a program.
-        stages: software pipeline depth of the packed loop.
-        resident: programs a multiprocessor that the number of splits aims at.
-        fused: merge the parts in the same launch (best when a row and head has few splits).
-        overlap: let the merge launch start before the decode launch ends (needs compute capability 9).
-        registers: most registers a thread may take; 0 leaves it to the compiler.
-        subnormal: feed codes to the tensor cores as fp16 subnormals, one instruction a pair less than normal numbers.
-    """
-
-    warps: int = 1
-    stages: int = 3
-    resident: int = 8
-    fused: bool = False
-    overlap: bool = False
-    registers: int = 0
-    subnormal: bool = True
-
-
-@dataclass(frozen=True)
-class Case:
-    """What a configuration was tuned for.
-
-    Attributes:
-        bits: width of the codes (of the first tier).
-        axis: axis of the key scales.
-        tile: tokens a tile.
-        head_dim: channels of a head.
-        columns: query heads of a KV head times query tokens.
-        rows_and_heads: ``B * H_kv``.
-        context: tokens that the buffers can hold.
-    """
-
-    bits: int
-    axis: str
-    tile: int
-    head_dim: int
-    columns: int
-    rows_and_heads: int
-    context: int
-
-    def distance(self, other: Case) -> tuple[float, ...]:
-        """How little a configuration for ``other`` says about this case; compared from left to right."""
-        work = self.rows_and_heads * self.context / (other.rows_and_heads * other.context)
-        groups = self.rows_and_heads / other.rows_and_heads
-        return (
-            float(self.bits != other.bits),
-            abs(self.head_dim - other.head_dim),
-            float((self.columns > 16) != (other.columns > 16)),
-            float(self.tile != other.tile),
-            float(self.axis != other.axis),
-            max(work, 1 / work),
-            max(groups, 1 / groups),
-        )
+VARIABLE = "FADE_KERNEL_CONFIGS"
+"""Environment variable that names a file to take instead of the user's own for this GPU, whatever GPU it is of."""
 
 
 @cache
-def tuned() -> tuple[tuple[Case, DecodeConfig], ...]:
-    """The cases of ``configs.json`` and the fastest configuration found for each."""
-    rows = json.loads(files(__package__).joinpath("configs.json").read_text(encoding="utf-8"))["decode"]
-    return tuple((Case(**row["case"]), DecodeConfig(**row["config"])) for row in rows)
+def shipped() -> ConfigFile:
+    """What ``configs.json`` says."""
+    return parse(files(__package__).joinpath("configs.json").read_text(encoding="utf-8"), "configs.json")
+
+
+@cache
+def own(device: torch.device) -> ConfigFile | None:
+    """The user's own configurations for ``device``: the file that ``FADE_KERNEL_CONFIGS`` names, else ``user_file``.
+
+    Raises:
+        ConfigError: for a file that cannot be read, has a row that cannot work or, not named by the variable, is of
+            another GPU.
+    """
+    if named := os.environ.get(VARIABLE):
+        return read_file(Path(named).expanduser())
+    gpu = gpu_name(device)
+    path = user_file(gpu)
+    if not gpu or not path.is_file():
+        return None
+    found = read_file(path)
+    if found.gpu != gpu:
+        raise ConfigError(
+            f"kernel configurations {path} are of {found.gpu!r}; this GPU is {gpu!r}. Delete the file and run "
+            f"fade bench tune, or set {VARIABLE} to it to have it taken all the same"
+        )
+    return found
 
 
 @lru_cache(maxsize=512)
-def lookup(case: Case) -> DecodeConfig:
-    """The tuned configuration nearest to ``case``: same format if there is one, then nearest in size."""
-    return min(tuned(), key=lambda row: case.distance(row[0]), default=(case, DecodeConfig()))[1]
+def lookup(case: LaunchCase, device: torch.device) -> DecodeConfig:
+    """The tuned configuration nearest to ``case``: same format if there is one, then the user's own, then nearest in size.
+
+    Files are read at a process's first launch on a device; what changes in them later is not seen.
+
+    Args:
+        case: what is launched.
+        device: where; a configuration that its compute capability does not take is changed so that it does.
+
+    Raises:
+        ConfigError: as ``own``.
+    """
+    mine = own(device)
+    rows = [(False, *row) for row in (mine.decode if mine else ())] + [(True, *row) for row in shipped().decode]
+    _, _, config = min(rows, key=lambda row: (case.format_distance(row[1]), row[0], case.size_distance(row[1])))
+    return config if overlaps(device) else replace(config, overlap=False)

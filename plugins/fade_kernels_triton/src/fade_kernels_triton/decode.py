@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fade_core.errors import InputError
 from fade_core.packed import PackedFormat
-from fade_kernels_triton.config import Case, DecodeConfig, lookup
+from fade_kernels_triton.config import lookup
 from fade_kernels_triton.device import interpreted, multiprocessors
+from fade_kernels_triton.launch import DecodeConfig, LaunchCase
 from fade_kernels_triton.operands import HEAD_DIMS, MAX_COLUMNS, MAX_QUERIES, MAX_TIERS, PackedTier, Window
 
 WINDOW_BLOCK = 16
@@ -89,7 +90,7 @@ def decode_attention(
         s_aux: ``[H_q]``, a sink logit a head that takes part in the softmax and has no value.
         query_positions: int32 ``[B, Q]``; needed where operands carry positions.
         output_dtype: of the output; the query's by default.
-        config: launch configuration; the tuned one by default.
+        config: launch configuration; by default the tuned one (``fade_kernels_triton.config.lookup``).
         splits: splits of each segment; derived from the configuration by default.
         captured: the call may become part of a CUDA graph that others manage: it keeps no memory of its own, and merges in a
             second launch.
@@ -100,6 +101,7 @@ def decode_attention(
 
     Raises:
         InputError: for shapes, dtypes or combinations that the kernel cannot take; the message says which.
+        ConfigError: where the user's own file of launch configurations cannot be read.
     """
     from fade_kernels_triton.jit.decode import decode_kernel, merge_kernel
 
@@ -113,7 +115,7 @@ def decode_attention(
     if config is None:
         fmt = first.key_format if first else PackedFormat(4, dim)
         held = _next_power_of_2(sum(t.max_tiles * t.key_format.tile for t in tiers) or WINDOW_SHARE)
-        config = lookup(Case(fmt.bits, fmt.axis, fmt.tile, dim, columns, groups, held))
+        config = lookup(LaunchCase(fmt.bits, fmt.axis, fmt.tile, dim, columns, groups, held), query.device)
     if captured:
         config = replace(config, fused=False)
     if splits is None:

@@ -12,6 +12,9 @@ DTYPES = (torch.float16, torch.bfloat16)
 CAPABILITY = (8, 0)
 """Compute capability from which the tensor cores take what the kernels give them."""
 
+OVERLAP_CAPABILITY = (9, 0)
+"""Compute capability from which a launch can start before the one that it waits for ends."""
+
 
 def interpreted() -> bool:
     """Whether Triton was told to interpret kernels on the CPU (``TRITON_INTERPRET=1`` before it is imported)."""
@@ -22,6 +25,18 @@ def interpreted() -> bool:
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a CUDA device; 1 elsewhere."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@cache
+def gpu_name(device: torch.device) -> str:
+    """Name of a CUDA device, such as "NVIDIA H200"; empty for other devices."""
+    return str(torch.cuda.get_device_name(device)) if device.type == "cuda" else ""
+
+
+@cache
+def overlaps(device: torch.device) -> bool:
+    """Whether a launch can start before the one that it waits for ends (compute capability 9.0 and up)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= OVERLAP_CAPABILITY
 
 
 def unusable(device: torch.device) -> str:

@@ -26,6 +26,8 @@ def fade_kernels() -> Sequence[type[Kernel]]:
 
 @hookimpl
 def fade_commands(app: typer.Typer) -> None:
+    from fade_kernels_triton.bench.commands import group
     from fade_kernels_triton.commands import check_kernels_command
 
     app.command("check-kernels")(check_kernels_command)
+    app.add_typer(group(), name="bench")
