@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         TierConfig,
     )
     from fade_core.kernels.append import AppendRule, FixedBuffers, append
-    from fade_core.kernels.attention import AttentionOutput, FullSegment, PackedSegment
+    from fade_core.kernels.attention import AttentionOutput, FullSegment, PackedSegment, attention_mass
     from fade_core.loading import load_model
     from fade_core.manual import (
         apply_tier_assignment,
@@ -68,7 +68,7 @@ _HOME = {
         "interfaces",
     ),
     **dict.fromkeys(("AppendRule", "FixedBuffers", "append"), "kernels.append"),
-    **dict.fromkeys(("AttentionOutput", "FullSegment", "PackedSegment"), "kernels.attention"),
+    **dict.fromkeys(("AttentionOutput", "FullSegment", "PackedSegment", "attention_mass"), "kernels.attention"),
     "load_model": "loading",
     **dict.fromkeys(
         (
@@ -114,6 +114,7 @@ __all__ = [
     "apply_tier_assignment",
     "apply_tier_assignment_per_sequence",
     "attach_telemetry",
+    "attention_mass",
     "create_tiered_cache",
     "forward_with_tracking",
     "get_policy",

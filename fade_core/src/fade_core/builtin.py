@@ -38,9 +38,9 @@ def fade_policies() -> Sequence[type[PolicyConfig]]:
 
 @hookimpl
 def fade_kernels() -> Sequence[type[Kernel]]:
+    from fade_core.codec import TorchDequantize, TorchEncode
     from fade_core.kernels.append import TorchAppend
     from fade_core.kernels.attention import TorchAttentionMass, TorchDecodeAttention
-    from fade_core.kernels.codec import TorchDequantize, TorchEncode
 
     return [TorchDecodeAttention, TorchAttentionMass, TorchAppend, TorchEncode, TorchDequantize]
 

@@ -25,6 +25,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from fade_core import attention, checkpoint, rows
 from fade_core.bytebudget import ByteBudget, LayerShape, layer_budgets
+from fade_core.codec import Codec
 from fade_core.config import FadeConfig
 from fade_core.errors import ConfigError, InputError, UnsupportedModelError
 from fade_core.fixed import FixedLayer, bucket, refusal
@@ -42,7 +43,6 @@ from fade_core.interfaces import (
     TelemetrySink,
     Tier,
 )
-from fade_core.kernels.codec import Codec
 from fade_core.kernels.selection import choose_kernel
 from fade_core.ladder import Ladder, describe
 from fade_core.layer import LayerPlan, TieredLayer

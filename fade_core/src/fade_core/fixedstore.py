@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fade_core.codec import Codec
 from fade_core.errors import CheckpointError, InputError
 from fade_core.interfaces import Tier
-from fade_core.kernels.codec import Codec
 from fade_core.packed import Packed
 from fade_core.tierstore import DeviceBook, TierStore, Tokens
 

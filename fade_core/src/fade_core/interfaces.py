@@ -80,10 +80,12 @@ class PlainEncoding:
         rotation: float32 ``[D, D]`` on the tokens' device, kept alive and unchanged by the quantizer; ``None`` for none.
         outward: whether a minimum is rounded down to fp16 and a step up, so that the grid spans its group; both are
             rounded to nearest otherwise.
+        decodes: whether ``decode`` is the way back and nothing else: ``code * scale + minimum``, times the transposed rotation.
     """
 
     rotation: Tensor | None = None
     outward: bool = True
+    decodes: bool = False
 
 
 class Quantizer(ABC):

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from fade_core.bytebudget import ByteBudget
+from fade_core.codec import Codec
 from fade_core.errors import InputError
 from fade_core.handle import Handle
 from fade_core.incoming import check_finite, check_room, check_tokens
@@ -24,7 +25,6 @@ from fade_core.kernels.attention import (
     TorchAttentionMass,
     TorchDecodeAttention,
 )
-from fade_core.kernels.codec import Codec
 from fade_core.ladder import Ladder, in_tiles, lowest, whole
 from fade_core.querymoments import QueryMoments
 from fade_core.shifts import Shift, Shifts

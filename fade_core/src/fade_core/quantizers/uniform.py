@@ -124,7 +124,8 @@ class UniformQuantizer(Quantizer):
         return Packed({**self._pack(codes), "meta": meta}, x.shape[2], x.dtype)
 
     def plain_encoding(self, device: torch.device) -> PlainEncoding | None:
-        return PlainEncoding() if type(self).encode is UniformQuantizer.encode else None
+        decodes = type(self).decode is UniformQuantizer.decode
+        return PlainEncoding(decodes=decodes) if type(self).encode is UniformQuantizer.encode else None
 
     def decode(self, packed: Packed) -> Tensor:
         fmt = self.fmt

@@ -10,7 +10,6 @@ from torch import Tensor
 from fade_core.errors import InputError
 from fade_core.interfaces import Kernel, Op, Quantizer, Support
 from fade_core.packed import Packed, PackedFormat
-from fade_core.quantizers.uniform import UniformQuantizer
 from fade_kernels_triton.device import interpreted, unusable
 from fade_kernels_triton.encode import TOKEN_DTYPES, unsupported
 
@@ -73,7 +72,8 @@ def _refusal(quantizer: Quantizer, packed: Packed) -> str:
     fmt = quantizer.format
     if reason := unsupported(fmt):
         return reason
-    if fmt is None or type(quantizer).decode is not UniformQuantizer.decode:
+    plain = quantizer.plain_encoding(packed.fields["meta"].device)
+    if fmt is None or plain is None or not plain.decodes or plain.rotation is not None:
         return f"quantizer {quantizer.kind!r} has a way of its own to decode"
     if packed.dtype not in TOKEN_DTYPES or not packed.length:
         return f"{packed.length} tokens of {packed.dtype} (it gives {', '.join(map(str, TOKEN_DTYPES))})"

@@ -7,10 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fade_core import FullSegment, PackedSegment
+from fade_core import FullSegment, PackedSegment, attention_mass
 from fade_core.errors import InputError
 from fade_core.interfaces import Kernel, Op, Quantizer, Support
-from fade_core.kernels.attention import attention_mass
 from fade_core.packed import PackedFormat
 from fade_kernels_triton.device import interpreted, unusable
 from fade_kernels_triton.operands import HEAD_DIMS, MAX_COLUMNS, MAX_QUERIES, unsupported_format
