@@ -12,7 +12,7 @@ from fade_core import get_quantizer
 from fade_core.errors import ConfigError, InputError
 from fade_core.packed import Packed
 from fade_kernels_triton import check_fused_parity, fused_int4_sdpa, int4_sdpa
-from fade_kernels_triton.parity import PROBLEMS
+from fade_kernels_triton.parity import PROBLEMS, check_ops
 
 
 def problem(device, *, dim=128, heads=6, kv_heads=2, queries=1, tiles=2, axis="channel", dtype=torch.float16):
@@ -93,6 +93,22 @@ def test_parity_here(device):
     assert len(report.cases) >= len(PROBLEMS)
     assert report.to_dict()["ok"]
     assert all(0 < case.error < 0.01 for case in report.cases)
+
+
+def test_every_op_is_checked_here(device, monkeypatch):
+    from fade_kernels_triton.encode import TritonEncode
+
+    found = check_ops(device, seed())
+    assert set(found) == {"append", "encode", "dequantize", "attention_mass"}
+    assert all(check.passed for checks in found.values() for check in checks), found
+    run = TritonEncode.__call__
+
+    def wrong(self, quantizer, tokens):
+        return run(self, quantizer, tokens * 1.5)
+
+    monkeypatch.setattr(TritonEncode, "__call__", wrong)
+    again = check_ops(device, seed())
+    assert [check.name for check in again["encode"] if not check.passed] == ["encoding"]
 
 
 def test_parity_where_nothing_can_run():

@@ -14,6 +14,7 @@ from torch import Tensor
 from fade_core import get_quantizer
 from fade_core.errors import ConfigError
 from fade_core.packed import Axis
+from fade_core.testing import CheckResult, check_kernel
 from fade_kernels_triton.decode import decode_attention
 from fade_kernels_triton.device import unusable
 from fade_kernels_triton.operands import PackedTier
@@ -128,6 +129,22 @@ def check_fused_parity(
         found.append(_compare(problem, where, generator))
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else "Triton's interpreter"
     return ParityReport(name, seed, tuple(found))
+
+
+def check_ops(device: torch.device | str | None = None, seed: int | None = None) -> dict[str, list[CheckResult]]:
+    """Run the core's conformance checks on the kernels of the other ops, in bfloat16; by op.
+
+    Args:
+        device: as ``check_fused_parity``.
+        seed: of the inputs.
+    """
+    from fade_kernels_triton.append import TritonAppend
+    from fade_kernels_triton.dequantize import TritonDequantize
+    from fade_kernels_triton.encode import TritonEncode
+    from fade_kernels_triton.mass import TritonAttentionMass
+
+    kernels = (TritonAppend(), TritonEncode(), TritonDequantize(), TritonAttentionMass())
+    return {kernel.op: check_kernel(kernel, device=device, dtype=torch.bfloat16, seed=seed) for kernel in kernels}
 
 
 def _compare(problem: _Problem, device: torch.device, generator: torch.Generator) -> Parity:
