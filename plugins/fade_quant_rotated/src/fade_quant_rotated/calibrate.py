@@ -16,6 +16,7 @@ from fade_core.interfaces import Side
 from fade_quant_rotated.allocation import WIDTHS, check_widths
 from fade_quant_rotated.calibration import Calibration, SideCalibration
 from fade_quant_rotated.klt import weighted_klt
+from fade_quant_rotated.reach import places, reach_of
 from fade_quant_rotated.statistics import PROJECTIONS, Collector, LayerMoments, readable
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def calibrate(
     sinks: int = 4,
     window: int = 64,
     progress: Callable[[int, int], None] | None = None,
+    reach: int | None = None,
 ) -> Calibration:
     """Watch ``model`` read ``texts`` and learn the transforms of its keys and values.
 
@@ -55,6 +57,8 @@ def calibrate(
         sinks: leading tokens that the cache will keep in full precision.
         window: newest tokens that the cache will keep in full precision.
         progress: called with the texts done and the texts in all.
+        reach: positions that the file is for (``fade_quant_rotated.reach``): texts are read all over them, since keys carry
+            their position. By default 8,192, or as many as the model was trained at.
 
     Raises:
         InputError: too few tokens, or texts that are too short.
@@ -77,11 +81,14 @@ def calibrate(
             f"{tokens} tokens lie outside sinks and window, too few to calibrate {head_dim} channels a head: at least "
             f"{TOKENS_A_CHANNEL * head_dim} are needed, and 8,000 or more are better. Give more or longer texts"
         )
+    reach = reach_of(config, reach)
+    spread = places([len(text) for text in texts], reach)
     collector = Collector(sinks, window)
     with watching(model, collector), torch.no_grad():
         body = getattr(model, "base_model", model)
         for number, text in enumerate(texts):
-            body(text.view(1, -1).to(model.device), use_cache=False)
+            where = {"position_ids": spread[number].to(model.device)} if reach else {}
+            body(text.view(1, -1).to(model.device), use_cache=False, **where)
             if progress is not None:
                 progress(number + 1, len(texts))
     moments = collector.moments()
@@ -114,6 +121,7 @@ def calibrate(
             "tokens": sum(len(text) for text in texts),
             "sinks": sinks,
             "window": window,
+            "reach": max(reach, *(len(text) for text in texts)),
         },
     )
     found.plan(bits, widths, group)

@@ -38,6 +38,12 @@ def calibrate_command(
     group: Annotated[int, typer.Option(min=1, help="Default channels that share a width; 16 suits kernels.")] = 1,
     length: Length = 1024,
     max_tokens: MaxTokens = 16384,
+    reach: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Positions that the file is for; default: 8192, or as many as the model was trained at."
+        ),
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
@@ -49,7 +55,7 @@ def calibrate_command(
     pieces = cut(tokenizer, texts, length, max_tokens)
     memory, started = Peak(loaded.device), time.perf_counter()
     with steps("reading texts", memory) as advance:
-        found = calibrate(loaded, pieces, bits, kinds, group, progress=advance)
+        found = calibrate(loaded, pieces, bits, kinds, group, progress=advance, reach=reach)
     seconds = time.perf_counter() - started
     found.save(output)
     plan = found.plan(bits, kinds, group)
