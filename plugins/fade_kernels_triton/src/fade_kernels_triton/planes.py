@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,7 +16,9 @@ from fade_core.interfaces import PlaneLayout
 from fade_kernels_triton.device import interpreted, multiprocessors
 from fade_kernels_triton.operands import MAX_COLUMNS, MAX_QUERIES, TILES
 
-WIDTHS = (1, 2, 4)
+WIDTHS = (4, 2)
+"""Widths that are read, the first stored first."""
+
 GROUP = 16
 """Channels that share a width."""
 
@@ -24,14 +27,27 @@ RESIDENT = 8
 """Programs a multiprocessor that the number of splits aims at."""
 
 MAX_SPLITS = 512
+STEP = 128
+"""Tokens a step."""
+
 STAGES = 3
 
 
+_refusals: WeakKeyDictionary[PlaneLayout, dict[str, str]] = WeakKeyDictionary()
+
+
 def unsupported_planes(layout: PlaneLayout, side: str) -> str:
-    """Why the planes kernel cannot read codes of this layout; empty if it can."""
+    """Why the planes kernel cannot read codes of this layout; empty if it can. Looked at once a layout."""
+    known = _refusals.setdefault(layout, {})
+    if side not in known:
+        known[side] = _refusal(layout, side)
+    return known[side]
+
+
+def _refusal(layout: PlaneLayout, side: str) -> str:
     wanted = "token" if side == "key" else "channel"
     if unknown := sorted(set(layout.levels) - set(WIDTHS)):
-        return f"{side}s of {', '.join(map(str, unknown))} bits beside others (it reads planes of 1, 2 and 4)"
+        return f"{side}s of {', '.join(map(str, unknown))} bits beside others (it reads planes of 4 and of 2)"
     if layout.group != GROUP:
         return f"{side}s whose channels share a width by {layout.group} (it reads groups of {GROUP}: group = {GROUP})"
     if layout.layout != wanted:
@@ -40,10 +56,12 @@ def unsupported_planes(layout: PlaneLayout, side: str) -> str:
         return f"tiles of {layout.tile} tokens (it reads 64 or 128)"
     if layout.kept > MAX_KEPT:
         return f"{layout.kept} stored channels (it reads up to {MAX_KEPT})"
-    for width, levels in layout.levels.items():
-        half = torch.tensor(levels).half()
-        if not torch.equal(half, -half.flip(0)) or not bool((half[len(half) // 2 :] > 0).all()):
-            return f"{width}-bit levels that are not symmetric about 0"
+    widths = layout.channels[..., 0]
+    if bool((widths.diff(dim=1) > 0).any()):
+        return f"{side}s whose widths rise along the channels (it reads falling ones)"
+    half = torch.tensor(layout.levels.get(4, ())).half()
+    if not torch.equal(half, -half.flip(0)) or bool((half[len(half) // 2 :] <= 0).any()):
+        return f"{side}s of 4 bits whose levels are not symmetric about 0"
     return ""
 
 
@@ -97,40 +115,61 @@ class PlanesTier:
         return int((self.table if self.table is not None else self.keys["codes"]).shape[2])
 
 
-_facts: WeakKeyDictionary[PlaneLayout, Tensor] = WeakKeyDictionary()
+@dataclass(frozen=True)
+class Reading:
+    """What the kernel is told of one side's codes.
 
-
-def facts_of(layout: PlaneLayout) -> Tensor:
-    """What the kernel reads of each group, int32 ``[H_kv, kept / 16, 8]`` on the tokens' device.
-
-    First word, words between word rows, width (0: not stored), the bits of a code in eight nibbles, and the magnitudes of
-    the levels as bytes: high bytes of the first four and of the other four, then their low bytes.
+    Attributes:
+        places: int32 ``[H_kv, 4]`` on the tokens' device: first word and number of groups of 4 bits, then of 2 bits.
+        steps: words between word rows of 4 and of 2 bits.
+        groups: most groups of 4 and of 2 bits that a head has; from 3 on even numbers, so that fewer kernels are compiled.
+        table: levels as bytes in six words: low ones of levels 8 to 11 and 12 to 15 of the 4-bit codes, their high ones,
+            then low and high ones of the four 2-bit levels.
+        aligned: whether no word row of a group, and no channel's words, are cut between two heads' rows.
     """
-    if layout not in _facts:
+
+    places: Tensor
+    steps: tuple[int, int]
+    groups: tuple[int, int]
+    table: tuple[int, ...]
+    aligned: bool
+
+
+_readings: WeakKeyDictionary[PlaneLayout, Reading] = WeakKeyDictionary()
+
+
+def reading_of(layout: PlaneLayout) -> Reading:
+    """What the kernel is told of ``layout``; made once a layout, which copies a few numbers to the device."""
+    if layout not in _readings:
         groups = layout.channels[:, ::GROUP]
-        tables = torch.zeros(max(WIDTHS) + 1, 5, dtype=torch.int32)
-        for width, levels in layout.levels.items():
-            tables[width] = _table(width, levels)
-        found = torch.cat([groups[..., [1, 2, 0]].int(), tables[groups[..., 0].long()]], -1)
-        _facts[layout] = found.contiguous().to(layout.usual.device)
-    return _facts[layout]
+        places, steps, most = [], [], []
+        for width in WIDTHS:
+            there = groups[..., 0] == width
+            counts = there.sum(1)
+            first = groups[..., 1].masked_fill(~there, torch.iinfo(torch.int32).max).amin(1)
+            places += [first.masked_fill(counts == 0, 0), counts]
+            steps.append(int(groups[..., 2][there].max()) if bool(there.any()) else 0)
+            number = int(counts.max())
+            most.append(number if number <= 2 else number + number % 2)
+        _readings[layout] = Reading(
+            torch.stack(places, 1).to(torch.int32).contiguous().to(layout.usual.device),
+            (steps[0], steps[1]),
+            (most[0], most[1]),
+            _table(layout.levels.get(4, ()), layout.levels.get(2, ())),
+            layout.row % GROUP == 0,
+        )
+    return _readings[layout]
 
 
-def _table(width: int, levels: tuple[float, ...]) -> Tensor:
-    """Mask and magnitudes of a width, read at the top of a nibble: int32 ``[5]``."""
-    half = torch.tensor(levels).half()
-    magnitudes = half[len(half) // 2 :].repeat_interleave(2 ** (max(WIDTHS) - width))
-    numbers = [int(n) & 0xFFFF for n in magnitudes.view(torch.int16)]
-    words = [sum(((n >> part) & 0xFF) << (8 * i) for i, n in enumerate(four))
-             for part in (8, 0) for four in (numbers[:4], numbers[4:])]  # fmt: skip
-    nibble = (0xF << (max(WIDTHS) - width)) & 0xF
-    return torch.tensor([nibble * 0x11111111, *words]).to(torch.int32)  # the conversion wraps: the bits are what counts
-
-
-def aligned(layout: PlaneLayout) -> bool:
-    """Whether no word row of a group, and no channel's words, are cut between two heads' rows."""
-    widest = max(layout.levels)
-    return layout.row % max(GROUP, layout.tile * widest // 16) == 0
+@cache
+def _table(four: tuple[float, ...], two: tuple[float, ...]) -> tuple[int, ...]:
+    """``Reading.table`` of the levels of 4 and of 2 bits."""
+    words: list[int] = []
+    for levels in (four[8:] or (0.0,) * 8, two or (0.0,) * 4):
+        numbers = torch.tensor(levels).half().view(torch.int16).view(-1, 4).long()
+        for part in (numbers & 0xFF, (numbers >> 8) & 0xFF):
+            words += (part << torch.arange(0, 32, 8)).sum(1).to(torch.int32).tolist()  # wraps: the bits are what counts
+    return tuple(words)
 
 
 def planes_attention(query: Tensor, tier: PlanesTier, splits: int = 0) -> tuple[Tensor, Tensor]:
@@ -167,9 +206,9 @@ def planes_attention(query: Tensor, tier: PlanesTier, splits: int = 0) -> tuple[
         )
     groups = rows * heads_kv
     slots = multiprocessors(query.device) * RESIDENT
-    splits = splits or min(max(1, slots // groups), MAX_SPLITS, max(1, tier.max_tiles))
-    interpret = interpreted()
-    padded = max(16, _next_power_of_2(columns))
+    steps = -(-tier.max_tiles * keys.tile // STEP)
+    splits = splits or max(1, min(slots // groups, MAX_SPLITS, steps))
+    padded = max(8, _next_power_of_2(columns))
     out = torch.empty(rows, q_len, heads, values.kept, dtype=torch.float32, device=query.device).transpose(1, 2)
     lse = torch.empty(rows, heads, q_len, dtype=torch.float32, device=query.device)
     part = torch.empty(groups, splits, columns, values.kept, dtype=torch.float32, device=query.device)
@@ -178,12 +217,12 @@ def planes_attention(query: Tensor, tier: PlanesTier, splits: int = 0) -> tuple[
     planes_kernel[(splits, groups)](
         query,
         tier.keys["codes"],
-        tier.keys["gain"],
-        facts_of(keys),
+        tier.keys["gain"].view(torch.int32),
+        reading_of(keys).places,
         keys.usual,
         tier.values["codes"],
-        tier.values["gain"],
-        facts_of(values),
+        tier.values["gain"].view(torch.int32),
+        reading_of(values).places,
         values.usual,
         tier.table,
         tier.count,
@@ -193,13 +232,17 @@ def planes_attention(query: Tensor, tier: PlanesTier, splits: int = 0) -> tuple[
         heads_kv,
         tier.max_tiles,
         splits,
+        keys.row,
+        values.row,
+        *reading_of(keys).steps,
+        values.kept,
         *query.stride()[:3],
         HEADS=group,
         Q_LEN=q_len,
         N=padded,
         **constants(keys, values),
         STAGES=STAGES + 2 * (tier.table is not None),
-        INTERPRET=interpret,
+        INTERPRET=interpreted(),
         **options,
     )
     merge_kernel[(columns, groups)](
@@ -224,21 +267,12 @@ def planes_attention(query: Tensor, tier: PlanesTier, splits: int = 0) -> tuple[
 
 def constants(keys: PlaneLayout, values: PlaneLayout) -> dict[str, Any]:
     """What the kernel is compiled for, of two layouts."""
-    return {
-        "KEY_GROUPS": keys.kept // GROUP,
-        "KEY_PADDED": max(16, _next_power_of_2(keys.kept)),
-        "VALUE_GROUPS": values.kept // GROUP,
-        "KEY_ROW": keys.row,
-        "KEY_ALIGNED": aligned(keys),
-        "VALUE_ROW": values.row,
-        "VALUE_ALIGNED": aligned(values),
-        "VALUE_RUN": min(8, values.tile * min(values.levels) // 16),
-        "TILE": keys.tile,
-        "KEY_ZERO": keys.gain_zero,
-        "KEY_STEPS": keys.gain_steps,
-        "VALUE_ZERO": values.gain_zero,
-        "VALUE_STEPS": values.gain_steps,
-    }
+    found: dict[str, Any] = {"TILE": keys.tile}
+    for name, layout in (("KEY", keys), ("VALUE", values)):
+        read = reading_of(layout)
+        found |= {f"{name}4": read.groups[0], f"{name}2": read.groups[1], f"{name}_TABLE": read.table}
+        found |= {f"{name}_ZERO": layout.gain_zero, f"{name}_STEPS": layout.gain_steps, f"{name}_ALIGNED": read.aligned}
+    return found
 
 
 def _next_power_of_2(n: int) -> int:

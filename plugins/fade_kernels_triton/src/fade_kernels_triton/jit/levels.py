@@ -1,11 +1,8 @@
-"""From packed words of 1, 2 or 4 bits to the fp16 levels of their codes.
+"""From packed words of 2 or 4 bits to the fp16 levels of their codes.
 
-Planes of every width are read as one of four bits, whose word rows are a quarter of the tile: word row ``r`` of ``R`` is
-read for each row ``r, r + R, ...`` of the quarter, and a shift brings the field that is meant to the top of a nibble. Nibble
-``i`` of row ``r`` is then token ``i * tile / 4 + r``, whatever the width, and scores of several widths add up in registers.
-
-Levels are symmetric about 0, so that a table holds eight magnitudes: four words of bytes, high bytes first. Two PRMT look
-up four bytes each, two more put pairs of fp16 together: the tables never leave the registers.
+Tables are constants of the compiled kernel and never leave the registers: PRMT picks four bytes out of eight. Codes of 2 bits
+take one for a pair of levels. Levels of 4-bit codes are symmetric about 0, so that eight magnitudes say all: two PRMT look up
+the bytes of two pairs, two more put the pairs together, and the signs are set.
 """
 
 from __future__ import annotations
@@ -15,70 +12,131 @@ import triton.language as tl
 
 
 @triton.jit
-def look_up(words, shift, table, INTERPRET: tl.constexpr):
-    """Words ``[M, N]`` to a tuple of four fp16 tensors ``[M, N]``, the levels of nibbles 0 to 3.
+def look_up2(words, LOW: tl.constexpr, HIGH: tl.constexpr, INTERPRET: tl.constexpr):
+    """Words ``[M, N]`` of 2-bit codes to a tuple of eight fp16 tensors ``[M, N]``, one a field.
 
     Args:
         words: int16.
-        shift: int32 ``[M, N]``, what takes the field of a row to the top of each nibble.
-        table: five int32: the bits of a code in all nibbles, twice; the high bytes of magnitudes 0 to 3 and 4 to 7; their
-            low bytes.
+        LOW: the low bytes of the four levels as an int32; HIGH: their high bytes.
     """
-    mask, high0, high1, low0, low1 = table
+    low = tl.full(words.shape, LOW, tl.int32)
+    high = tl.full(words.shape, HIGH, tl.int32)
     if INTERPRET:
-        levels = _portable(words, shift, mask, high0, high1, low0, low1)
+        levels = _portable2(words, low, high)
     else:
-        levels = _prmt(
-            words,
-            shift,
-            tl.full(words.shape, 0, tl.int32) + mask,
-            tl.full(words.shape, 0, tl.int32) + high0,
-            tl.full(words.shape, 0, tl.int32) + high1,
-            tl.full(words.shape, 0, tl.int32) + low0,
-            tl.full(words.shape, 0, tl.int32) + low1,
-        )
+        levels = _prmt2(words, low, high)
     return levels
 
 
 @triton.jit
-def _portable(words, shift, mask, high0, high1, low0, low1):
+def look_up4(words, LOW0: tl.constexpr, LOW1: tl.constexpr, HIGH0: tl.constexpr, HIGH1: tl.constexpr,
+             INTERPRET: tl.constexpr):  # fmt: skip
+    """Words ``[M, N]`` of 4-bit codes to a tuple of four fp16 tensors ``[M, N]``, one a field.
+
+    Args:
+        words: int16.
+        LOW0: the low bytes of levels 8 to 11 as an int32, LOW1 those of levels 12 to 15; level ``15 - c`` is that of ``c``
+            negated.
+        HIGH0: their high bytes, likewise HIGH1.
+    """
+    low0 = tl.full(words.shape, LOW0, tl.int32)
+    low1 = tl.full(words.shape, LOW1, tl.int32)
+    high0 = tl.full(words.shape, HIGH0, tl.int32)
+    high1 = tl.full(words.shape, HIGH1, tl.int32)
+    if INTERPRET:
+        levels = _portable4(words, low0, low1, high0, high1)
+    else:
+        levels = _prmt4(words, low0, low1, high0, high1)
+    return levels
+
+
+@triton.jit
+def _portable2(words, low, high):
     levels = ()
-    bits = ((words.to(tl.int32) & 0xFFFF) << shift) & mask & 0xFFFF
-    for i in tl.static_range(4):
-        code = (bits >> (4 * i)) & 15
-        index = tl.where(code < 8, 7 - code, code - 8)
-        place = 8 * (index % 4)
-        high = (tl.where(index < 4, high0, high1) >> place) & 0xFF
-        low = (tl.where(index < 4, low0, low1) >> place) & 0xFF
-        number = (high << 8) | low | tl.where(code < 8, 0x8000, 0)
+    bits = words.to(tl.int32)
+    for j in tl.static_range(8):
+        place = 8 * ((bits >> (2 * j)) & 3)
+        number = ((low >> place) & 0xFF) | (((high >> place) & 0xFF) << 8)
         levels = levels + (number.to(tl.int16).to(tl.float16, bitcast=True),)
     return levels
 
 
 @triton.jit
-def _prmt(words, shift, mask, high0, high1, low0, low1):
-    """Operands come in pairs of neighbours: $4 holds two words, $5 and $6 their shifts (alike), and so on."""
+def _portable4(words, low0, low1, high0, high1):
+    levels = ()
+    bits = words.to(tl.int32)
+    for j in tl.static_range(4):
+        code = (bits >> (4 * j)) & 15
+        index = tl.where(code < 8, 7 - code, code - 8)
+        place = 8 * (index % 4)
+        low = tl.where(index < 4, low0, low1)
+        high = tl.where(index < 4, high0, high1)
+        number = ((low >> place) & 0xFF) | (((high >> place) & 0xFF) << 8) | tl.where(code < 8, 0x8000, 0)
+        levels = levels + (number.to(tl.int16).to(tl.float16, bitcast=True),)
+    return levels
+
+
+@triton.jit
+def _prmt2(words, low, high):
+    """Operands come in pairs of neighbours: $8 holds two words, $9 and $10 their (one) table, and so on."""
     return tl.inline_asm_elementwise(
         """{
-        .reg .b32 code, below, flip, index, rest, ha, la, hb, lb, sign;
-        shl.b32 code, $4, $5;
-        and.b32 code, code, $7;
-        not.b32 below, code;
+        .reg .b32 codes, pick;
+        prmt.b32 codes, $8, $8, 0x3120;
+        and.b32 pick, codes, 0x03030303;
+        mad.lo.u32 pick, pick, 17, 0x40404040;
+        prmt.b32 $0, $9, $11, pick;
+        shr.u32 pick, pick, 16;
+        prmt.b32 $4, $9, $11, pick;
+        shr.u32 pick, codes, 2;
+        and.b32 pick, pick, 0x03030303;
+        mad.lo.u32 pick, pick, 17, 0x40404040;
+        prmt.b32 $1, $9, $11, pick;
+        shr.u32 pick, pick, 16;
+        prmt.b32 $5, $9, $11, pick;
+        shr.u32 pick, codes, 4;
+        and.b32 pick, pick, 0x03030303;
+        mad.lo.u32 pick, pick, 17, 0x40404040;
+        prmt.b32 $2, $9, $11, pick;
+        shr.u32 pick, pick, 16;
+        prmt.b32 $6, $9, $11, pick;
+        shr.u32 pick, codes, 6;
+        and.b32 pick, pick, 0x03030303;
+        mad.lo.u32 pick, pick, 17, 0x40404040;
+        prmt.b32 $3, $9, $11, pick;
+        shr.u32 pick, pick, 16;
+        prmt.b32 $7, $9, $11, pick;
+        }""",
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r",
+        [words, low, high],
+        dtype=(tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16),
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def _prmt4(words, low0, low1, high0, high1):
+    """Operands come in pairs of neighbours: $4 holds two words, $5 and $6 their (one) table, and so on."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 below, flip, index, low, high, sign;
+        not.b32 below, $4;
         and.b32 below, below, 0x88888888;
         shr.u32 flip, below, 3;
         sub.u32 flip, below, flip;
-        xor.b32 index, code, flip;
+        xor.b32 index, $4, flip;
         and.b32 index, index, 0x77777777;
         prmt.b32 index, index, index, 0x3120;
-        shr.u32 rest, index, 16;
-        prmt.b32 ha, $9, $11, index;
-        prmt.b32 la, $13, $15, index;
-        prmt.b32 hb, $9, $11, rest;
-        prmt.b32 lb, $13, $15, rest;
-        prmt.b32 $0, la, ha, 0x6240;
-        prmt.b32 $1, la, ha, 0x7351;
-        prmt.b32 $2, lb, hb, 0x6240;
-        prmt.b32 $3, lb, hb, 0x7351;
+        prmt.b32 low, $5, $7, index;
+        prmt.b32 high, $9, $11, index;
+        prmt.b32 $0, low, high, 0x6240;
+        prmt.b32 $1, low, high, 0x7351;
+        shr.u32 index, index, 16;
+        prmt.b32 low, $5, $7, index;
+        prmt.b32 high, $9, $11, index;
+        prmt.b32 $2, low, high, 0x6240;
+        prmt.b32 $3, low, high, 0x7351;
         shl.b32 sign, below, 12;
         and.b32 sign, sign, 0x80008000;
         xor.b32 $0, $0, sign;
@@ -91,8 +149,8 @@ def _prmt(words, shift, mask, high0, high1, low0, low1):
         and.b32 sign, below, 0x80008000;
         xor.b32 $3, $3, sign;
         }""",
-        "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r",
-        [words, shift, mask, high0, high1, low0, low1],
+        "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r",
+        [words, low0, low1, high0, high1],
         dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
         is_pure=True,
         pack=2,
