@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -201,7 +202,7 @@ def test_tiles_in_place_without_a_table(heads: int, tile: int, splits: int, devi
 def test_long_and_flat_attention(device: str) -> None:
     seed()
     keys, values = (quantizer(1, 64, side, 2.1, device=device) for side in ("key", "value"))
-    store = store_of(keys, values, torch.full((1, 1), 64 * 96), device, flat=True)
+    store = store_of(keys, values, torch.full((1, 1), 64 * 40), device, flat=True)
     check(torch.randn(1, 2, 1, 64, device=device).half() * 0.1, [packed(store)], 0.125)
 
 
@@ -243,9 +244,7 @@ def file(tmp_path: Any) -> str:
             sides[side][layer] = calibration.SideCalibration(
                 torch.zeros(2, 64), forward.half(), torch.ones(2, 64), torch.ones(2, 64), worth
             )
-    made = calibration.Calibration(
-        sides, 64, 2, 2, torch.zeros(2, 16), {"bits": 2.3, "widths": [0, 2, 4], "group": 16}
-    )
+    made = calibration.Calibration(sides, 64, 2, 2, torch.zeros(2, 16), {"bits": 2.3, "widths": [0, 2, 4], "group": 16})
     path = tmp_path / "calibration.safetensors"
     made.save(path)
     return str(path)
@@ -272,10 +271,10 @@ def logits(model: Any, config: FadeConfig, ids: Tensor, prompt: int, **options: 
 
 
 @pytest.mark.usefixtures("anywhere")
-@pytest.mark.parametrize("more", [{}, {"policy": {"kind": "h2o", "budget": 120, "every": 4}}], ids=["all", "h2o"])
+@pytest.mark.parametrize("more", [{}, {"policy": {"kind": "h2o", "budget": 120, "every": 2}}], ids=["all", "h2o"])
 def test_a_growing_cache_decodes_as_torch_does(more: dict[str, Any], file: str, device: str) -> None:
     model = tiny_llama(device)
-    ids = torch.randint(1, 97, (2, 206), device=device)
+    ids = torch.randint(1, 97, (1, 204), device=device)
     wanted, _ = logits(model, config_of("torch", file, **more), ids, 200)
     found, reasons = logits(model, config_of("triton", file, **more), ids, 200)
     assert not reasons
@@ -285,7 +284,7 @@ def test_a_growing_cache_decodes_as_torch_does(more: dict[str, Any], file: str, 
 @pytest.mark.usefixtures("anywhere")
 def test_a_cache_of_fixed_size_decodes_as_torch_does(file: str, device: str) -> None:
     model = tiny_llama(device)
-    ids = torch.randint(1, 97, (1, 88), device=device)
+    ids = torch.randint(1, 97, (1, 86), device=device)
     wanted, _ = logits(model, config_of("torch", file), ids, 82, max_cache_len=256)
     found, reasons = logits(model, config_of("triton", file), ids, 82, max_cache_len=256)
     assert not reasons
@@ -296,7 +295,7 @@ def test_a_cache_of_fixed_size_decodes_as_torch_does(file: str, device: str) -> 
 def test_what_is_learnt_from_a_prompt_is_read_where_its_widths_allow(widths: tuple[int, ...], device: str) -> None:
     seed()
     model = tiny_llama(device)
-    ids = torch.randint(1, 97, (1, 204), device=device)
+    ids = torch.randint(1, 97, (1, 202), device=device)
     side = {"kind": "self-calibrated", "bits": 2.5, "widths": widths, "group": 16}
     wanted, _ = logits(model, config_of("torch", "", keys=side, values=side), ids, 200)
     found, reasons = logits(model, config_of("triton", "", keys=side, values=side), ids, 200)
@@ -376,7 +375,11 @@ def emulate(text: str, *operands: int) -> dict[str, int]:
             assert not c & 0x8888, "the sign-replicating mode is not meant"
             held[to] = sum((both >> 8 * (c >> 4 * i & 7) & 0xFF) << 8 * i for i in range(4))
         else:
-            done = {"and": a & b, "xor": a ^ b, "not": ~a, "shr": a >> b, "shl": a << b, "sub": a - b, "mad": a * b + c}
+            shift = b if op in {"shr", "shl"} else 0
+            done = {
+                "and": a & b, "xor": a ^ b, "not": ~a, "shr": a >> shift, "shl": a << shift, "sub": a - b,
+                "mad": a * b + c,
+            }  # fmt: skip
             held[to] = done[op] & 0xFFFFFFFF
     return held
 
@@ -397,7 +400,7 @@ def test_the_ptx_gives_the_level_of_every_code() -> None:
 
     layout = quantizer(2, 64, "key", 2.2).planes()
     table = reading_of(layout).table
-    source = {name: __import__("inspect").getsource(getattr(jit, name).fn) for name in ("_prmt4", "_prmt2")}
+    source = {name: inspect.getsource(getattr(jit, name).fn) for name in ("_prmt4", "_prmt2")}
     seed()
     for name, width, tables in (("_prmt4", 4, table[:4]), ("_prmt2", 2, table[4:])):
         text = re.search(r'"""(\{.*?\})"""', source[name], re.DOTALL)

@@ -34,7 +34,8 @@ class TritonDecodeAttention(Kernel):
     """``decode_attention`` over packed tiers and window, read in place.
 
     Tiers whose quantizers rotate, and those whose channels have widths of their own, are launched one by one, with a query
-    of their own, and merged by log-sum-exp; all others and the window share a launch. Probabilities are not given: the core asks ``attention_mass`` for them.
+    of their own, and merged by log-sum-exp; all others and the window share a launch. Probabilities are not given: the core
+    asks ``attention_mass`` for them.
     """
 
     name: ClassVar[str] = "triton"
@@ -235,7 +236,9 @@ def _unreadable(keys: Quantizer, values: Quantizer, head_dim: int) -> str:
     for side, quantizer in (("key", keys), ("value", values)):
         planes = quantizer.planes()
         if planes is None:
-            return f"the {side} quantizer {quantizer.kind!r} has neither a packed format nor planes of one width a channel"
+            return (
+                f"the {side} quantizer {quantizer.kind!r} has neither a packed format nor planes of one width a channel"
+            )
         if reason := unsupported_planes(planes, side):
             return reason
         layouts.append(planes)

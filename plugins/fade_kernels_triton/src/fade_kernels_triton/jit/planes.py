@@ -241,7 +241,7 @@ def planes_kernel(
 
         # scores, field by field
         score = ()
-        for j in tl.static_range(8):
+        for _j in tl.static_range(8):
             score = score + (tl.zeros([16, N], tl.float32),)
         for k in tl.static_range(KEY4):
             stored = k < key_groups4
