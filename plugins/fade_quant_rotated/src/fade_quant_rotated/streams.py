@@ -75,7 +75,8 @@ class StreamLayout:
             channels = self.channels[start:stop].cpu()
             found[channels, 0], found[channels, 1], found[channels, 2] = width, word, step
             at += rows * count
-        return found.unflatten(0, (self.heads, self.kept))
+        result: Tensor = found.unflatten(0, (self.heads, self.kept))
+        return result
 
     @property
     def group(self) -> int:

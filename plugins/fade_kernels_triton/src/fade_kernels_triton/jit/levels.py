@@ -3,6 +3,9 @@
 Tables are constants of the compiled kernel and never leave the registers: PRMT picks four bytes out of eight. Codes of 2 bits
 take one for a pair of levels. Levels of 4-bit codes are symmetric about 0, so that eight magnitudes say all: two PRMT look up
 the bytes of two pairs, two more put the pairs together, and the signs are set.
+
+Every table word is added to a zero that ptxas does not see through (``lane * (lane + 1)`` is even): it would keep a constant
+in a uniform register and move it from there again for each PRMT.
 """
 
 from __future__ import annotations
@@ -81,31 +84,38 @@ def _prmt2(words, low, high):
     """Operands come in pairs of neighbours: $8 holds two words, $9 and $10 their (one) table, and so on."""
     return tl.inline_asm_elementwise(
         """{
-        .reg .b32 codes, pick;
+        .reg .b32 codes, pick, lows, highs;
+        .reg .b32 zero, next;
+        mov.u32 zero, %laneid;
+        add.u32 next, zero, 1;
+        mul.lo.u32 zero, zero, next;
+        and.b32 zero, zero, 1;
+        add.u32 lows, $9, zero;
+        add.u32 highs, $11, zero;
         prmt.b32 codes, $8, $8, 0x3120;
         and.b32 pick, codes, 0x03030303;
         mad.lo.u32 pick, pick, 17, 0x40404040;
-        prmt.b32 $0, $9, $11, pick;
+        prmt.b32 $0, lows, highs, pick;
         shr.u32 pick, pick, 16;
-        prmt.b32 $4, $9, $11, pick;
+        prmt.b32 $4, lows, highs, pick;
         shr.u32 pick, codes, 2;
         and.b32 pick, pick, 0x03030303;
         mad.lo.u32 pick, pick, 17, 0x40404040;
-        prmt.b32 $1, $9, $11, pick;
+        prmt.b32 $1, lows, highs, pick;
         shr.u32 pick, pick, 16;
-        prmt.b32 $5, $9, $11, pick;
+        prmt.b32 $5, lows, highs, pick;
         shr.u32 pick, codes, 4;
         and.b32 pick, pick, 0x03030303;
         mad.lo.u32 pick, pick, 17, 0x40404040;
-        prmt.b32 $2, $9, $11, pick;
+        prmt.b32 $2, lows, highs, pick;
         shr.u32 pick, pick, 16;
-        prmt.b32 $6, $9, $11, pick;
+        prmt.b32 $6, lows, highs, pick;
         shr.u32 pick, codes, 6;
         and.b32 pick, pick, 0x03030303;
         mad.lo.u32 pick, pick, 17, 0x40404040;
-        prmt.b32 $3, $9, $11, pick;
+        prmt.b32 $3, lows, highs, pick;
         shr.u32 pick, pick, 16;
-        prmt.b32 $7, $9, $11, pick;
+        prmt.b32 $7, lows, highs, pick;
         }""",
         "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r",
         [words, low, high],
@@ -120,7 +130,16 @@ def _prmt4(words, low0, low1, high0, high1):
     """Operands come in pairs of neighbours: $4 holds two words, $5 and $6 their (one) table, and so on."""
     return tl.inline_asm_elementwise(
         """{
-        .reg .b32 below, flip, index, low, high, sign;
+        .reg .b32 below, flip, index, low, high, sign, l0, l1, h0, h1;
+        .reg .b32 zero, next;
+        mov.u32 zero, %laneid;
+        add.u32 next, zero, 1;
+        mul.lo.u32 zero, zero, next;
+        and.b32 zero, zero, 1;
+        add.u32 l0, $5, zero;
+        add.u32 l1, $7, zero;
+        add.u32 h0, $9, zero;
+        add.u32 h1, $11, zero;
         not.b32 below, $4;
         and.b32 below, below, 0x88888888;
         shr.u32 flip, below, 3;
@@ -128,13 +147,13 @@ def _prmt4(words, low0, low1, high0, high1):
         xor.b32 index, $4, flip;
         and.b32 index, index, 0x77777777;
         prmt.b32 index, index, index, 0x3120;
-        prmt.b32 low, $5, $7, index;
-        prmt.b32 high, $9, $11, index;
+        prmt.b32 low, l0, l1, index;
+        prmt.b32 high, h0, h1, index;
         prmt.b32 $0, low, high, 0x6240;
         prmt.b32 $1, low, high, 0x7351;
         shr.u32 index, index, 16;
-        prmt.b32 low, $5, $7, index;
-        prmt.b32 high, $9, $11, index;
+        prmt.b32 low, l0, l1, index;
+        prmt.b32 high, h0, h1, index;
         prmt.b32 $2, low, high, 0x6240;
         prmt.b32 $3, low, high, 0x7351;
         shl.b32 sign, below, 12;
