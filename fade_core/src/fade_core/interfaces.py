@@ -198,7 +198,8 @@ class Quantizer(ABC):
     def planes(self) -> PlaneLayout | None:
         """Where a kernel finds the codes if there is no ``format``; ``None`` (the default) if only this class reads them.
 
-        The same object for as long as what it says holds: kernels keep what they derive from it.
+        For quantizers that code ``heads_together``. The same object for as long as what it says holds: kernels keep what they
+        derive from it.
         """
         return None
 

@@ -300,7 +300,9 @@ def test_what_is_learnt_from_a_prompt_is_read_where_its_widths_allow(widths: tup
     wanted, _ = logits(model, config_of("torch", "", keys=side, values=side), ids, 200)
     found, reasons = logits(model, config_of("triton", "", keys=side, values=side), ids, 200)
     assert relative_error(found, wanted.double()) < 0.02
-    told = "tier '2.5': the key quantizer 'self-calibrated' has neither a packed format nor planes of one width a channel"
+    told = (
+        "tier '2.5': the key quantizer 'self-calibrated' has neither a packed format nor planes of one width a channel"
+    )
     assert reasons == (set() if widths == KERNEL_WIDTHS else {told})
 
 
@@ -359,7 +361,9 @@ def test_other_levels_and_layouts_are_refused() -> None:
 # --- the code for the GPU, without one ---
 def emulate(text: str, *operands: int) -> dict[str, int]:
     """Run the few PTX instructions that look levels up, on 32-bit registers."""
-    held = {"%laneid": int(torch.randint(32, ()))} | {f"${n}": value & 0xFFFFFFFF for n, value in operands_of(operands).items()}
+    held = {"%laneid": int(torch.randint(32, ()))} | {
+        f"${n}": value & 0xFFFFFFFF for n, value in operands_of(operands).items()
+    }
 
     def value(name: str) -> int:
         return held[name] if name in held else int(name, 0)
