@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fade_core.errors import CheckpointError, InputError
-from fade_core.packed import Packed, PackedFormat
+from fade_core.packed import Layout, Packed, PackedFormat
 from fade_core.validation import Budget, Capacity, CheckedModel, Count
 
 if TYPE_CHECKING:
@@ -88,13 +88,54 @@ class PlainEncoding:
     decodes: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class PlaneLayout:
+    """Where the codes of each channel are, for kernels: channels of several widths in one stream of words a tile.
+
+    A tile of one head has two fields: ``codes`` int16 ``[row]`` and ``gain`` uint8 ``[tile // 2]``. Word ``w`` of the stream
+    is word ``w % row`` of the tile that head ``w // row`` has (``Quantizer.heads_together``). Width ``b`` has
+    ``R = tile * b // 16`` word rows, and field ``j`` of word row ``r`` is token ``j * R + r``, as in a ``PackedFormat``. In
+    byte ``i`` of ``gain`` token ``i`` has the low half, token ``i + tile // 2`` the high half. Behind ``transform_query`` and
+    before ``transform_output`` a token is ``gain * levels[width][code]``,
+    ``gain = 2 ** ((gain_code - gain_zero) / gain_steps + usual)``.
+
+    Attributes:
+        tile: tokens a tile.
+        row: words of the stream that a head's tile holds.
+        layout: "token" for word rows ``[R, C]`` of the ``C`` channels of a width (keys), "channel" for ``[C, R]`` (values).
+        channels: int32 ``[H_kv, kept, 3]`` on the CPU: width of each transformed channel (0: not stored), its first word in
+            the stream, and the words from one word row to the next.
+        group: a divisor of 16, and of ``kept``: each ``group`` channels from a multiple of it on have one width and follow
+            one another in memory.
+        levels: what the codes of each width mean.
+        usual: float32 ``[H_kv]`` on the tokens' device, base-2 logarithm of the gain of code ``gain_zero``.
+        gain_zero: as above.
+        gain_steps: gain codes an octave.
+    """
+
+    tile: int
+    row: int
+    layout: Layout
+    channels: Tensor
+    group: int
+    levels: Mapping[int, tuple[float, ...]]
+    usual: Tensor
+    gain_zero: int
+    gain_steps: int
+
+    @property
+    def kept(self) -> int:
+        """Channels of a head behind the transform."""
+        return self.channels.shape[1]
+
+
 class Quantizer(ABC):
     """Turns full-precision tokens into packed ones and back.
 
     A quantizer belongs to one layer and one side (keys or values). Attention never needs ``decode``: it asks for
     ``scores`` and ``combine``, which a quantizer may answer without reconstructing a token. Where the packed part is
-    a ``PackedFormat``, ``format`` says which, and a kernel reads the words itself after ``transform_query`` and
-    before ``transform_output``.
+    a ``PackedFormat``, ``format`` says which (``planes`` tells of channels of several widths), and a kernel reads the words
+    itself after ``transform_query`` and before ``transform_output``.
 
     Attributes:
         kind: the name it is chosen by.
@@ -154,6 +195,14 @@ class Quantizer(ABC):
     # what a kernel does around the packed format
     def plain_encoding(self, device: torch.device) -> PlainEncoding | None:
         """What ``encode`` does on ``device``, if a kernel can do the same; ``None`` (the default) if only this class can."""
+        return None
+
+    def planes(self) -> PlaneLayout | None:
+        """Where a kernel finds the codes if there is no ``format``; ``None`` (the default) if only this class reads them.
+
+        For quantizers that code ``heads_together``. The same object for as long as what it says holds: kernels keep what they
+        derive from it.
+        """
         return None
 
     def transform_query(self, query: Tensor) -> Tensor:
@@ -432,7 +481,10 @@ class Kernel(ABC):
 
     @abstractmethod
     def supports(self, format: PackedFormat | None, head_dim: int, device: torch.device, dtype: torch.dtype) -> Support:
-        """Whether this case can run here, with the reason if not. Asked once, when a cache is built."""
+        """Whether this case can run here, with the reason if not. Asked once, when a cache is built.
+
+        Without a ``format`` nothing is known of the codes yet: a yes then means that ``accepts`` will look at each call.
+        """
 
     def accepts(self, *args: Any, **kwargs: Any) -> Support:
         """Whether this very call can run; asked before it, with the same arguments.

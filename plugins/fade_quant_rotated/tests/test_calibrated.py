@@ -176,6 +176,47 @@ def test_error_on_gaussian_tokens_is_what_water_filling_promised(side: str, seed
     assert bool(((ratio > 0.8) & (ratio < 1.1)).all()), ratio  # a searched gain does a little better than a fixed one
 
 
+@pytest.mark.parametrize("side", ["key", "value"])
+@pytest.mark.parametrize(("widths", "group"), [((0, 2, 4), 16), ((0, 1, 2, 4), 1)])
+def test_planes_tell_where_every_code_is(side: str, widths: tuple, group: int, seed: int) -> None:
+    """Tokens read word by word, by the layout alone, are those that the quantizer decodes."""
+    found, mean, cov = side_calibration()
+    quantizer = CalibratedQuantizer(found, water_fill(found.worth, 1.7, widths, group), side)
+    layout = quantizer.planes()
+    assert layout is not None and layout is quantizer.planes()
+    assert layout.group % group == 0
+    x = tokens(mean, cov, 1, 128)
+    packed = quantizer.encode(x)
+    stream = packed.fields["codes"].transpose(1, 2).flatten(2)[0]  # [n, words]: row after row
+    y = torch.zeros(1, HEADS, 128, layout.kept)
+    for head in range(HEADS):
+        low = packed.fields["gain"][0, head] & 15
+        code = torch.cat([low, packed.fields["gain"][0, head] >> 4], -1).flatten()
+        gain = torch.exp2((code.float() - layout.gain_zero) / layout.gain_steps + layout.usual[head])
+        for channel in range(layout.kept):
+            width, word, step = layout.channels[head, channel].tolist()
+            if not width:
+                continue
+            rows = layout.tile * width // 16
+            words = stream[:, word + step * torch.arange(rows)].int()
+            codes = torch.stack([words >> (width * j) & (2**width - 1) for j in range(16 // width)], 1).flatten()
+            y[0, head, :, channel] = torch.tensor(layout.levels[width])[codes] * gain
+    again = quantizer.transform_output(y, torch.ones_like(y[..., :1]))
+    torch.testing.assert_close(again, quantizer.decode(packed), atol=1e-5, rtol=1e-5)
+
+
+def test_planes_are_of_one_state_and_of_one_plane_a_width(seed: int) -> None:
+    found, _, _ = side_calibration()
+    quantizer = CalibratedQuantizer(found, water_fill(found.worth, 1.7, (0, 2, 4), 16))
+    before = quantizer.planes()
+    quantizer.load_state_dict({**quantizer.state_dict(), "usual": quantizer.state_dict()["usual"] + 1})
+    after = quantizer.planes()
+    assert before is not None and after is not None
+    assert torch.equal(after.usual, before.usual + 1)
+    assert CalibratedQuantizer(found, water_fill(found.worth, 2.0)).planes() is None
+    assert CalibratedQuantizer(found, torch.zeros(HEADS, DIM, dtype=torch.long)).planes() is None
+
+
 def test_heads_share_their_bits_unevenly_and_all_are_counted(seed: int) -> None:
     found, mean, cov = side_calibration()
     widths = water_fill(found.worth, 1.5)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fade_core import AttentionOutput, FullSegment, PackedSegment
 from fade_core.errors import InputError
-from fade_core.interfaces import Kernel, Op, Quantizer, Support
+from fade_core.interfaces import Kernel, Op, PlaneLayout, Quantizer, Support
 from fade_core.packed import PackedFormat
 from fade_kernels_triton.decode import decode_attention
 from fade_kernels_triton.device import DTYPES, interpreted, unusable
@@ -25,6 +25,7 @@ from fade_kernels_triton.operands import (
     unsupported_format,
     unsupported_pair,
 )
+from fade_kernels_triton.planes import PlanesTier, planes_attention, unsupported_planes
 
 Segment = FullSegment | PackedSegment
 
@@ -32,8 +33,9 @@ Segment = FullSegment | PackedSegment
 class TritonDecodeAttention(Kernel):
     """``decode_attention`` over packed tiers and window, read in place.
 
-    Tiers whose quantizers rotate are launched one by one, with a query of their own, and merged by log-sum-exp; all
-    others and the window share a launch. Probabilities are not given: the core asks ``attention_mass`` for them.
+    Tiers whose quantizers rotate, and those whose channels have widths of their own, are launched one by one, with a query
+    of their own, and merged by log-sum-exp; all others and the window share a launch. Probabilities are not given: the core
+    asks ``attention_mass`` for them.
     """
 
     name: ClassVar[str] = "triton"
@@ -41,7 +43,9 @@ class TritonDecodeAttention(Kernel):
     priority: ClassVar[int] = -10 if interpreted() else 10  # interpreted it checks, and serves nobody unasked
 
     def supports(self, format: PackedFormat | None, head_dim: int, device: torch.device, dtype: torch.dtype) -> Support:
-        reason = unusable(device) or _unsupported(head_dim, dtype) or unsupported_format(format, "key")
+        reason = unusable(device) or _unsupported(head_dim, dtype)
+        if format is not None:  # without one there may be planes: `accepts` will see
+            reason = reason or unsupported_format(format, "key")
         return Support(not reason, reason)
 
     def accepts(
@@ -74,7 +78,7 @@ class TritonDecodeAttention(Kernel):
             raise InputError(f"the Triton decode kernel does not take this call: {refused}")
         query = query if query.stride(3) == 1 else query.contiguous()
         packed = [s for s in segments if isinstance(s, PackedSegment)]
-        moved = [s for s in packed if _moves(s.store.tier.keys) or _moves(s.store.tier.values)]
+        moved = [s for s in packed if _has_planes(s) or _moves(s.store.tier.keys) or _moves(s.store.tier.values)]
         tiers = [_tier(s) for s in packed if s not in moved]
         window = next((_window(s, query) for s in segments if isinstance(s, FullSegment)), None)
         softcap = softcap or None
@@ -110,12 +114,16 @@ def _attend_moved(
     grouped = (query.float() * scaling).reshape(rows, segment.store.heads, -1, query.shape[-1])
     turned = keys.transform_query(grouped).reshape(rows, heads, queries, -1).contiguous()
     bias = keys.query_bias(grouped)
-    tier = _tier(segment)
-    output, lse = decode_attention(turned, [tier], scaling=1.0, softcap=softcap, captured=tier.table is None)
+    if _has_planes(segment):
+        output, lse = planes_attention(turned, _planes_tier(segment))
+    else:
+        tier = _tier(segment)
+        output, lse = decode_attention(turned, [tier], scaling=1.0, softcap=softcap, captured=tier.table is None)
     if bias is not None:
         lse = lse + bias.reshape(lse.shape)
     back = output.reshape(rows, segment.store.heads, -1, output.shape[-1])
-    output = values.transform_output(back, torch.ones_like(back[..., :1])).reshape(rows, heads, queries, -1)
+    mass = (lse > -torch.inf).to(back.dtype).reshape(back[..., :1].shape)
+    output = values.transform_output(back, mass).reshape(rows, heads, queries, -1)
     return (output, lse) if sinks is None else _with_sinks(output, lse, sinks)
 
 
@@ -132,6 +140,21 @@ def _moves(quantizer: Quantizer) -> bool:
         own.transform_query is not Quantizer.transform_query
         or own.query_bias is not Quantizer.query_bias
         or own.transform_output is not Quantizer.transform_output
+    )
+
+
+def _has_planes(segment: PackedSegment) -> bool:
+    """Whether the tier is read by the planes of its quantizers: they have no packed format."""
+    return segment.store.tier.keys.format is None
+
+
+def _planes_tier(segment: PackedSegment) -> PlanesTier:
+    store = segment.store
+    book, keys, values = store.device_book(), store.tier.keys.planes(), store.tier.values.planes()
+    if keys is None or values is None:
+        raise InputError(f"tier {store.tier.name!r} has no planes")
+    return PlanesTier(
+        keys, values, store.kernel_fields("k"), store.kernel_fields("v"), book.used, book.table, book.counts
     )
 
 
@@ -198,8 +221,27 @@ def _refusal(query: Tensor, segments: Sequence[Segment], softcap: float | None) 
         if window.keys.dtype != query.dtype or window.values.dtype != query.dtype:
             return f"a window of {window.keys.dtype} beside a query of {query.dtype}"
     for tier in (s.store.tier for s in packed):
-        if reason := unsupported_pair(tier.keys.format, tier.values.format, query.shape[-1]):
+        if reason := _unreadable(tier.keys, tier.values, query.shape[-1]):
             return f"tier {tier.name!r}: {reason}"
         if softcap and type(tier.keys).query_bias is not Quantizer.query_bias:
             return f"tier {tier.name!r}: a soft cap over keys that are stored about a mean"
+    return ""
+
+
+def _unreadable(keys: Quantizer, values: Quantizer, head_dim: int) -> str:
+    """Why a tier of these quantizers cannot be read; empty if it can."""
+    if keys.format is not None or values.format is not None:
+        return unsupported_pair(keys.format, values.format, head_dim)
+    layouts: list[PlaneLayout] = []
+    for side, quantizer in (("key", keys), ("value", values)):
+        planes = quantizer.planes()
+        if planes is None:
+            return (
+                f"the {side} quantizer {quantizer.kind!r} has neither a packed format nor planes of one width a channel"
+            )
+        if reason := unsupported_planes(planes, side):
+            return reason
+        layouts.append(planes)
+    if layouts[0].tile != layouts[1].tile:
+        return f"keys in tiles of {layouts[0].tile} tokens beside values in tiles of {layouts[1].tile}"
     return ""

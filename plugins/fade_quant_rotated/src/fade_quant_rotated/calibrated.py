@@ -10,11 +10,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fade_core.errors import CheckpointError, ConfigError, InputError
-from fade_core.interfaces import Quantizer, QuantizerConfig, QuantizerContext, Side
+from fade_core.interfaces import PlaneLayout, Quantizer, QuantizerConfig, QuantizerContext, Side
 from fade_core.packed import Layout, Packed
 from fade_quant_rotated.calibrate import sketch_of
 from fade_quant_rotated.calibration import GAIN_BITS, Calibration, SideCalibration, load_calibration, plan_of
 from fade_quant_rotated.levels import check_tokens, to_tiles
+from fade_quant_rotated.lloyd_max import gaussian_levels
 from fade_quant_rotated.streams import StreamLayout
 
 GAIN_STEPS = 3
@@ -60,6 +61,7 @@ class CalibratedQuantizer(Quantizer):
 
     def _adopt(self, calibration: SideCalibration, widths: Tensor) -> None:
         """Code with this transform and these widths from now on."""
+        self._planes: PlaneLayout | None = None
         self._lay_out(widths)
         device, kept = self.device, self.layout.kept
         stored = (widths > 0).cpu()
@@ -159,6 +161,22 @@ class CalibratedQuantizer(Quantizer):
             total += (part * gain[:, :, None, :count]) @ levels[:, :, :count]
         return self.transform_output(total, weights.sum(-1, keepdim=True))
 
+    def planes(self) -> PlaneLayout | None:
+        """Where a kernel finds the codes; ``None`` where a width is more than one plane (3, 5, 6 bits) or nothing is stored."""
+        if self._planes is None and self.layout.single_planes:
+            self._planes = PlaneLayout(
+                self.tile,
+                self.layout.row,
+                self.layout.layout,
+                self.layout.places(),
+                self.layout.group,
+                {width: gaussian_levels(width) for width, _, _ in self.layout.runs},
+                self._state["usual"],
+                GAIN_ZERO,
+                GAIN_STEPS,
+            )
+        return self._planes
+
     def transform_query(self, query: Tensor) -> Tensor:
         """The query ``[B, H_kv, N, D]`` in the space of the stored channels, ``[B, H_kv, N, kept]``."""
         inverse, deviation = (self._state[name].to(query.dtype) for name in ("inverse", "deviation"))
@@ -188,6 +206,7 @@ class CalibratedQuantizer(Quantizer):
                 f"use the calibration file that the cache was made with"
             )
         self._state = {name: state[name].to(own[name].dtype).to(own[name].device) for name in self._state}
+        self._planes = None
 
 
 def _to_nibbles(codes: Tensor) -> Tensor:

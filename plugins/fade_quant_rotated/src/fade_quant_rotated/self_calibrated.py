@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fade_core.errors import CheckpointError, ConfigError
-from fade_core.interfaces import PromptView, Quantizer, QuantizerConfig, QuantizerContext, Side
+from fade_core.interfaces import PlaneLayout, PromptView, Quantizer, QuantizerConfig, QuantizerContext, Side
 from fade_core.packed import WORD_BITS, Packed
 from fade_quant_rotated.allocation import WIDTHS, check_widths, water_fill
 from fade_quant_rotated.calibrate import side_of
@@ -96,6 +96,7 @@ class SelfCalibratedQuantizer(CalibratedQuantizer):
 
     def forget(self) -> None:
         self._state: dict[str, Tensor] = {}
+        self._planes = None
         self._why_not = "tokens had to be encoded before a prompt was seen"
         self.shortcoming = ""
 
@@ -108,6 +109,10 @@ class SelfCalibratedQuantizer(CalibratedQuantizer):
 
     def _learn(self, calibration: SideCalibration) -> None:
         self._adopt(calibration, water_fill(calibration.worth, self.channel_bits, self.choice, self.group))
+
+    def planes(self) -> PlaneLayout | None:
+        """As ``CalibratedQuantizer``'s, of what was learnt; ``None`` before."""
+        return super().planes() if self._state else None
 
     # --- state ---
     def state_dict(self) -> dict[str, Tensor]:

@@ -1,0 +1,462 @@
+"""Tiers whose channels have widths of their own (``kind = "calibrated"``), read in place."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from oracle import relative_error, seed
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fade_core import FadeConfig, FullSegment, create_tiered_cache
+from fade_core.errors import InputError
+from fade_core.fixedstore import TileView
+from fade_core.interfaces import Event, PlaneLayout, Quantizer, TelemetrySink, Tier
+from fade_core.kernels.attention import PackedSegment, decode_attention
+from fade_core.packed import Packed
+from fade_core.quantizers.uniform import UniformQuantizer
+from fade_core.tierstore import TierStore, Tokens
+from fade_kernels_triton.kernel import TritonDecodeAttention
+from fade_kernels_triton.planes import PlanesTier, planes_attention, reading_of, unsupported_planes
+
+calibrated = pytest.importorskip("fade_quant_rotated.calibrated")
+calibration = pytest.importorskip("fade_quant_rotated.calibration")
+water_fill = pytest.importorskip("fade_quant_rotated.allocation").water_fill
+
+KERNEL = TritonDecodeAttention()
+KERNEL_WIDTHS = (0, 2, 4)
+
+
+def quantizer(
+    heads: int, dim: int, side: str, bits: float, tile: int = 64, widths: tuple[int, ...] = KERNEL_WIDTHS,
+    group: int = 16, device: str = "cpu",
+) -> Any:  # fmt: skip
+    """A calibrated quantizer of random statistics; heads are of different worth, so that they own different widths."""
+    forward, _ = torch.linalg.qr(torch.randn(heads, dim, dim))
+    deviation = 0.97 ** torch.arange(dim) * (1 + torch.rand(heads, 1))
+    worth = deviation.square() * 2.0 ** torch.randn(heads, 1)
+    found = calibration.SideCalibration(
+        torch.randn(heads, dim), forward.half(), deviation, 1 + torch.rand(heads, 1).expand(-1, dim), worth
+    )
+    given = water_fill(worth, bits, widths, group)
+    return calibrated.CalibratedQuantizer(found, given, side, tile, torch.device(device))
+
+
+def store_of(keys: Any, values: Any, counts: Tensor, device: str, flat: bool = False) -> TierStore:
+    """Random tokens about a mean; ``counts`` int64 ``[B, H_kv]`` of them, the rest of the pool is rubbish."""
+    rows, heads = counts.shape
+    store = TierStore(Tier("t", "rest", keys, values), rows, heads, torch.device(device), torch.float16, explicit=False)
+    length = int(counts.max())
+    tokens = [torch.randn(rows, heads, length, keys.head_dim, device=device).half() for _ in range(2)]
+    if flat:
+        tokens = [tokens[0] * 0.01, tokens[1] + 1]
+    store.append(Tokens(*tokens, torch.arange(length, device=device).expand(rows, 1, -1), counts, {}))
+    poison(store)
+    return store
+
+
+def poison(store: TierStore) -> None:
+    """A shuffled pool with free tiles between those in use, and rubbish in them."""
+    held = next(iter(store.pool.fields.values())).shape[0]
+    order = torch.randperm(held + 5)[:held]
+    for name, field in store.pool.fields.items():
+        bits = 8 if field.dtype == torch.uint8 else 15
+        fresh = torch.randint(2**bits, (held + 5, *field.shape[1:]), device=field.device).to(field.dtype)
+        fresh[order.to(field.device)] = field
+        store.pool.fields[name] = fresh
+    store.pool.capacity = held + 5
+    store.table = torch.where(store.table >= 0, order[store.table.clamp_min(0)], -1)
+    store._book_changed()
+
+
+def packed(store: TierStore, queries: int = 1) -> PackedSegment:
+    live = store.valid()
+    return PackedSegment(store, None if live is None else live[:, :, None].expand(-1, -1, queries, -1), plain=True)
+
+
+def decoded(segment: PackedSegment, dtype: torch.dtype) -> FullSegment:
+    """The same tokens in ``dtype``, for torch's own attention."""
+    keys, values = segment.store.packed()
+    full = (
+        q.decode(Packed(p.fields, p.length, torch.float32)).to(dtype)
+        for q, p in ((segment.store.tier.keys, keys), (segment.store.tier.values, values))
+    )
+    return FullSegment(*full, segment.mask)
+
+
+def check(query: Tensor, segments: list[Any], scaling: float, sinks: Tensor | None = None) -> None:
+    """At most twice the error of bf16 attention over the decoded tokens, both against the oracle in float64."""
+    assert KERNEL.accepts(query, segments, scaling), KERNEL.accepts(query, segments, scaling).reason
+    wanted = decode_attention(query.double(), segments, scaling, sinks=sinks)
+    found = KERNEL(query, segments, scaling, sinks=sinks)
+    assert found.output.dtype == query.dtype and found.output.shape == query.shape
+    plain = [decoded(s, torch.bfloat16) if isinstance(s, PackedSegment) else s for s in segments]
+    plain = [FullSegment(s.keys.bfloat16(), s.values.bfloat16(), s.mask) for s in plain]
+    rounded = decode_attention(query.bfloat16(), plain, scaling, sinks=sinks).output.bfloat16()
+    assert relative_error(found.output, wanted.output) <= 2 * relative_error(rounded, wanted.output)
+    torch.testing.assert_close(found.lse.double(), wanted.lse, atol=6e-3, rtol=2e-3)
+
+
+CASES = [  # rows, KV heads, query heads, D, tile, bits of keys and values
+    (2, 2, 8, 64, 64, 2.25, 1.8),
+    (2, 2, 4, 128, 128, 2.0, 2.0),
+    (1, 3, 3, 64, 64, 2.7, 1.5),  # rows that words do not divide evenly
+    (1, 8, 16, 128, 64, 1.9, 1.6),
+    (1, 1, 5, 96, 128, 3.0, 2.2),
+    (1, 2, 2, 80, 64, 1.9, 2.0),
+    (1, 1, 2, 256, 64, 2.0, 1.7),
+]
+
+
+@pytest.mark.parametrize(("rows", "heads", "query_heads", "dim", "tile", "key_bits", "value_bits"), CASES)
+def test_parity(
+    rows: int, heads: int, query_heads: int, dim: int, tile: int, key_bits: float, value_bits: float, device: str
+) -> None:
+    seed()
+    keys = quantizer(heads, dim, "key", key_bits, tile, device=device)
+    values = quantizer(heads, dim, "value", value_bits, tile, device=device)
+    store = store_of(keys, values, torch.full((rows, heads), 3 * tile), device)
+    query = torch.randn(rows, query_heads, 1, dim, device=device).half()
+    check(query, [packed(store)], dim**-0.5)
+
+
+@pytest.mark.parametrize(("widths", "bits"), [((0, 4), 2.0), ((0, 2), 1.5), ((0, 2), 2.0)])
+def test_one_width_alone(widths: tuple[int, ...], bits: float, device: str) -> None:
+    seed()
+    keys, values = (quantizer(2, 64, side, bits, widths=widths, device=device) for side in ("key", "value"))
+    store = store_of(keys, values, torch.full((1, 2), 256), device)
+    check(torch.randn(1, 6, 1, 64, device=device).half(), [packed(store)], 0.125)
+
+
+def test_a_head_without_bits(device: str) -> None:
+    seed()
+    sides = []
+    for side in ("key", "value"):
+        made = quantizer(2, 64, side, 2.0, device=device)
+        found = calibration.SideCalibration(
+            made._state["mean"], torch.eye(64).expand(2, -1, -1).half(), torch.ones(2, 64), torch.ones(2, 64),
+            torch.ones(2, 64),
+        )  # fmt: skip
+        widths = torch.tensor([[4] * 16 + [2] * 16 + [0] * 32, [0] * 64])
+        sides.append(calibrated.CalibratedQuantizer(found, widths, side, 64, torch.device(device)))
+    store = store_of(*sides, torch.full((1, 2), 192), device)
+    check(torch.randn(1, 4, 1, 64, device=device).half(), [packed(store)], 0.125)
+
+
+@pytest.mark.parametrize("queries", [1, 3, 8])
+def test_ragged_rows_beside_a_window_and_another_tier(queries: int, device: str) -> None:
+    seed()
+    keys, values = (quantizer(2, 64, side, 2.1, device=device) for side in ("key", "value"))
+    counts = torch.tensor([[200, 130], [64, 7], [0, 0]])  # tiles cut short, a head without its sibling's, an empty row
+    store = store_of(keys, values, counts, device)
+    plain = store_of(
+        UniformQuantizer(64, 2, "token"), UniformQuantizer(64, 2, "token", layout="channel"), counts, device
+    )
+    window = [torch.randn(3, 2, 21, 64, device=device).half() for _ in range(2)]
+    seen = (torch.arange(21) <= torch.arange(21 - queries, 21)[:, None]).to(device)[None, None]
+    query = torch.randn(3, 6, queries, 64, device=device).half()
+    segments = [packed(store, queries), packed(plain, queries), FullSegment(*window, seen, plain=True)]
+    check(query, segments, 0.2, torch.randn(6, device=device))
+
+
+def test_empty_rows_have_no_mass(device: str) -> None:
+    seed()
+    keys, values = (quantizer(2, 64, side, 2.1, device=device) for side in ("key", "value"))
+    store = store_of(keys, values, torch.tensor([[70, 3], [0, 0]]), device)
+    found = KERNEL(torch.randn(2, 4, 1, 64, device=device).half(), [packed(store)], 0.1)
+    assert bool((found.lse[1] == -torch.inf).all()) and bool((found.output[1] == 0).all())
+    assert bool(found.output[0].isfinite().all())
+
+
+@pytest.mark.parametrize(("heads", "tile", "splits"), [(2, 64, 0), (3, 64, 2), (2, 128, 2)])
+def test_tiles_in_place_without_a_table(heads: int, tile: int, splits: int, device: str) -> None:
+    """As a cache of fixed size has them: what lies past the tiles in use is rubbish."""
+    seed()
+    keys, values = (quantizer(heads, 64, side, 2.1, tile, device=device) for side in ("key", "value"))
+    tokens = [torch.randn(2, heads, 5 * tile, 64, device=device) for _ in range(2)]
+    fields = [q.encode(x).fields for q, x in zip((keys, values), tokens, strict=True)]
+    used = torch.tensor([[4], [1]], dtype=torch.int32, device=device).expand(-1, heads).contiguous()
+    free = torch.arange(5, device=device) >= used[..., None]
+    for side in fields:
+        side["codes"][free] = -1
+        side["gain"][free] = 255
+    view = TileView(Tier("t", "rest", keys, values), *fields, used, torch.float16)
+    mask = (torch.arange(5 * tile, device=device) < used[:, :1] * tile)[:, None, None]
+    query = torch.randn(2, 2 * heads, 1, 64, device=device).half()
+    check(query, [PackedSegment(view, mask, plain=True)], 0.125)
+    tier = PlanesTier(keys.planes(), values.planes(), *fields, used)
+    inside = keys.transform_query(query.float().view(2, heads, 2, 64)).reshape(2, 2 * heads, 1, -1).contiguous()
+    one, many = planes_attention(inside, tier, 1), planes_attention(inside, tier, splits)
+    torch.testing.assert_close(one[0], many[0], atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(one[1], many[1], atol=1e-4, rtol=1e-4)
+
+
+def test_long_and_flat_attention(device: str) -> None:
+    seed()
+    keys, values = (quantizer(1, 64, side, 2.1, device=device) for side in ("key", "value"))
+    store = store_of(keys, values, torch.full((1, 1), 64 * 40), device, flat=True)
+    check(torch.randn(1, 2, 1, 64, device=device).half() * 0.1, [packed(store)], 0.125)
+
+
+# --- in a cache ---
+class Events(TelemetrySink):
+    def __init__(self) -> None:
+        self.reasons: set[str] = set()
+
+    def emit(self, event: Event) -> None:
+        if event.kind == "fallback":
+            self.reasons.add(event.detail["reason"])
+
+
+def tiny_llama(device: str) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=1024, initializer_range=0.1,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval().to(device, torch.bfloat16)
+
+
+def config_of(decode: str, file: str, **more: Any) -> FadeConfig:
+    side = {"kind": "calibrated", "file": file, "side_bits": 2.3, "widths": KERNEL_WIDTHS, "group": 16}
+    kernel = {"kind": "auto", "decode_attention": decode, "append": "torch", "attention_mass": "torch"}
+    fields = {"n_sink": 4, "recent_window": 16, "keys": side, "values": side, "kernel": kernel}
+    return FadeConfig.model_validate(fields | more)
+
+
+@pytest.fixture
+def file(tmp_path: Any) -> str:
+    """A calibration of random statistics for ``tiny_llama``: no better than a rotation, and of unequal widths."""
+    seed()
+    sides: dict[str, dict[int, Any]] = {}
+    for side in ("key", "value"):
+        sides[side] = {}
+        for layer in range(2):
+            forward, _ = torch.linalg.qr(torch.randn(2, 64, 64))
+            worth = 0.96 ** torch.arange(64) * 2.0 ** torch.randn(2, 1)
+            sides[side][layer] = calibration.SideCalibration(
+                torch.zeros(2, 64), forward.half(), torch.ones(2, 64), torch.ones(2, 64), worth
+            )
+    made = calibration.Calibration(sides, 64, 2, 2, torch.zeros(2, 16), {"bits": 2.3, "widths": [0, 2, 4], "group": 16})
+    path = tmp_path / "calibration.safetensors"
+    made.save(path)
+    return str(path)
+
+
+@pytest.fixture
+def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The random calibration belongs to no model."""
+    monkeypatch.setattr(calibrated, "sketch_of", lambda model: None)
+
+
+@torch.no_grad()
+def logits(model: Any, config: FadeConfig, ids: Tensor, prompt: int, **options: Any) -> tuple[Tensor, set[str]]:
+    events = Events()
+    with create_tiered_cache(model, config, **options) as cache:
+        cache.sinks.append(events)
+        model(ids[:, :prompt], past_key_values=cache, use_cache=True)
+        found = [
+            model(ids[:, at : at + 1], past_key_values=cache, use_cache=True).logits
+            for at in range(prompt, ids.shape[1])
+        ]
+        cache.settle()
+    return torch.cat(found, 1).float(), events.reasons
+
+
+@pytest.mark.usefixtures("anywhere")
+@pytest.mark.parametrize("more", [{}, {"policy": {"kind": "h2o", "budget": 120, "every": 2}}], ids=["all", "h2o"])
+def test_a_growing_cache_decodes_as_torch_does(more: dict[str, Any], file: str, device: str) -> None:
+    model = tiny_llama(device)
+    ids = torch.randint(1, 97, (1, 204), device=device)
+    wanted, _ = logits(model, config_of("torch", file, **more), ids, 200)
+    found, reasons = logits(model, config_of("triton", file, **more), ids, 200)
+    assert not reasons
+    assert relative_error(found, wanted.double()) < 0.02
+
+
+@pytest.mark.usefixtures("anywhere")
+def test_a_cache_of_fixed_size_decodes_as_torch_does(file: str, device: str) -> None:
+    model = tiny_llama(device)
+    ids = torch.randint(1, 97, (1, 86), device=device)
+    wanted, _ = logits(model, config_of("torch", file), ids, 82, max_cache_len=256)
+    found, reasons = logits(model, config_of("triton", file), ids, 82, max_cache_len=256)
+    assert not reasons
+    assert relative_error(found, wanted.double()) < 0.02
+
+
+@pytest.mark.parametrize("widths", [KERNEL_WIDTHS, (0, 2, 3, 4)])
+def test_what_is_learnt_from_a_prompt_is_read_where_its_widths_allow(widths: tuple[int, ...], device: str) -> None:
+    seed()
+    model = tiny_llama(device)
+    ids = torch.randint(1, 97, (1, 202), device=device)
+    side = {"kind": "self-calibrated", "bits": 2.5, "widths": widths, "group": 16}
+    wanted, _ = logits(model, config_of("torch", "", keys=side, values=side), ids, 200)
+    found, reasons = logits(model, config_of("triton", "", keys=side, values=side), ids, 200)
+    assert relative_error(found, wanted.double()) < 0.02
+    told = (
+        "tier '2.5': the key quantizer 'self-calibrated' has neither a packed format nor planes of one width a channel"
+    )
+    assert reasons == (set() if widths == KERNEL_WIDTHS else {told})
+
+
+# --- what it refuses ---
+def test_it_refuses_and_says_why(device: str) -> None:
+    seed()
+    query = torch.randn(1, 2, 1, 64, device=device).half()
+
+    def reason(keys: Any, values: Any, **options: Any) -> str:
+        segment = packed(store_of(keys, values, torch.full((1, 2), 64), device))
+        answer = KERNEL.accepts(query, [segment], 0.1, **options)
+        if not answer:
+            with pytest.raises(InputError, match=re.escape(answer.reason)):
+                KERNEL(query, [segment], 0.1, **options)
+        return str(answer.reason)
+
+    good = [quantizer(2, 64, side, 2.1, device=device) for side in ("key", "value")]
+    assert not reason(*good)
+    assert "mean" in reason(*good, softcap=5.0)
+    assert "by 1 (it reads groups of 16" in reason(quantizer(2, 64, "key", 2.1, group=1, device=device), good[1])
+    assert "'calibrated' has neither" in reason(
+        good[0], quantizer(2, 64, "value", 2.1, widths=(0, 2, 3), device=device)
+    )
+    assert "1 bits beside others" in reason(quantizer(2, 64, "key", 1.1, widths=(0, 1, 2), device=device), good[1])
+    assert "channel-major" in reason(quantizer(2, 64, "value", 2.1, device=device), good[1])
+    tall = [quantizer(2, 64, side, 2.1, 32, device=device) for side in ("key", "value")]
+    assert "tiles of 32" in reason(*tall)
+    uniform = UniformQuantizer(64, 4, "token", layout="channel")
+    assert "no packed format" in reason(good[0], uniform)
+
+
+def test_a_cache_without_a_format_is_asked_call_by_call(device: str) -> None:
+    where = torch.device(device)
+    assert KERNEL.supports(None, 64, where, torch.float16)
+    assert "head_dim 72" in KERNEL.supports(None, 72, where, torch.float16).reason
+    assert Quantizer.planes(UniformQuantizer(64, 4)) is None
+
+
+def test_other_levels_and_layouts_are_refused() -> None:
+    channels = torch.zeros(1, 32, 3, dtype=torch.int32)
+    channels[..., 0] = torch.tensor([4] * 16 + [2] * 16)
+    channels[0, :, 1] = torch.cat([torch.arange(16), 256 + torch.arange(16)])
+    channels[..., 2] = 16
+    levels = {4: tuple(i - 7.5 for i in range(16)), 2: (-1.0, 0.0, 0.5, 3.0)}
+
+    def layout(**changed: Any) -> PlaneLayout:
+        fields = {"tile": 64, "row": 384, "layout": "token", "channels": channels, "group": 16, "levels": levels}
+        return PlaneLayout(**fields | changed, usual=torch.zeros(1), gain_zero=10, gain_steps=3)
+
+    assert not unsupported_planes(layout(), "key")
+    assert reading_of(layout()).places.tolist() == [[0, 1, 256, 1]]
+    assert "symmetric" in unsupported_planes(layout(levels=levels | {4: tuple(range(16))}), "key")
+    assert "rise" in unsupported_planes(layout(channels=channels.flip(1)), "key")
+
+
+# --- the code for the GPU, without one ---
+def emulate(text: str, *operands: int) -> dict[str, int]:
+    """Run the few PTX instructions that look levels up, on 32-bit registers."""
+    held = {"%laneid": int(torch.randint(32, ()))} | {
+        f"${n}": value & 0xFFFFFFFF for n, value in operands_of(operands).items()
+    }
+
+    def value(name: str) -> int:
+        return held[name] if name in held else int(name, 0)
+
+    for line in text.split(";"):
+        found = re.fullmatch(r"([a-z0-9.]+) (\S+), (.*)", line.strip().lstrip("{").strip())
+        if found is None or found[1].startswith(".reg"):
+            continue
+        op, to, *rest = found[1].split(".")[0], found[2], *found[3].split(", ")
+        a, b, c = (*(value(name) for name in rest), 0, 0)[:3]
+        if op == "prmt":
+            both = a | b << 32
+            assert not c & 0x8888, "the sign-replicating mode is not meant"
+            held[to] = sum((both >> 8 * (c >> 4 * i & 7) & 0xFF) << 8 * i for i in range(4))
+        else:
+            shift = b if op in {"shr", "shl"} else 0
+            done = {
+                "and": a & b, "xor": a ^ b, "not": ~a, "shr": a >> shift, "shl": a << shift, "sub": a - b,
+                "add": a + b, "mul": a * b, "mad": a * b + c, "mov": a,
+            }  # fmt: skip
+            held[to] = done[op] & 0xFFFFFFFF
+    return held
+
+
+def operands_of(operands: tuple[int, ...]) -> dict[int, int]:
+    """The first operand after the outputs is a pair of words, every other one comes twice."""
+    first, *tables = operands
+    outputs = 16 - 4 * len(tables) if len(tables) == 2 else 4
+    found = {outputs: first}
+    for n, table in enumerate(tables):
+        found |= {outputs + 1 + 2 * n: table, outputs + 2 + 2 * n: table}
+    return found
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_the_ptx_gives_the_level_of_every_code() -> None:
+    from fade_kernels_triton.jit import levels as jit  # the text only: no kernel runs
+
+    layout = quantizer(2, 64, "key", 2.2).planes()
+    table = reading_of(layout).table
+    source = {name: inspect.getsource(getattr(jit, name).fn) for name in ("_prmt4", "_prmt2")}
+    seed()
+    for name, width, tables in (("_prmt4", 4, table[:4]), ("_prmt2", 2, table[4:])):
+        text = re.search(r'"""(\{.*?\})"""', source[name], re.DOTALL)
+        assert text is not None
+        meant = torch.tensor(layout.levels[width]).half()
+        for word in torch.randint(2**32, (300,)).tolist():
+            held = emulate(text[1].strip("{}"), word, *tables)
+            for field in range(16 // width):
+                pair = held[f"${field}"]
+                for half in (0, 1):
+                    code = word >> (16 * half + width * field) & (2**width - 1)
+                    bits = torch.tensor(pair >> 16 * half & 0xFFFF).to(torch.int16).view(torch.float16)
+                    assert bits == meant[code]
+
+
+_COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import triton
+from fade_kernels_triton.jit.planes import planes_kernel
+
+names = planes_kernel.arg_names
+pointers = {"QUERY": "*fp32", "KEY_CODES": "*i16", "VALUE_CODES": "*i16", "KEY_USUAL": "*fp32", "VALUE_USUAL": "*fp32",
+            "PART": "*fp32", "PART_LSE": "*fp32"}
+pointers |= {n: "*i32" for n in ("KEY_GAIN", "VALUE_GAIN", "KEY_PLACES", "VALUE_PLACES", "TABLE", "COUNT", "VALID")}
+table = (-1, 17, 33, 1000, 5, 6)
+sizes = []
+for tile, has_table, aligned in ((64, True, True), (128, False, True), (64, True, False)):
+    constants = dict(HEADS=4, Q_LEN=1, N=8, KEY4=1, KEY2=2, VALUE4=1, VALUE2=2, KEY_ALIGNED=aligned, VALUE_ALIGNED=True,
+                     TILE=tile, KEY_ZERO=10, KEY_STEPS=3, VALUE_ZERO=10, VALUE_STEPS=3, KEY_TABLE=table,
+                     VALUE_TABLE=table, STAGES=3, INTERPRET=False)
+    if not has_table:
+        constants |= dict(TABLE=None, VALID=None)
+    kinds = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
+    divisible = [n for n in names if kinds[n][0] == "*" or n.startswith(("query_stride", "key_", "value_"))]
+    source = ASTSource(planes_kernel, kinds, {(names.index(n),): v for n, v in constants.items()},
+                       {(names.index(n),): [["tt.divisibility", 16]] for n in divisible})
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
+    sizes.append(len(made.asm["cubin"]))
+    if aligned:
+        assert "cp.async" in made.asm["ptx"] and "ldmatrix" in made.asm["ptx"] and "prmt" in made.asm["ptx"]
+print(min(sizes))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_it_compiles_for_hopper_without_one() -> None:
+    """In a process of its own: here Triton may be told to interpret."""
+    done = subprocess.run(
+        [sys.executable, "-c", _COMPILE], env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) > 1000
