@@ -24,6 +24,13 @@ def logits(model: torch.nn.Module, cache: object, ids: torch.Tensor) -> torch.Te
     return model(ids[:, PROMPT:], past_key_values=cache).logits[0].log_softmax(-1)
 
 
+@torch.no_grad()
+def last(model: torch.nn.Module, cache: object, ids: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities after each of the last 16 tokens."""
+    model(ids[:, :-16], past_key_values=cache, logits_to_keep=1)
+    return model(ids[:, -16:], past_key_values=cache).logits[0].log_softmax(-1)
+
+
 def test_two_calibrated_bits_beat_the_best_rotation_by_far(tmp_path: Path) -> None:
     model, tokenizer = load_model("smollm2", dtype="float32", device="cpu")
     read = [(TEXTS / f"calibration-{name}-01.txt").read_text("utf-8") for name in ("britannica", "pride_and_prejudice")]
@@ -46,3 +53,17 @@ def test_two_calibrated_bits_beat_the_best_rotation_by_far(tmp_path: Path) -> No
         divergence[name] = float((exact.exp() * (exact - found)).sum(-1).mean())
     assert divergence["calibrated"] < 0.4 * divergence["rotated"], divergence
     assert divergence["shipped"] < divergence["calibrated"], divergence  # from ten times as many tokens
+
+
+@pytest.mark.slow
+def test_the_shipped_file_reaches_far_behind_its_texts() -> None:
+    """It was made from pieces of 1,024 tokens."""
+    model, tokenizer = load_model("smollm2", dtype="float32", device="cpu")
+    ids = tokenizer((TEXTS / "demo-alice-07.txt").read_text("utf-8"), return_tensors="pt").input_ids[:, :2816]
+    side = {"kind": "calibrated", "file": "smollm2", "bits": 2.1}
+    exact = last(model, DynamicCache(config=model.config), ids)
+    with create_tiered_cache(model, FadeConfig(keys=side, values=side)) as cache:
+        ours = last(model, cache, ids)
+    assert (
+        float((exact.exp() * (exact - ours)).sum(-1).mean()) < 0.05
+    )  # 1.6 if texts are read at their own places alone
