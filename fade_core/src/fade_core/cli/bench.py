@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fade_core.cli import benchdecode
-from fade_core.cli.console import errors, out, print_json, rows, size, table, working
+from fade_core.cli.console import complain, out, print_json, rows, size, table, working
 from fade_core.cli.options import PRESETS, Caches, Device, Dtype, Json, Model, named_caches, open_model
 
 WINDOW = 64
@@ -52,7 +52,7 @@ def bench(
     factories = {name: factory_of(cache) for name, cache in caches.items()}
     for peer in all_peers(WINDOW) if peers else ():
         if reason := refusal(peer, loaded, ids[:, :8]):
-            errors.print(f"left out: {peer.name}: {reason}", markup=False, highlight=False, soft_wrap=True)
+            complain(f"left out: {peer.name}: {reason}")
         else:
             factories[peer.name] = peer.factory
     with working(f"{len(factories) + 1} caches, {rounds} rounds of {steps} steps") as advance:

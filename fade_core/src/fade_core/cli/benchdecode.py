@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fade_core.cli.console import errors, out, print_json, rows, say, size, table, working
+from fade_core.cli.console import complain, errors, out, print_json, rows, say, size, table, working
 from fade_core.cli.options import Cache, Device, Json
 
 if TYPE_CHECKING:
@@ -74,11 +74,6 @@ def decode(
         complain(f"written: {output_dir}")
     if not all(one.green for one in found) or not found:
         raise typer.Exit(1)
-
-
-def complain(line: str) -> None:
-    """A line on stderr as it is."""
-    errors.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def report(found: list[Comparison], title: str) -> dict[str, Any]:

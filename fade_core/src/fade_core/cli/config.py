@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from fade_core.cli.console import errors, out, print_json, say
+from fade_core.cli.console import complain, out, print_json, say
 from fade_core.errors import FadeError
 
 app = typer.Typer(help="Show, validate and describe configurations.", no_args_is_help=True)
@@ -37,7 +37,7 @@ def validate(files: Annotated[list[Path], typer.Argument(help="Configuration fil
             FadeConfig.from_file(path)
         except FadeError as error:
             broken += 1
-            errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+            complain(f"error: {error}")
         else:
             say(f"{path}: valid")
     if broken:

@@ -63,6 +63,11 @@ def say(line: str) -> None:
     out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def complain(line: str) -> None:
+    """``say`` on stderr."""
+    errors.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def print_json(value: Any) -> None:
     """``value`` as indented JSON on stdout; NaN becomes null."""
     print(json.dumps(_finite(value), indent=2))  # noqa: T201 (rich would wrap long lines)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fade_core.cli.console import errors, out, print_json, rows, say, table, working
+from fade_core.cli.console import complain, out, print_json, rows, say, table, working
 from fade_core.cli.options import Device, Dtype, Json, Model, TextFiles, named_caches, open_model, read_texts
 from fade_core.errors import InputError
 
@@ -115,7 +115,7 @@ def write_csv(found: QualityResult, about: dict[str, Any], path: Path) -> None:
 
 def _print(found: QualityResult, about: dict[str, Any]) -> None:
     for name, reason in found.left_out.items():
-        errors.print(f"left out: {name}: {reason}", markup=False, highlight=False, soft_wrap=True)
+        complain(f"left out: {name}: {reason}")
     title = (
         f"{about['model']} ({about['dtype']}, {about['device']}), {found.texts} texts of {found.prompt_tokens} + "
         f"{found.steps} tokens; exact: {found.exact_bytes_per_token:,.0f} bytes a token, perplexity "

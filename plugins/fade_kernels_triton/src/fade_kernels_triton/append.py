@@ -12,9 +12,8 @@ from fade_core.errors import InputError
 from fade_core.interfaces import Kernel, Op, Support
 from fade_core.packed import PackedFormat
 from fade_kernels_triton.device import interpreted, unusable
-from fade_kernels_triton.operands import HEAD_DIMS, unsupported_pair
+from fade_kernels_triton.operands import HEAD_DIMS, TOKEN_DTYPES, unsupported_pair
 
-WINDOW_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 BLOCK = 16
 """Window tokens that move together; at most a tile."""
 
@@ -98,8 +97,8 @@ def _values(keys: PackedFormat | None) -> PackedFormat | None:
 
 
 def _unsupported(head_dim: int, dtype: torch.dtype) -> str:
-    if dtype not in WINDOW_DTYPES:
-        return f"{dtype} (it takes {', '.join(map(str, WINDOW_DTYPES))})"
+    if dtype not in TOKEN_DTYPES:
+        return f"{dtype} (it takes {', '.join(map(str, TOKEN_DTYPES))})"
     if head_dim not in HEAD_DIMS:
         return f"head_dim {head_dim} (it takes {', '.join(map(str, HEAD_DIMS))})"
     return ""

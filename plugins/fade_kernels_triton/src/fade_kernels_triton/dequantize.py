@@ -11,7 +11,8 @@ from fade_core.errors import InputError
 from fade_core.interfaces import Kernel, Op, Quantizer, Support
 from fade_core.packed import Packed, PackedFormat
 from fade_kernels_triton.device import interpreted, unusable
-from fade_kernels_triton.encode import TOKEN_DTYPES, unsupported
+from fade_kernels_triton.encode import unsupported
+from fade_kernels_triton.operands import TOKEN_DTYPES
 
 
 class TritonDequantize(Kernel):

@@ -11,10 +11,7 @@ from fade_core.errors import InputError
 from fade_core.interfaces import Kernel, Op, Quantizer, Support
 from fade_core.packed import Packed, PackedFormat
 from fade_kernels_triton.device import interpreted, unusable
-from fade_kernels_triton.operands import HEAD_DIMS, TILES
-
-BITS = (2, 4)
-TOKEN_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+from fade_kernels_triton.operands import HEAD_DIMS, PACKED_BITS, TILES, TOKEN_DTYPES
 
 
 class TritonEncode(Kernel):
@@ -86,7 +83,7 @@ def unsupported(fmt: PackedFormat | None) -> str:
     """Why the kernel cannot write this format; empty if it can."""
     if fmt is None:
         return "the quantizer has no packed format"
-    if fmt.bits not in BITS or fmt.levels is not None:
+    if fmt.bits not in PACKED_BITS or fmt.levels is not None:
         return (
             f"{fmt.bits}-bit codes{' with a level table' if fmt.levels is not None else ''} (it writes uniform 2 or 4)"
         )

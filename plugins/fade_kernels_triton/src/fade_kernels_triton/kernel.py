@@ -23,6 +23,7 @@ from fade_kernels_triton.operands import (
     MAX_TIERS,
     PackedTier,
     Window,
+    moves,
     unsupported_format,
     unsupported_pair,
 )
@@ -82,7 +83,7 @@ class TritonDecodeAttention(Kernel):
             raise InputError(f"the Triton decode kernel does not take this call: {refused}")
         query = query if query.stride(3) == 1 else query.contiguous()
         packed = [s for s in segments if isinstance(s, PackedSegment)]
-        moved = [s for s in packed if _has_planes(s) or _moves(s.store.tier.keys) or _moves(s.store.tier.values)]
+        moved = [s for s in packed if _has_planes(s) or moves(s.store.tier.keys) or moves(s.store.tier.values)]
         tiers = [_tier(s) for s in packed if s not in moved]
         window = next((_window(s, query) for s in segments if isinstance(s, FullSegment)), None)
         softcap = softcap or None
@@ -135,16 +136,6 @@ def _with_sinks(output: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Ten
     """Let the sink logits ``[H_q]`` take their share of the mass."""
     whole = torch.logaddexp(lse, sinks.float().view(1, -1, 1))
     return output * torch.exp(lse - whole)[..., None], whole
-
-
-def _moves(quantizer: Quantizer) -> bool:
-    """Whether queries and outputs have to be taken to the space of the codes and back."""
-    own = type(quantizer)
-    return (
-        own.transform_query is not Quantizer.transform_query
-        or own.query_bias is not Quantizer.query_bias
-        or own.transform_output is not Quantizer.transform_output
-    )
 
 
 def _has_planes(segment: PackedSegment) -> bool:

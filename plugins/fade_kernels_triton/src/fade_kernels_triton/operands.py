@@ -9,16 +9,30 @@ import torch
 from torch import Tensor
 
 from fade_core.errors import InputError
+from fade_core.interfaces import Quantizer
 from fade_core.packed import PackedFormat
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 PACKED_BITS = (2, 4)
 TILES = (64, 128)
+TOKEN_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+"""What tokens come in and go out as; queries are 16-bit."""
+
 MAX_COLUMNS = 128
 """Query heads of a KV head times query tokens."""
 
 MAX_QUERIES = 8
 MAX_TIERS = 2
+
+
+def moves(quantizer: Quantizer) -> bool:
+    """Whether queries and outputs have to be taken to the space of the codes and back."""
+    own = type(quantizer)
+    return (
+        own.transform_query is not Quantizer.transform_query
+        or own.query_bias is not Quantizer.query_bias
+        or own.transform_output is not Quantizer.transform_output
+    )
 
 
 def unsupported_format(fmt: PackedFormat | None, side: str) -> str:

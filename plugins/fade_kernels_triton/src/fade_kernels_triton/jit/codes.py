@@ -184,3 +184,19 @@ def unit(BITS: tl.constexpr, j: tl.constexpr, SUBNORMAL: tl.constexpr):
         return SUBNORMAL_UNIT / place
     else:
         return 1.0 / place
+
+
+@triton.jit
+def codes_by_token(
+    CODES, token, channel, BITS: tl.constexpr, TRANSPOSED: tl.constexpr, R: tl.constexpr, D: tl.constexpr
+):
+    """int32 codes ``[TILE, DP]`` of the tile at CODES: field ``t // R`` of word row ``t % R`` is token ``t``; zeros past ``D``.
+
+    TRANSPOSED words are ``[D, R]``, others ``[R, D]``.
+    """
+    if TRANSPOSED:
+        where = channel[None, :] * R + (token % R)[:, None]
+    else:
+        where = (token % R)[:, None] * D + channel[None, :]
+    words = tl.load(CODES + where, mask=(channel < D)[None, :], other=0).to(tl.int32)
+    return (words >> (BITS * (token // R))[:, None]) & (2**BITS - 1)

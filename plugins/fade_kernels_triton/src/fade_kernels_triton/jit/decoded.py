@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fade_kernels_triton.jit.codes import high_half, low_half
+from fade_kernels_triton.jit.codes import codes_by_token, high_half, low_half
 
 
 @triton.jit
@@ -35,13 +35,8 @@ def dequantize_kernel(
     token = tl.arange(0, TILE)
     channel = tl.arange(0, DP)
     inside = (channel < D)[None, :]
-    if TRANSPOSED:
-        where = channel[None, :] * R + (token % R)[:, None]
-    else:
-        where = (token % R)[:, None] * D + channel[None, :]
     codes = CODES + row * code_stride_b + head * code_stride_h + number.to(tl.int64) * (R * D)
-    words = tl.load(codes + where, mask=inside, other=0).to(tl.int32)
-    x = ((words >> (BITS * (token // R))[:, None]) & (2**BITS - 1)).to(tl.float32)
+    x = codes_by_token(codes, token, channel, BITS, TRANSPOSED, R, D).to(tl.float32)
     META_SIZE: tl.constexpr = D if CHANNEL else TILE
     metas = META + row * meta_stride_b + head * meta_stride_h + number.to(tl.int64) * META_SIZE
     if CHANNEL:

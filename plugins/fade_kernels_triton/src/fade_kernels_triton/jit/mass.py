@@ -1,7 +1,7 @@
 """The mass kernel: how much of its attention each query gives to each packed token, from the keys alone.
 
 Grid ``[tiles, B * H_kv]``. The log-sum-exp over everything is known by then, so that no program needs another's result and
-the values are not read. A program decodes its tile token by token: field ``t // R`` of word row ``t % R`` is token ``t``.
+the values are not read.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fade_kernels_triton.jit.codes import high_half, low_half
+from fade_kernels_triton.jit.codes import codes_by_token, high_half, low_half
 from fade_kernels_triton.jit.decode import LOG2E, load_query, normalise
 from fade_kernels_triton.jit.packed import tanh
 
@@ -60,11 +60,8 @@ def mass_kernel(
             tile = tl.load(TABLE + bh * max_tiles + number).to(tl.int64)
         query = load_query(QUERY, row, kv_head, query_stride_b, query_stride_h, query_stride_q, HEADS, Q_LEN, D, DP, N)
         unit_query, norm = normalise(query)
-        inside = (channel < D)[None, :]
-        words = tl.load(
-            KEY_CODES + tile * (R * D) + (token % R)[:, None] * D + channel[None, :], mask=inside, other=0
-        ).to(tl.int32)
-        codes = ((words >> (BITS * (token // R))[:, None]) & (2**BITS - 1)).to(tl.float16)
+        words = KEY_CODES + tile * (R * D)
+        codes = codes_by_token(words, token, channel, BITS, False, R, D).to(tl.float16)
         if KEY_CHANNEL:
             meta = tl.load(KEY_META + tile * D + channel, mask=channel < D, other=0)
             scaled = (unit_query.to(tl.float32) * low_half(meta).to(tl.float32)[:, None]).to(tl.float16)
