@@ -574,9 +574,14 @@ class OneHeadGroup(Oracle):
 
 
 class Jitters(Oracle):
+    """A few last places apart at every other call: too little for agreement, and never rounded away."""
+
+    calls = 0
+
     def __call__(self, *args: Any, **kwargs: Any) -> AttentionOutput:
         found = decode_attention(*args, **kwargs)
-        return replace(found, output=found.output + 1e-9 * torch.rand(()))
+        self.calls += 1
+        return replace(found, output=found.output * (1 + 2.0**-20 * (self.calls % 2)))
 
 
 @pytest.mark.parametrize(
