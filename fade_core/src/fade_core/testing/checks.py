@@ -151,6 +151,14 @@ def fresh_seed() -> int:
     return time.time_ns() % 2**31
 
 
+def shuffled(count: int, generator: torch.Generator) -> Tensor:
+    """A random order of ``count`` things in which none keeps its place, int64 ``[count]``."""
+    ring = torch.randperm(count, generator=generator)
+    found = torch.empty_like(ring)
+    found[ring] = ring.roll(1)
+    return found
+
+
 def require(condition: bool, message: str) -> None:
     """Raise ``CheckFailedError`` with ``message`` unless ``condition`` holds."""
     if not condition:

@@ -21,6 +21,7 @@ from fade_core.testing.checks import (
     require,
     require_close,
     require_equal,
+    shuffled,
     unchanged,
 )
 from fade_core.tracker import QUERY_STATISTICS, STATISTICS
@@ -168,7 +169,7 @@ def inputs_kept(case: PolicyCase) -> None:
 def order(case: PolicyCase) -> None:
     """Permuting the tokens of a view permutes their scores and nothing else."""
     tokens = case.tokens(2, 3, 37, 16)
-    permuted = torch.randperm(37, generator=case.generator)
+    permuted = shuffled(37, case.generator)
     policy = case.build()
     wanted = policy.score(tokens.view())[:, :, permuted]
     found = policy.score(tokens.map(lambda tensor: tensor[:, :, permuted]).view())

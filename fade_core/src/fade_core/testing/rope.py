@@ -22,6 +22,7 @@ from fade_core.testing.checks import (
     require_close,
     require_equal,
     require_raises,
+    shuffled,
     unchanged,
 )
 
@@ -181,7 +182,7 @@ def inputs_kept(case: RopeCase) -> None:
 def order(case: RopeCase) -> None:
     """Permuting tokens with their positions permutes the result."""
     scheme, x, positions = case.build(), case.tokens(33), case.positions(33)
-    permuted = torch.randperm(33, generator=case.generator)
+    permuted = shuffled(33, case.generator)
     found = scheme.rotate(x[:, :, permuted], positions[permuted])
     require_equal(found, scheme.rotate(x, positions)[:, :, permuted], "permuted tokens")
 
