@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_fixed_evicting import EVICTING
 from test_modes import FAMILIES, PACKED, model_of
 from test_zoo import FAMILIES as ZOO
 from test_zoo import STOCK
@@ -81,6 +82,66 @@ def test_generate_compiles_one_graph_for_200_tokens(family: str, backend: str) -
         assert torch.equal(found, wanted)
         assert len(graphs) == 1
         assert cache.get_seq_length() == growing.get_seq_length()
+
+
+@pytest.mark.parametrize("name", ["ema, whole tiles", "h2o", "position"])
+def test_tokens_are_evicted_between_the_replays_of_one_graph(name: str) -> None:
+    """Tokens, tiers and statistics are those of the growing cache; within the graph nothing is read back."""
+    model, inputs, graphs = model_of("qwen3"), rows(), list[torch.fx.GraphModule]()
+
+    def unread(graph: torch.fx.GraphModule, example: list[Tensor]) -> Any:
+        graphs.append(graph)
+
+        def run(*args: Any) -> Any:
+            with NoHostRead():
+                return graph(*args)
+
+        return run
+
+    settings = CompileConfig(fullgraph=True, dynamic=None, backend=unread, mode=None)
+    settings._compile_all_devices = True
+    config = EVICTING[name]
+    with create_tiered_cache(model, config) as growing:
+        wanted = generate(model, growing, inputs, 80)
+    places: list[int] = []
+    with (
+        create_tiered_cache(model, config, max_cache_len=400) as cache,
+        torch._dynamo.config.patch(error_on_recompile=True),
+    ):
+        for _ in range(2):  # again after reset, in the same buffers
+            found = generate(model, cache, inputs, 80, compile_config=settings)
+            places = places or addresses(cache)
+            assert torch.equal(found, wanted)
+            assert addresses(cache) == places
+            for mine, theirs in zip(cache.tiered, growing.tiered, strict=True):
+                mine.between()
+                assert mine.logical == theirs.logical
+                assert torch.equal(mine.tier_map(), theirs.tier_map())
+                for statistic, held in mine.statistics()[0].items():
+                    live = theirs.stores[0].positions() >= 0
+                    torch.testing.assert_close(
+                        held[live], theirs.statistics()[0][statistic][live], rtol=1e-4, atol=1e-5
+                    )
+            cache.reset()
+    assert len(graphs) == 1
+
+
+@torch.no_grad()
+def test_a_cache_that_is_not_asked_between_steps_says_so() -> None:
+    model, config = model_of("llama"), EVICTING["position"].with_overrides(tile=64)
+    forward = torch.compile(model, backend="eager", fullgraph=True)
+    with create_tiered_cache(model, config, max_cache_len=4000) as cache:
+        model(prompt(1, 300), past_key_values=cache, use_cache=True)
+        layer = cache.tiered[0]
+        tiles = layer._parts()[1].max_tiles
+        assert tiles * 64 < 1300  # room for what is kept and what may come, not for all
+        inputs = step_inputs(cache, prompt(2, 1)) | {"position_ids": torch.full((1, 1), 300)}
+        layer._used.fill_(tiles - 1)
+        layer._stores_now[0].occupy(torch.full_like(layer._stores_now[0].per_head, tiles - 1))
+        for _ in range(70 + 64):
+            forward(**inputs, past_key_values=cache, use_cache=True)
+        with pytest.raises(InputError, match=r"compiled steps went by and nothing was evicted; .* get_mask_sizes"):
+            cache.memory_report()
 
 
 ROTATED = FadeConfig(n_sink=4, recent_window=16, tile=16, keys={"kind": "rotated"}, values={"kind": "rotated"})
@@ -184,7 +245,7 @@ def addresses(cache: TieredKVCache) -> list[int]:
         for layer in cache.tiered
         for t in (
             *(*layer._key_fields, *layer._value_fields, layer._window_keys, layer._window_values),
-            *(layer._lengths, layer._used, layer._counters, layer._first),
+            *(layer._lengths, layer._used, layer._counters, layer._first, *layer._window_notes, *layer._tile_notes),
         )
     ]
 

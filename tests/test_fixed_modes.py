@@ -48,7 +48,7 @@ def test_fixed_is_the_growing_cache(family: str, packed: str, mode: str) -> None
         assert ours.logical == theirs.logical
         assert torch.equal(ours.tier_map(), theirs.tier_map())
         for mine, his in zip(ours.stores[0].packed(), theirs.stores[0].packed(), strict=True):
-            live = torch.arange(ours.stores[0].tiles) < ours.stores[0].per_row[:, None]
+            live = torch.arange(ours.stores[0].tiles) < ours.stores[0].per_head[:, :1]
             for name in mine.fields:
                 assert torch.equal(mine.fields[name].transpose(1, 2)[live], his.fields[name].transpose(1, 2)[live])
     assert fixed.memory_report().total == live_bytes(fixed)

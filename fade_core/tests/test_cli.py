@@ -303,8 +303,10 @@ def test_bench_decode_prints_no_time_where_parity_is_red(
     assert "DynamicCache │" not in shown.stdout
 
 
-def test_bench_decode_refuses_what_does_not_compile(fade: Callable[..., Result]) -> None:
-    assert "cannot be compiled: layer 0: its tokens are evicted" in fade(*DECODE, "--config", "aggressive").stderr
+def test_bench_decode_refuses_what_does_not_compile(fade: Callable[..., Result], tmp_path: Path) -> None:
+    two = tmp_path / "two.toml"
+    two.write_text('ladder = [{tier = "int4", capacity = 64}, {tier = "int2"}]')
+    assert "cannot be compiled: layer 0: its ladder has 2 tiers" in fade(*DECODE, "--config", str(two)).stderr
     assert "unknown shape" in fade(*DECODE[:3], "huge").stderr
     if not torch.cuda.is_available():
         assert "on a GPU only" in fade(*DECODE, "--profile").stderr

@@ -65,9 +65,10 @@ def create_tiered_cache(
     Args:
         model: a decoder-only transformers model.
         config: what to compress and how; ``FadeConfig.safe()`` by default.
-        max_cache_len: most tokens the cache may see; longer input is refused before anything changes. Where nothing is
-            evicted and the ladder has one tier, buffers of that size are allocated once and ``generate`` can compile the
-            decode step (``is_compileable``); ``compile_refusal`` says why not elsewhere, and the cache grows up to there.
+        max_cache_len: most tokens the cache may see; longer input is refused before anything changes. Where the ladder has
+            one tier, buffers of that size (of what is kept, if tokens are evicted) are allocated once and ``generate`` can
+            compile the decode step (``is_compileable``); ``compile_refusal`` says why not elsewhere, and the cache grows up
+            to there.
         **overrides: fields of the configuration to change, flat spelling included.
 
     Raises:
@@ -262,6 +263,15 @@ class TieredKVCache(Cache):
                 layer.reorder_cache(rows)  # states move with it alone
             else:
                 layer.batch_select_indices(rows)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Length and offset of the mask of the next pass. It is asked for before each: that is when tokens are ranked."""
+        if not torch.compiler.is_compiling():
+            for layer in self.layers:
+                if isinstance(layer, FixedLayer):
+                    layer.between(int(query_length))
+        sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
+        return sizes
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
         """Logical length for masks; a tensor where only the device knows it (compiled steps)."""

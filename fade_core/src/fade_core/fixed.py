@@ -7,13 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fade_core.bytebudget import ByteBudget
 from fade_core.errors import ConfigError, InputError, NonFiniteError
+from fade_core.evictingstore import EvictingStore
 from fade_core.fixedstore import FixedStore
 from fade_core.fixedwindow import FixedWindow
 from fade_core.handle import Handle
 from fade_core.incoming import check_room, check_tokens
 from fade_core.interfaces import Kernel
 from fade_core.kernels.append import LOGICAL, NONFINITE, ODD_MASK, AppendRule
+from fade_core.ladder import tokens_of
 from fade_core.layer import REJECTABLE, LayerPlan, TieredLayer
 from fade_core.step import plan_step
 from fade_core.tierstore import TierStore
@@ -36,19 +39,51 @@ def refusal(plan: LayerPlan) -> str:
     ladder = plan.ladder
     if plan.attention != "fade":
         return "the model keeps its own attention, which reads dequantised tokens"
-    if ladder.bounded:
-        return "its tokens are evicted or demoted as the policy ranks them, and tiles of fixed places do not move"
     if plan.rope is not None:
         return "its tokens are read at other positions than they were written (reposition = 'contiguous')"
     if len(ladder.tiers) != 1:
         return f"its ladder has {len(ladder.tiers)} tiers, and buffers of fixed size hold one"
     tier = ladder.tiers[0]
+    if ladder.bounded and (reason := _keeps_evicting(plan)):
+        return reason
     learner = next((q for q in (tier.keys, tier.values) if q.learns), None)
     if learner is not None:
         return (
             f"quantizer {learner.kind!r} learns from each prompt, and a compiled graph would go on with the last one's"
         )
     return ""
+
+
+def _keeps_evicting(plan: LayerPlan) -> str:
+    """Why the eviction of a layer needs buffers that grow; empty if it does not."""
+    policy, tier = f"policy {plan.policy.kind!r}", plan.ladder.tiers[0]
+    if plan.allocates:
+        return f"{policy} gives heads budgets of their own, and buffers of fixed size have the same room for each"
+    if isinstance(plan.ladder.budget, ByteBudget):
+        return "its budget is in bytes, and buffers of fixed size hold theirs whatever is in them"
+    if plan.tracker.query_statistics:
+        return f"{policy} reads statistics of the queries, which compiled steps do not keep"
+    if "reread" in plan.tracker.statistics:
+        return f"{policy} reads the prompt again before any of it is packed"
+    if tier.keys.heads_together or tier.values.heads_together:
+        return "a quantizer codes the heads of a row together, which then cannot evict tokens of their own"
+    return ""
+
+
+ARRIVING = 1024
+"""Tokens of a later prompt that a layer which evicts has room for, beside those that it keeps."""
+
+
+def room(plan: LayerPlan, slots: int) -> int:
+    """Tiles that a row and head may need: all of ``slots`` tokens, or what is kept of them and what comes before a ranking."""
+    ladder = plan.ladder
+    tier, tile = ladder.tiers[0], ladder.tile
+    most = max(1, (slots - ladder.n_sink - ladder.recent_window) // tile)
+    if not ladder.bounded:
+        return most
+    lengths, window = torch.tensor([slots]), torch.tensor([ladder.n_sink + ladder.recent_window])
+    kept = min(int(ladder.packed_budget(lengths, window)), int(tokens_of(tier.capacity, lengths)))
+    return min(most, -(-kept // tile) + -(-max(plan.every, ARRIVING) // tile) + 1)
 
 
 class Step:
@@ -68,11 +103,14 @@ class Step:
 
 
 class FixedLayer(TieredLayer):
-    """A ``TieredLayer`` of one packed tier without eviction, in buffers for ``slots`` tokens that are allocated once.
+    """A ``TieredLayer`` of one packed tier, in buffers for ``slots`` tokens that are allocated once.
 
     Prompts, rejected drafts, beams and checkpoints go the way of the growing layer, eagerly and on the host's book. A
     step of one token goes through two custom ops that read and write the device's lengths; the host's book is brought
     up to date when somebody asks for it, from one number read back. Both ways encode the same tiles.
+
+    Where tokens are evicted, buffers are for those that stay (``room``). They are ranked between two passes, when the
+    cache is asked for the size of a mask (``between``), and close their gaps in place.
 
     Args:
         plan: what the layer is made of.
@@ -83,6 +121,7 @@ class FixedLayer(TieredLayer):
 
     Attributes:
         slots: tokens that the buffers have room for.
+        evicts: whether tokens are evicted.
         watches: whether this layer looks at the masks of steps for all layers.
         trusting: whether the mask of a step is taken to hide padding alone, as the prompt's did.
     """
@@ -92,8 +131,10 @@ class FixedLayer(TieredLayer):
         self.slots, self.meaning = bucket(max_length), meaning
         self.threshold = ladder.n_sink + ladder.recent_window + ladder.tile
         self.append, self.query_heads = append, query_heads
+        self.evicts = ladder.bounded
         self._kept: tuple[FixedWindow, FixedStore] | None = None
-        self._logical = self._behind = self._asked = self._open = 0
+        self._noted: dict[str, Tensor] | None = None
+        self._logical = self._behind = self._asked = self._open = self._unseen = 0
         self._stale = self.ready = self.stepping = self.trusting = self.watches = False
         super().__init__(plan, max_length)
         self.replan()
@@ -102,7 +143,7 @@ class FixedLayer(TieredLayer):
         """Take the plan of the quantizers as they are now."""
         ladder, plan = self.plan.ladder, self.plan
         rule = AppendRule(ladder.tiers[0], ladder.n_sink, self.threshold, plan.on_nonfinite, plan.index)
-        self.step_plan = plan_step(rule, self.append, plan.kernel, self.meaning)
+        self.step_plan = plan_step(rule, self.append, plan.kernel, plan.mass_kernel, plan.tracker, self.meaning)
         self.step_name = self.step_plan.name
 
     def fresh(self) -> FixedLayer:
@@ -118,7 +159,8 @@ class FixedLayer(TieredLayer):
     # --- buffers ---
     def _blank(self) -> None:
         self._stale = self.ready = self.stepping = self.trusting = False
-        self._behind = self._asked = self._open = 0
+        self._behind = self._asked = self._open = self._unseen = 0
+        self._noted = None
         super()._blank()
         if self._kept is not None:  # addresses stay: compiled graphs know them
             self._kept[0].clear()
@@ -132,12 +174,10 @@ class FixedLayer(TieredLayer):
         self.replan()  # codebooks may have been set
         shape = (batch, heads, self.threshold + REJECTABLE)
         if self._kept is None or not self._fits(self._kept[0], (*shape, key_dim), (*shape, value_dim)):
-            window = FixedWindow(batch, heads, key_dim, value_dim, shape[2], self.dtype, self.device)
-            tiles = max(1, (self.slots - ladder.n_sink - ladder.recent_window) // ladder.tile)
-            self._kept = (
-                window,
-                FixedStore(ladder.tiers[0], batch, heads, self.device, self.dtype, tiles, self.plan.codec),
-            )
+            window = FixedWindow(batch, heads, key_dim, value_dim, shape[2], self.dtype, self.device, statistics)
+            made = ladder.tiers[0], batch, heads, self.device, self.dtype, room(self.plan, self.slots), self.plan.codec
+            ranked = not self.plan.policy.positional
+            self._kept = window, EvictingStore(*made, ranked, statistics) if self.evicts else FixedStore(*made)
             self._counters = torch.zeros(3, dtype=torch.long, device=self.device)
             self._wire()
             if self.device.type != "cpu":
@@ -151,15 +191,19 @@ class FixedLayer(TieredLayer):
     def _wire(self) -> None:
         """Lay out what a step hands to its ops, and promise the compiler that it stays there."""
         window, store = self._parts()
-        self._first = torch.zeros(len(store.per_row), dtype=torch.long, device=self.device)
+        self._first = torch.zeros(len(store.per_head), dtype=torch.long, device=self.device)
         tier = store.tier
         self._key_fields = [store.fields[f"k.{name}"] for name in tier.keys.field_shapes()]
         self._value_fields = [store.fields[f"v.{name}"] for name in tier.values.field_shapes()]
         self._window_keys, self._window_values = window.keys, window.values
         self._lengths, self._used = window.device_lengths, store.used
+        self._window_notes, self._tile_notes = list[Tensor](), list[Tensor]()
+        if isinstance(store, EvictingStore):
+            self._window_notes = [window.offsets, *window.statistics.values()]
+            self._tile_notes = [store.held_offsets, *store.held_statistics.values()]
         for tensor in (
             *(*self._key_fields, *self._value_fields, self._window_keys, self._window_values),
-            *(self._lengths, self._used, self._counters, self._first),
+            *(self._lengths, self._used, self._counters, self._first, *self._window_notes, *self._tile_notes),
         ):
             # unguarded: another cache of the same shapes runs the same graph, and CUDA graphs are recorded anew
             torch._dynamo.mark_static_address(tensor, guard=False)
@@ -252,13 +296,23 @@ class FixedLayer(TieredLayer):
         ladder = self.plan.ladder
         self._logical += steps
         self.since_ranking = self.since_ranking + steps
-        real, before = self._logical - self.padding, store.per_row
-        due = (real - 1 - ladder.n_sink - ladder.recent_window).div(ladder.tile, rounding_mode="floor")
-        tiles = torch.maximum(before, due.clamp_max(store.max_tiles))
-        packed = tiles * ladder.tile
-        store.occupy(tiles, torch.where(before > 0, store.first, self.padding + ladder.n_sink))
-        window.locate(real - packed, self.padding, ladder.n_sink, packed)
-        encoded = int((tiles - before).sum()) * ladder.tile * store.heads
+        held = window.lengths + steps
+        due = (held - 1 - ladder.n_sink - ladder.recent_window).div(ladder.tile, rounding_mode="floor").clamp_min(0)
+        space = store.max_tiles - store.per_head.amax(1)
+        if self.evicts and bool((due > space).any()):
+            raise InputError(
+                f"layer {self.index}: {steps} compiled steps went by and nothing was evicted; ask the cache for "
+                "get_mask_sizes(1, 0) before each step, as generate does. Call reset() and start again"
+            )
+        left = torch.minimum(due, space)
+        window.take_lengths(held - left * ladder.tile)
+        if self.evicts:  # steps wrote the positions
+            store.occupy(store.per_head + left[:, None])
+        else:
+            begun = store.per_head[:, 0] > 0
+            store.occupy(store.per_head + left[:, None], torch.where(begun, store.first, self.padding + ladder.n_sink))
+            window.locate(window.lengths, self.padding, ladder.n_sink, store.per_head[:, 0] * ladder.tile)
+        encoded = int(left.sum()) * ladder.tile * store.heads
         if encoded:
             self._report("encode", encoded, self.nbytes(), 0.0)
         for op, kernel, reason in sorted(self.step_plan.refused):
@@ -293,10 +347,11 @@ class FixedLayer(TieredLayer):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _update_eagerly(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.commit()
+        self.between()
         self.stepping = keys.dim() == 4 and self.steps(keys.shape[2])
         if not self.stepping:
             return super().update(keys, values, *args, **kwargs)
-        self.commit()
         if self._stale:
             self._catch_up()
         try:
@@ -306,6 +361,8 @@ class FixedLayer(TieredLayer):
         except InputError as error:
             outcome = self.plan.on_failure(self.index, self.logical)
             raise type(error)(f"{error} {outcome}".rstrip()) from None
+        if self._window_notes:
+            self._noted = self._statistics_now()
         self._open = 1
         self._behind += 1
         return Handle(self, "key"), Handle(self, "value")
@@ -325,8 +382,48 @@ class FixedLayer(TieredLayer):
             self._lengths,
             self._used,
             self._counters,
+            self._window_notes,
+            self._tile_notes,
             self.step_name,
         )
+
+    def _statistics_now(self) -> dict[str, Tensor]:
+        """A copy of what is noted of tokens: a later layer may refuse the step that adds to it."""
+        window, store = self._parts()
+        held = {f"window.{n}": t for n, t in window.statistics.items()}
+        if isinstance(store, EvictingStore):
+            held |= {f"tiles.{n}": t for n, t in store.held_statistics.items()}
+        return {name: tensor.clone() for name, tensor in held.items()}
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def between(self, coming: int = 0) -> None:
+        """Rank what is due, between two passes: tokens are evicted in place, which replays of a graph then find so.
+
+        Args:
+            coming: tokens of the pass that is about to begin.
+        """
+        if not self.evicts or not self.is_initialized or self.record_past or self.reading:
+            return
+        if not self._stale:
+            self._unseen = 0
+        if int(self.since_ranking.max()) + self._unseen + self._behind >= self.plan.every:
+            self._catch_up()
+            self.commit()
+            self._unseen = 0
+            if bool((self.since_ranking >= self.plan.every).any()):
+                self.demote()
+                self._publish()
+        self._unseen += coming
+
+    def _rank_due(self) -> None:
+        """Not in the middle of a pass, which may still have to be undone: ``between`` does what is left to do."""
+        if self._before is None and not self._open:
+            super()._rank_due()
+
+    def rank(self, rows: Tensor | None = None) -> None:
+        """As the growing layer does, in place."""
+        super().rank(rows)
+        self._publish()
 
     def get_seq_length(self) -> Any:
         """Logical length; a tensor inside a compiled graph."""
@@ -366,6 +463,8 @@ class FixedLayer(TieredLayer):
 
         A packed tile that is cut gives what is left of it back to the window, as it decodes.
         """
+        self.commit()
+        self.between()
         reopened = (
             self._cut_tiles(self.logical + tokens_to_remove) if tokens_to_remove < 0 and self.is_initialized else []
         )
@@ -377,8 +476,11 @@ class FixedLayer(TieredLayer):
     def _cut_tiles(self, end: int) -> list[tuple[int, Tensor, Tensor]]:
         """Row, keys and values ``[H_kv, n, D]`` of tokens before ``end`` whose tile reaches past it."""
         _, store = self._parts()
+        if isinstance(store, EvictingStore):
+            store.kept(end)  # refuses what it cannot do
+            return []
         found = []
-        for row, (tiles, first) in enumerate(zip(store.per_row.tolist(), store.first.tolist(), strict=True)):
+        for row, (tiles, first) in enumerate(zip(store.per_head[:, 0].tolist(), store.first.tolist(), strict=True)):
             whole, rest = divmod(max(0, end - first), store.tile)
             if rest and whole < tiles:
                 keys, values = store.decode_tile(row, whole)
@@ -397,7 +499,7 @@ class FixedLayer(TieredLayer):
             window.values[row, :, start : start + count] = values
             lengths[row] += count
         ladder = self.plan.ladder
-        window.locate(lengths, self.padding, ladder.n_sink, store.per_row * ladder.tile)
+        window.locate(lengths, self.padding, ladder.n_sink, store.per_head[:, 0] * ladder.tile)
 
     def reset(self) -> None:
         """Forget everything; the buffers stay where they are."""
@@ -422,6 +524,24 @@ class FixedLayer(TieredLayer):
             if self.watches:
                 self._watch(mask)
             mask = None
+        if self._window_notes:
+            noting: Tensor = torch.ops.fade.decode_noting(
+                query,
+                self._window_keys,
+                self._window_values,
+                self._key_fields,
+                self._value_fields,
+                self._lengths,
+                self._used,
+                self._window_notes,
+                self._tile_notes,
+                mask,
+                sinks,
+                scaling,
+                softcap,
+                self.step_name,
+            )
+            return noting
         output: Tensor = torch.ops.fade.decode_attention(
             query,
             self._window_keys,
@@ -461,17 +581,40 @@ class FixedLayer(TieredLayer):
     # --- a forward pass that may fail in a later layer ---
     def commit(self) -> None:
         self._open = 0
+        self._noted = None
         super().commit()
 
     def go_back(self) -> None:
         if self._open:
             self._open = 0
-            window, _ = self._parts()
+            window, store = self._parts()
             self.logical -= 1
             window.crop(self._logical)
+            for name, tensor in (self._noted or {}).items():
+                where, name = name.split(".", 1)
+                noted = (
+                    store.held_statistics
+                    if isinstance(store, EvictingStore) and where == "tiles"
+                    else window.statistics
+                )
+                noted[name].copy_(tensor)
         else:
             super().go_back()
         self._publish()
+
+    def _admitted(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = super()._admitted(keys, values)
+        store = self._kept[1] if self._kept is not None else None
+        if isinstance(store, EvictingStore) and store.tiles:  # a first prompt is ranked before it is packed
+            due = int(self._due(self._window().lengths + keys.shape[2]).max())
+            spare = store.max_tiles - int(store.per_head.max())
+            if due > spare * store.tile:
+                raise InputError(
+                    f"layer {self.index}: {keys.shape[2]} tokens at once would pack {due} beside those that are kept, before "
+                    f"any is evicted; there is room for {spare * store.tile}. Feed a later prompt in chunks "
+                    f"(generate(prefill_chunk_size={ARRIVING // 2})), or create the cache without max_cache_len"
+                )
+        return keys, values
 
     # --- compression ---
     def restored(self) -> None:

@@ -62,14 +62,14 @@ class TileView:
 class _Before:
     """Tiles in use and where they begin, at one moment."""
 
-    per_row: Tensor
+    per_head: Tensor
     first: Tensor
 
 
 class FixedStore(TierStore):
     """Tiles of one tier in buffers of one size, filled from the front; all heads of a row are alike.
 
-    Rows hold whole tiles of consecutive positions. What is past ``per_row`` is free to be written over, so that a crop
+    Rows hold whole tiles of consecutive positions. What is past ``per_head`` is free to be written over, so that a crop
     or an undone pass only changes that number. The host's book has a copy on the device, ``used``, which decode steps
     change alone.
 
@@ -81,6 +81,12 @@ class FixedStore(TierStore):
         dtype: dtype that decoding gives back.
         max_tiles: tiles a row and head has room for.
         codec: how tokens are packed and unpacked.
+        explicit: keep a position for every token (``EvictingStore``).
+        statistics: tracked statistics to keep a token (``EvictingStore``).
+
+    Attributes:
+        per_head: tiles in use, int64 ``[B, H_kv]`` on the CPU.
+        first: position of each row's first packed token, int64 ``[B]`` on the CPU.
     """
 
     def __init__(
@@ -92,10 +98,12 @@ class FixedStore(TierStore):
         dtype: torch.dtype,
         max_tiles: int,
         codec: Codec | None = None,
+        explicit: bool = False,
+        statistics: tuple[str, ...] = (),
     ) -> None:
         self.max_tiles = max_tiles
         self._before: _Before | None = None
-        super().__init__(tier, batch, heads, device, dtype, explicit=False, codec=codec)
+        super().__init__(tier, batch, heads, device, dtype, explicit, statistics, codec)
 
     def _forget(self, batch: int) -> None:
         lead = (batch, self.heads, self.max_tiles)
@@ -108,7 +116,7 @@ class FixedStore(TierStore):
         self.statistics = {}
         self.first = torch.zeros(batch, dtype=torch.long)
         self._pool_is_fields()
-        self.occupy(torch.zeros(batch, dtype=torch.long))
+        self.occupy(torch.zeros(lead[:2], dtype=torch.long))
 
     def kernel_fields(self, side: str) -> dict[str, Tensor]:
         return self.side(side)
@@ -117,26 +125,26 @@ class FixedStore(TierStore):
         """Fields ``[B, H_kv, max_tiles, ...]`` of "k" or "v" by the quantizer's names."""
         return {field[2:]: tensor for field, tensor in self.fields.items() if field[0] == name}
 
-    def occupy(self, per_row: Tensor, first: Tensor | None = None) -> None:
-        """Say on the host how many tiles each row uses, int64 ``[B]``, and the position of its first packed token."""
-        self.per_row = per_row
+    def occupy(self, per_head: Tensor, first: Tensor | None = None) -> None:
+        """Say on the host how many tiles each row and head uses, int64 ``[B, H_kv]``, and where each row's begin."""
+        self.per_head = per_head
         self.first = self.first if first is None else first
-        batch, slots = len(per_row), torch.arange(self.max_tiles)
-        live, longest = (slots < per_row[:, None])[:, None], int(per_row.max()) if batch else 0
+        batch, slots = len(per_head), torch.arange(self.max_tiles)
+        live, longest = slots < per_head[..., None], int(per_head.max()) if batch else 0
         ids = torch.arange(batch * self.heads * self.max_tiles).view(batch, self.heads, self.max_tiles)
         starts = self.first[:, None, None] + slots * self.tile
         self.table = ids.masked_fill(~live, -1)[..., :longest]
-        self.counts = (live * self.tile).expand_as(ids)[..., :longest]
+        self.counts = (live * self.tile)[..., :longest]
         self.starts = starts.expand_as(ids)[..., :longest]
         self._book_changed()
 
     def publish(self) -> None:
         """Write the host's book to the device."""
-        self.used.copy_(self.per_row[:, None].expand_as(self.used))
+        self.used.copy_(self.per_head)
 
     def clear(self) -> None:
         """Hold no token."""
-        self.occupy(torch.zeros_like(self.per_row))
+        self.occupy(torch.zeros_like(self.per_head))
         self.publish()
 
     # --- what is here ---
@@ -145,11 +153,10 @@ class FixedStore(TierStore):
         return True
 
     def valid(self) -> Tensor | None:
-        if bool((self.per_row == self.tiles).all()):
+        if bool((self.per_head == self.tiles).all()):
             return None
         slots = torch.arange(self.tiles * self.tile)
-        found = slots < (self.per_row * self.tile)[:, None]
-        return found[:, None].expand(-1, self.heads, -1).to(self.device)
+        return (slots < (self.per_head * self.tile)[..., None]).to(self.device)
 
     def packed_keys(self) -> Packed:
         return self._part("k", slice(0, self.tiles))
@@ -176,7 +183,7 @@ class FixedStore(TierStore):
 
     def tensors(self) -> dict[str, Tensor]:
         held = {**self.fields, "table": self.table, "counts": self.counts, "starts": self.starts}
-        return held | {"device.used": self.used, "per_row": self.per_row, "first": self.first}
+        return held | {"device.used": self.used, "per_head": self.per_head, "first": self.first}
 
     # --- moving tokens ---
     def append(self, tokens: Tokens, index: Tensor | None = None) -> None:
@@ -184,9 +191,8 @@ class FixedStore(TierStore):
         per_row = tokens.counts[:, 0] // self.tile
         if index is not None or bool((tokens.counts != (per_row * self.tile)[:, None]).any()):
             raise InputError("tiles of fixed places take whole tiles of consecutive tokens, the same in every head")
-        after = self.per_row + per_row
-        if int(after.max()) > self.max_tiles:
-            raise InputError(f"{int(after.max())} tiles are wanted and {self.max_tiles} fit; raise max_cache_len")
+        after = self.per_head + per_row[:, None]
+        self._check_room(after)
         new = int(per_row.max())
         block = max(4, -(-new // 8))
         for start in range(0, new, block):
@@ -195,12 +201,16 @@ class FixedStore(TierStore):
             encoded["v"] = self.codec.encode(self.tier.values, tokens.values[:, :, part])
             self._write(encoded, start, per_row)
         fresh = tokens.positions[:, 0, 0].cpu()
-        self.occupy(after, torch.where(self.per_row > 0, self.first, fresh))
+        self.occupy(after, torch.where(self.per_head[:, 0] > 0, self.first, fresh))
+
+    def _check_room(self, after: Tensor) -> None:
+        if int(after.max()) > self.max_tiles:
+            raise InputError(f"{int(after.max())} tiles are wanted and {self.max_tiles} fit; raise max_cache_len")
 
     def _write(self, encoded: Mapping[str, Packed], start: int, per_row: Tensor) -> None:
         tiles = next(iter(encoded["k"].fields.values())).shape[2]
         row, number = (torch.arange(start, start + tiles) < per_row[:, None]).nonzero(as_tuple=True)
-        at, slot, source = (t.to(self.device) for t in (row, self.per_row[row] + start + number, number))
+        at, slot, source = (t.to(self.device) for t in (row, self.per_head[row, 0] + start + number, number))
         for side, packed in encoded.items():
             for name, field in packed.fields.items():
                 held = self.fields[f"{side}.{name}"]
@@ -212,11 +222,11 @@ class FixedStore(TierStore):
     def crop(self, end: int) -> None:
         """Forget every tile that reaches position ``end`` or further, whole."""
         kept = (end - self.first).div(self.tile, rounding_mode="floor").clamp_min(0)
-        self.occupy(torch.minimum(self.per_row, kept))
+        self.occupy(torch.minimum(self.per_head, kept[:, None]))
 
     def select_rows(self, index: Tensor) -> None:
         at, index = index.to(self.device), index.cpu()
-        if len(index) == len(self.per_row):
+        if len(index) == len(self.per_head):
             tiles = self.tiles
             for field in self.fields.values():
                 field[:, :, :tiles] = field[at, :, :tiles]
@@ -225,11 +235,11 @@ class FixedStore(TierStore):
             self.used = self.used[at]
             self.offsets = self.offsets[at]
             self._pool_is_fields()
-        self.occupy(self.per_row[index], self.first[index])
+        self.occupy(self.per_head[index], self.first[index])
 
     # --- undoing a forward pass ---
     def hold(self) -> None:
-        self._before = _Before(self.per_row, self.first)
+        self._before = _Before(self.per_head, self.first)
 
     def let_go(self) -> None:
         self._before = None
@@ -237,15 +247,15 @@ class FixedStore(TierStore):
     def go_back(self) -> None:
         if self._before is not None:
             before, self._before = self._before, None
-            self.occupy(before.per_row, before.first)
+            self.occupy(before.per_head, before.first)
 
     # --- state for checkpoints ---
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over what ``state`` gave. Raises ``CheckpointError`` for tokens that such a store cannot hold."""
         table, counts, starts = (state[name].cpu() for name in ("table", "counts", "starts"))
-        per_row = (counts[:, 0] > 0).sum(-1)
-        live = (torch.arange(table.shape[2]) < per_row[:, None])[:, None].expand_as(table)
-        first = starts[:, 0, 0] if table.shape[2] else torch.zeros_like(per_row)
+        per_head = (counts[:, :1] > 0).sum(-1).expand(-1, self.heads).contiguous()
+        live = torch.arange(table.shape[2]) < per_head[..., None]
+        first = starts[:, 0, 0] if table.shape[2] else torch.zeros_like(per_head[:, 0])
         there = first[:, None, None] + torch.arange(table.shape[2]) * self.tile
         whole = torch.equal(counts, live * self.tile) and bool((starts == there)[live].all())
         if not whole or table.shape[2] > self.max_tiles:
@@ -253,11 +263,14 @@ class FixedStore(TierStore):
                 f"a cache of fixed size holds up to {self.max_tiles} whole tiles a row, one after the other; what was "
                 "saved is something else: load it into a cache without max_cache_len"
             )
+        self._load_fields(state, table, live)
+        self.occupy(per_head, first)
+
+    def _load_fields(self, state: Mapping[str, Tensor], table: Tensor, live: Tensor) -> None:
         for name, field in self.fields.items():
             tiles = state[f"pool.{name}"].to(self.device)
             if table.shape[2]:
                 field[:, :, : table.shape[2]][live.to(self.device)] = tiles[table[live].to(self.device)]
-        self.occupy(per_row, first)
 
     # --- inside ---
     def _part(self, side: str, tiles: slice) -> Packed:

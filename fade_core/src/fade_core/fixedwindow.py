@@ -19,6 +19,7 @@ class _Copy:
     keys: Tensor
     values: Tensor
     offsets: Tensor
+    statistics: dict[str, Tensor]
     lengths: Tensor
 
 
@@ -39,8 +40,9 @@ class FixedWindow(Window):
         capacity: int,
         dtype: torch.dtype,
         device: torch.device,
+        statistics: tuple[str, ...] = (),
     ) -> None:
-        super().__init__(batch, heads, key_dim, value_dim, capacity, dtype, device)
+        super().__init__(batch, heads, key_dim, value_dim, capacity, dtype, device, statistics)
         self.device_lengths = torch.zeros((batch, heads), dtype=torch.int32, device=device)
         self._copy: _Copy | None = None
 
@@ -62,6 +64,10 @@ class FixedWindow(Window):
         self.offsets.copy_(where.masked_fill(slots >= lengths[:, None], -1))
         self._set_lengths(lengths)
 
+    def take_lengths(self, lengths: Tensor) -> None:
+        """Take over how many tokens decode steps have left in the window; where they lie, the steps have written."""
+        self._set_lengths(lengths)
+
     def assign(
         self, keys: Tensor, values: Tensor, positions: Tensor, lengths: Tensor, statistics: Mapping[str, Tensor]
     ) -> None:
@@ -71,6 +77,8 @@ class FixedWindow(Window):
         self.keys[:, :, :count], self.values[:, :, :count] = keys[:, :, :count], values[:, :, :count]
         self.offsets.fill_(-1)
         self.offsets[:, :count] = torch.where(inside, positions[:, :count].int(), -1)
+        for name, held in self.statistics.items():
+            held[:, :, :count] = statistics[name][:, :, :count]
         self._set_lengths(lengths.clone())
 
     def crop(self, end: int) -> None:
@@ -80,10 +88,11 @@ class FixedWindow(Window):
     def select_rows(self, index: Tensor) -> None:
         at = index.to(self.keys.device)
         if len(at) == self.keys.shape[0]:
-            for held in (self.keys, self.values, self.offsets):
+            for held in (self.keys, self.values, self.offsets, *self.statistics.values()):
                 held.copy_(held[at])
         else:
             self.keys, self.values, self.offsets = self.keys[at], self.values[at], self.offsets[at]
+            self.statistics = {name: held[at] for name, held in self.statistics.items()}
             self.device_lengths = self.device_lengths[at]
         self._set_lengths(self.lengths[index.cpu()])
 
@@ -106,7 +115,8 @@ class FixedWindow(Window):
 
     # --- undoing a forward pass ---
     def hold(self) -> None:
-        self._copy = _Copy(self.keys.clone(), self.values.clone(), self.offsets.clone(), self.lengths)
+        statistics = {name: held.clone() for name, held in self.statistics.items()}
+        self._copy = _Copy(self.keys.clone(), self.values.clone(), self.offsets.clone(), statistics, self.lengths)
 
     def let_go(self) -> None:
         self._copy = None
@@ -118,6 +128,8 @@ class FixedWindow(Window):
         self.keys.copy_(before.keys)
         self.values.copy_(before.values)
         self.offsets.copy_(before.offsets)
+        for name, held in self.statistics.items():
+            held.copy_(before.statistics[name])
         self._set_lengths(before.lengths)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -19,10 +19,22 @@ from torch import Tensor
 from fade_core.errors import InputError
 from fade_core.fixedstore import TileView
 from fade_core.interfaces import Kernel
-from fade_core.kernels.append import AppendRule, FixedBuffers, TorchAppend
-from fade_core.kernels.attention import FullSegment, PackedSegment, Segment, TorchDecodeAttention
+from fade_core.kernels.append import LOGICAL, AppendRule, FixedBuffers, TorchAppend, carry
+from fade_core.kernels.attention import (
+    AttentionOutput,
+    FullSegment,
+    PackedSegment,
+    Segment,
+    TorchAttentionMass,
+    TorchDecodeAttention,
+)
+from fade_core.tracker import AttentionTracker
 
-_ORACLES: dict[str, Kernel] = {"append": TorchAppend(), "decode_attention": TorchDecodeAttention()}
+_ORACLES: dict[str, Kernel] = {
+    "append": TorchAppend(),
+    "decode_attention": TorchDecodeAttention(),
+    "attention_mass": TorchAttentionMass(),
+}
 _plans: weakref.WeakValueDictionary[str, StepPlan] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
@@ -36,6 +48,8 @@ class StepPlan:
         rule: sinks, window, quantizers.
         append: implementation of ``append``.
         attention: implementation of ``decode_attention``.
+        mass: implementation of ``attention_mass``.
+        tracker: what steps note of attention.
         refused: op, implementation and reason of calls that the oracle computed instead.
     """
 
@@ -43,18 +57,22 @@ class StepPlan:
     rule: AppendRule
     append: Kernel
     attention: Kernel
+    mass: Kernel
+    tracker: AttentionTracker
     refused: set[tuple[str, str, str]] = field(default_factory=set)
 
-    def choose(self, kernel: Kernel, *args: object) -> Kernel:
+    def choose(self, kernel: Kernel, *args: object, **options: object) -> Kernel:
         """``kernel`` if it accepts this very call, else the oracle."""
-        support = kernel.accepts(*args)
+        support = kernel.accepts(*args, **options)
         if support:
             return kernel
         self.refused.add((kernel.op, kernel.name, support.reason))
         return _ORACLES[kernel.op]
 
 
-def plan_step(rule: AppendRule, append: Kernel, attention: Kernel, meaning: str) -> StepPlan:
+def plan_step(
+    rule: AppendRule, append: Kernel, attention: Kernel, mass: Kernel, tracker: AttentionTracker, meaning: str
+) -> StepPlan:
     """The plan of a layer, shared with every layer of the same ``meaning`` whose quantizers hold the same tensors.
 
     To be asked again when those tensors were replaced (codebooks, a loaded state).
@@ -63,15 +81,19 @@ def plan_step(rule: AppendRule, append: Kernel, attention: Kernel, meaning: str)
         rule: sinks, window, quantizers.
         append: implementation of ``append``.
         attention: implementation of ``decode_attention``.
+        mass: implementation of ``attention_mass``.
+        tracker: what steps note of attention.
         meaning: what the quantizers were made from, written out: their configuration and the model's layers and heads.
     """
-    facts = (rule.layer, rule.n_sink, rule.threshold, rule.on_nonfinite, append.name, attention.name, meaning)
+    kernels = append.name, attention.name, mass.name
+    noted = tracker.statistics, tracker.decay, tracker.observation_window
+    facts = (rule.layer, rule.n_sink, rule.threshold, rule.on_nonfinite, kernels, noted, meaning)
     name = hashlib.sha256(repr((*facts, _contents(rule))).encode()).hexdigest()[:16]
     found = _plans.get(name)
     if found is not None and _contents(found.rule) != _contents(rule):  # its own were replaced after it was named
         name, found = f"{name}:{next(_numbers)}", None
     if found is None:
-        _plans[name] = found = StepPlan(name, rule, append, attention)
+        _plans[name] = found = StepPlan(name, rule, append, attention, mass, tracker)
     return found
 
 
@@ -97,7 +119,10 @@ def _plan(name: str) -> StepPlan:
 
 @torch.library.custom_op(
     "fade::append",
-    mutates_args=("window_keys", "window_values", "key_fields", "value_fields", "lengths", "used", "counters"),
+    mutates_args=(
+        *("window_keys", "window_values", "key_fields", "value_fields", "lengths", "used", "counters"),
+        *("window_notes", "tile_notes"),
+    ),
 )
 def append(
     keys: Tensor,
@@ -109,9 +134,11 @@ def append(
     lengths: Tensor,
     used: Tensor,
     counters: Tensor,
+    window_notes: Sequence[Tensor],
+    tile_notes: Sequence[Tensor],
     plan: str,
 ) -> None:
-    """Take one token a row in (``fade_core.kernels.append.append``).
+    """Take one token a row in (``fade_core.kernels.append.append``), and what is noted of tokens with it (``carry``).
 
     Args:
         keys: ``[B, H_kv, 1, D]``.
@@ -123,6 +150,9 @@ def append(
         lengths: int32 ``[B, H_kv]``.
         used: int32 ``[B, H_kv]``.
         counters: int64 ``[3]``.
+        window_notes: what is noted of the window's tokens, if the layer evicts: positions, int32 ``[B, capacity]``, and
+            statistics, float32 ``[B, H_kv, capacity]``.
+        tile_notes: the same of packed tokens, ``[B, H_kv, tiles, tile]``.
         plan: name of the layer's ``StepPlan``.
     """
     ours = _plan(plan)
@@ -136,7 +166,12 @@ def append(
         used,
         counters,
     )
+    before = replace(held, lengths=lengths.clone(), used=used.clone()) if window_notes else held
     ours.choose(ours.append, keys, values, held, ours.rule)(keys, values, held, ours.rule)
+    if window_notes:
+        places, *statistics = window_notes
+        fresh = [counters[LOGICAL] - 1, *(counters.new_zeros(()) for _ in statistics)]
+        carry([places[:, None], *statistics], tile_notes, fresh, before, ours.rule)
 
 
 @append.register_fake
@@ -181,10 +216,7 @@ def decode_attention(
         ``[B, H_q, 1, D_v]`` in the query's dtype.
     """
     ours = _plan(plan)
-    tier = ours.rule.tier
-    keys = dict(zip(tier.keys.field_shapes(), key_fields, strict=True))
-    values = dict(zip(tier.values.field_shapes(), value_fields, strict=True))
-    view = TileView(tier, keys, values, used, window_keys.dtype)
+    view = _view(ours, key_fields, value_fields, used, window_keys.dtype)
     host = query.device.type == "cpu"
     if host and mask is not None and _hides_padding_alone(mask, padding, used[:, :1] * view.tile + lengths[:, :1]):
         mask = None
@@ -195,9 +227,116 @@ def decode_attention(
     return output.contiguous()
 
 
+def _view(
+    plan: StepPlan, keys: Sequence[Tensor], values: Sequence[Tensor], used: Tensor, dtype: torch.dtype
+) -> TileView:
+    tier = plan.rule.tier
+    named = [dict(zip(q.field_shapes(), f, strict=True)) for q, f in ((tier.keys, keys), (tier.values, values))]
+    return TileView(tier, named[0], named[1], used, dtype)
+
+
 @decode_attention.register_fake
 def _decode_attention_fake(query: Tensor, window_keys: Tensor, window_values: Tensor, *_: object) -> Tensor:
     return query.new_empty((*query.shape[:3], window_values.shape[3]))
+
+
+@torch.library.custom_op("fade::decode_noting", mutates_args=("window_notes", "tile_notes"))
+def decode_noting(
+    query: Tensor,
+    window_keys: Tensor,
+    window_values: Tensor,
+    key_fields: Sequence[Tensor],
+    value_fields: Sequence[Tensor],
+    lengths: Tensor,
+    used: Tensor,
+    window_notes: Sequence[Tensor],
+    tile_notes: Sequence[Tensor],
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    plan: str,
+) -> Tensor:
+    """``decode_attention`` over a layer that evicts; what each token is given goes into its statistics.
+
+    Arguments are those of ``decode_attention`` and, in place of ``padding``, the notes of ``append``. Heads may have tiles
+    of their own.
+    """
+    ours = _plan(plan)
+    view = _view(ours, key_fields, value_fields, used, window_keys.dtype)
+    look = query.device.type == "cpu" and isinstance(ours.attention, TorchDecodeAttention)
+    places = (window_notes[0], tile_notes[0])
+    segments = noted_segments(view, window_keys, window_values, lengths, places, mask, look)
+    names = ours.tracker.statistics if len(window_notes) > 1 else ()
+    tracked = ours.tracker.active and bool(names)
+    call = query, segments, scaling, softcap, sinks
+    kernel = ours.choose(ours.attention, *call, probabilities=tracked)
+    result: AttentionOutput = kernel(*call, probabilities=tracked)
+    if tracked:
+        for number, segment in enumerate(segments):
+            if isinstance(segment, PackedSegment):
+                notes, ends = tile_notes, segment.store.tiles
+            else:
+                notes, ends = window_notes, segment.keys.shape[2]
+            held = {name: note[:, :, :ends].flatten(2) for name, note in zip(names, notes[1:], strict=True)}
+            given = query, segment, result.lse, scaling, softcap
+            found = result.probabilities[number] if result.probabilities else ours.choose(ours.mass, *given)(*given)
+            ours.tracker.age(held, 1)
+            ours.tracker.observe(held, found, segment.mask)
+    return result.output.contiguous()
+
+
+@decode_noting.register_fake
+def _decode_noting_fake(query: Tensor, window_keys: Tensor, window_values: Tensor, *_: object) -> Tensor:
+    return query.new_empty((*query.shape[:3], window_values.shape[3]))
+
+
+def noted_segments(
+    view: TileView,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    places: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+    look: bool,
+) -> list[Segment]:
+    """``step_segments`` of a layer that evicts: heads have tiles of their own, and tokens tell their positions.
+
+    Args:
+        view: packed tiles.
+        keys: window ``[B, H_kv, capacity, D]``.
+        values: likewise.
+        lengths: tokens of it, int32 ``[B, H_kv]``.
+        places: positions of the window, int32 ``[B, capacity]``, and of packed tokens, ``[B, H_kv, tiles, tile]``.
+        mask: bool ``[B or 1, 1, 1, T]`` over positions, or ``None`` if it hides padding alone.
+        look: whether lengths may be read on the host.
+    """
+    tiles, longest = view.tiles, keys.shape[2]
+    if look:
+        tiles, longest = int(view.used.max()), int(lengths.max())
+        view = view.first(tiles)
+    packed = torch.arange(tiles * view.tile, device=keys.device) < view.used[..., None] * view.tile  # [B, H, T]
+    live = torch.arange(longest, device=keys.device) < lengths[:, :1, None]  # [B, 1, T]
+    masks: list[Tensor | None] = [packed[:, :, None], live[:, :, None]]
+    plain = mask is None
+    if mask is not None:
+        where = places[1][:, :, :tiles].flatten(2), places[0][:, None, :longest]
+        seen = [_shown(mask, at) for at in where]
+        if keys.device.type == "cpu":
+            plain = all(bool((s | ~m).all()) for s, m in zip(seen, (packed, live), strict=True))
+        if not plain:
+            masks = [(m & s)[:, :, None] for m, s in zip((packed, live), seen, strict=True)]
+    if look and plain:
+        masks = [None if bool(there.all()) else m for there, m in zip((packed, live), masks, strict=True)]
+    found: list[Segment] = [PackedSegment(view, masks[0], plain)] if tiles else []
+    found.append(FullSegment(keys[:, :, :longest], values[:, :, :longest], masks[1], plain, lengths))
+    return found
+
+
+def _shown(mask: Tensor, positions: Tensor) -> Tensor:
+    """``mask`` ``[B or 1, 1, 1, T]`` at ``positions`` ``[B, H_kv or 1, N]``."""
+    rows = mask[:, 0].expand(len(positions), positions.shape[1], -1)
+    return rows.gather(2, positions.long().clamp(0, rows.shape[2] - 1))
 
 
 def step_segments(

@@ -45,7 +45,7 @@ def logits(
         assert (layer.step_plan.append.name, layer.step_plan.attention.name) == (config.kernel.kind,) * 2
         assert not layer.step_plan.refused
         layer.settle()
-        return torch.cat(found, 1).float(), (layer.stores[0].per_row.tolist(), layer.stores[0].packed_keys())
+        return torch.cat(found, 1).float(), (layer.stores[0].per_head[:, 0].tolist(), layer.stores[0].packed_keys())
 
 
 @pytest.mark.slow
@@ -68,3 +68,47 @@ def test_steps_by_the_kernels_are_steps_by_torch(axis: str, compiled: bool, devi
     mine, his = found["triton"][1][1].fields, found["torch"][1][1].fields
     assert torch.equal(mine["codes4"][:1], his["codes4"][:1])
     torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_steps_evict_by_the_kernels_as_by_torch(device: str) -> None:
+    """Heads keep tokens of their own: the kernels read each head's number of tiles, and the mass of what it holds."""
+    number = seed()
+    torch._dynamo.reset()
+    llama = model(device)
+    random = torch.Generator().manual_seed(number)
+    ids, steps = (torch.randint(1, 64, (2, n), generator=random).to(device) for n in (270, 7))
+    found = {}
+    for kind in ("torch", "triton"):
+        config = FadeConfig(
+            **SHORT,
+            keys={"kind": "uniform", "axis": "token"},
+            policy={"kind": "h2o", "budget": 180, "every": 4},
+            kernel={"kind": kind},
+        )
+        with create_tiered_cache(llama, config, max_cache_len=512) as cache, torch.no_grad():
+            llama(ids, past_key_values=cache, use_cache=True)
+            layer, logits_ = cache.tiered[0], []
+            assert layer.step_plan.mass.name == kind
+            for i, step in enumerate(steps.split(1, 1)):
+                if i == 3:  # heads part with different tokens and numbers of tiles
+                    layer.stores[0].split(_some_tiles(layer), decode=False)
+                    layer._publish()
+                logits_.append(llama(step, past_key_values=cache, use_cache=True).logits)
+            assert not layer.step_plan.refused
+            assert layer.stores[0].per_head.unique().numel() > 1
+            layer.settle()
+            found[kind] = torch.cat(logits_, 1).float(), layer.statistics()
+    ours, theirs = found["triton"][0], found["torch"][0]
+    assert float((ours - theirs).norm() / theirs.norm()) < 0.02
+    for mine, his in zip(found["triton"][1], found["torch"][1], strict=True):
+        torch.testing.assert_close(mine["mass"], his["mass"], rtol=0.05, atol=0.02)
+    torch._dynamo.reset()
+
+
+def _some_tiles(layer: Any) -> Tensor:
+    """One tile of the first row's first head."""
+    store = layer.stores[0]
+    moving = torch.zeros_like(store.positions(), dtype=torch.bool)
+    moving[0, 0, : store.tile] = True
+    return moving

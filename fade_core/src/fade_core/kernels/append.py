@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -51,7 +51,7 @@ class FixedBuffers:
         key_fields: packed fields ``[B, H_kv, tiles, ...]`` by the quantizer's names.
         value_fields: likewise.
         lengths: int32 ``[B, H_kv]``: tokens in the window, the same in all heads of a row.
-        used: int32 ``[B, H_kv]``: tiles in use, likewise.
+        used: int32 ``[B, H_kv]``: tiles in use; heads that evict tokens of their own have numbers of their own.
         counters: int64 ``[3]``: see ``LOGICAL``.
     """
 
@@ -88,7 +88,7 @@ def append(keys: Tensor, values: Tensor, held: FixedBuffers, rule: AppendRule, l
         keys, values = (t.masked_fill(~torch.isfinite(t), 0) for t in (keys, values))
     else:
         held.counters[NONFINITE] += ~torch.isfinite(keys.float().sum() + values.float().sum())
-    full = (held.lengths[:, 0] >= rule.threshold) & (held.used[:, 0] < next(iter(held.key_fields.values())).shape[2])
+    full = _full(held, rule)
     if not host:
         _encode_oldest(held, rule, torch.arange(len(full), device=full.device), full)
     elif bool(full.any()):
@@ -102,11 +102,50 @@ def append(keys: Tensor, values: Tensor, held: FixedBuffers, rule: AppendRule, l
     held.counters[LOGICAL] += 1
 
 
+def carry(
+    window: Sequence[Tensor],
+    tiles: Sequence[Tensor],
+    fresh: Sequence[Tensor],
+    held: FixedBuffers,
+    rule: AppendRule,
+) -> None:
+    """Do with what is noted of tokens what ``append`` did with the tokens.
+
+    Args:
+        window: a number a token of the window, ``[B, H_kv or 1, capacity]`` each.
+        tiles: the same of packed tokens, ``[B, H_kv, tiles, tile]`` each.
+        fresh: that of the token that came, a tensor of one element each.
+        held: the buffers, with ``lengths`` and ``used`` as they were before.
+        rule: when tokens leave the window.
+    """
+    full = _full(held, rule)
+    moves = held.keys.device.type != "cpu" or bool(full.any())
+    first, last, capacity = rule.n_sink, rule.n_sink + rule.tile, held.keys.shape[2]
+    slots = torch.arange(capacity, device=full.device)
+    source = torch.where((slots >= first) & full[:, None], slots + rule.tile, slots).clamp_max(capacity - 1)
+    slot = (held.lengths[:, :1] - rule.tile * full.int()[:, None]).clamp_max(capacity - 1).long()
+    for recent, packed, new in zip(window, tiles, fresh, strict=True):
+        if moves:
+            number = held.used.clamp_max(packed.shape[2] - 1).long()[..., None, None].expand(-1, -1, 1, rule.tile)
+            oldest = recent[:, :, None, first:last].expand_as(number)
+            packed.scatter_(2, number, torch.where(full[:, None, None, None], oldest, packed.gather(2, number)))
+            recent.copy_(recent.gather(2, source[:, None].expand_as(recent)))
+        at = slot[:, None].expand(-1, recent.shape[1], -1)
+        recent.scatter_(2, at, new.to(recent.dtype).expand_as(at))
+
+
+def _full(held: FixedBuffers, rule: AppendRule) -> Tensor:
+    """bool ``[B]``: rows whose oldest tile leaves the window before the next token comes."""
+    room = held.used.amax(1) < next(iter(held.key_fields.values())).shape[2]
+    return (held.lengths[:, 0] >= rule.threshold) & room
+
+
 def _encode_oldest(held: FixedBuffers, rule: AppendRule, rows: Tensor, full: Tensor) -> None:
     """Encode the oldest tile of ``rows`` and close the gap, where they are ``full`` (bool, one a row)."""
     first, last = rule.n_sink, rule.n_sink + rule.tile
     most = next(iter(held.key_fields.values())).shape[2] - 1
-    number = held.used[rows, 0].clamp_max(most).long()
+    number = held.used[rows].clamp_max(most).long()
+    heads = torch.arange(number.shape[1], device=rows.device)
     slots = torch.arange(held.keys.shape[2], device=rows.device)
     source = torch.where((slots >= first) & full[:, None], slots + rule.tile, slots).clamp_max(len(slots) - 1)
     sides: tuple[tuple[Quantizer, Tensor, Mapping[str, Tensor]], ...] = (
@@ -117,8 +156,8 @@ def _encode_oldest(held: FixedBuffers, rule: AppendRule, rows: Tensor, full: Ten
         ours = window[rows]
         packed = quantizer.encode(ours[:, :, first:last])
         for name, field in fields.items():
-            new = packed.fields[name][:, :, 0].to(field.dtype)
-            field[rows, :, number] = torch.where(full.view(-1, *(1,) * (new.dim() - 1)), new, field[rows, :, number])
+            new, at = packed.fields[name][:, :, 0].to(field.dtype), (rows[:, None], heads, number)
+            field[at] = torch.where(full.view(-1, *(1,) * (new.dim() - 1)), new, field[at])
         window[rows] = ours.gather(2, source[:, None, :, None].expand_as(ours))
     held.lengths[rows] -= rule.tile * full.int()[:, None]
     held.used[rows] += full.int()[:, None]
