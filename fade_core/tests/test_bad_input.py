@@ -26,6 +26,7 @@ from transformers import (
 
 from fade_core import FadeConfig, TieredKVCache, create_tiered_cache
 from fade_core.errors import ConfigError, InputError, NonFiniteError, UnsupportedModelError
+from fade_core.incoming import FiniteCheck
 from fade_core.memory import live_bytes
 from fade_core.telemetry import Collector, attach_telemetry
 
@@ -69,7 +70,12 @@ def refuse_step(model: Any, cache: TieredKVCache, ids: Tensor, mask: Tensor | No
     """A pass over ``ids`` that fails in ``layer`` must leave the cache bit by bit as it was."""
     before = cache.cache_state_dict()
     row, column = ids.shape[0] - 1, ids.shape[1] - 1
-    where = f"layer {layer}: NaN or infinity in the keys at position {cache.get_seq_length() + column} of row {row} "
+    start = cache.get_seq_length()
+    where = f"layer {layer}: NaN or infinity in the keys at position {start + column} of row {row} "
+    if cache.tiered[0].plan.finite.deferred:  # the last layer tells
+        where = (
+            f"layer {layer}: NaN or infinity in the keys or values of the {column + 1} tokens from position {start} on"
+        )
     with spoiled(model, layer, "keys", row, column, math.nan), pytest.raises(NonFiniteError, match=where) as found:
         feed(model, ids, cache, mask)
     assert "The cache is as it was before this step." in str(found.value)
@@ -80,11 +86,16 @@ def refuse_step(model: Any, cache: TieredKVCache, ids: Tensor, mask: Tensor | No
 # --- NaN and infinity ---
 
 
+DEFERRED = pytest.mark.parametrize("deferred", [False, True], ids=["layer by layer", "once a pass, as on a GPU"])
+
+
+@DEFERRED
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_decode_step_that_fails_in_a_deep_layer_never_happened(llama: Any, name: str) -> None:
+def test_a_decode_step_that_fails_in_a_deep_layer_never_happened(llama: Any, name: str, deferred: bool) -> None:
     """At every step of 24, so that steps which encode, demote, evict and rank are among those that fail."""
     ids, mask = left_padded((120, 97))
     plain, tried = (create_tiered_cache(llama, FadeConfig(**CONFIGS[name])) for _ in range(2))
+    tried.tiered[0].plan.finite.deferred = deferred
     expected, _ = greedy(llama, feed(llama, ids, plain, mask), plain, 24, mask)
     logits = feed(llama, ids, tried, mask)
     for step in range(24):
@@ -96,26 +107,30 @@ def test_a_decode_step_that_fails_in_a_deep_layer_never_happened(llama: Any, nam
     assert_same_state(tried.cache_state_dict(), plain.cache_state_dict())
 
 
+@DEFERRED
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("size", [5, 33, 90])
-def test_a_chunk_that_fails_in_a_deep_layer_never_happened(llama: Any, name: str, size: int) -> None:
+def test_a_chunk_that_fails_in_a_deep_layer_never_happened(llama: Any, name: str, size: int, deferred: bool) -> None:
     ids, mask = left_padded((120, 97))
     more = torch.randint(1, 256, (2, size))
     longer = torch.cat([mask, torch.ones_like(more)], dim=1)
     plain, tried = (create_tiered_cache(llama, FadeConfig(**CONFIGS[name])) for _ in range(2))
     for cache in (plain, tried):
         feed(llama, ids, cache, mask)
-    refuse_step(llama, tried, more, longer, layer=3)
+    tried.tiered[0].plan.finite.deferred = deferred
+    refuse_step(llama, tried, more, longer, layer=1 if deferred else 3)
     found, expected = (greedy(llama, feed(llama, more, c, longer), c, 9, longer)[0] for c in (tried, plain))
     assert torch.equal(found, expected)
 
 
+@DEFERRED
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_prompt_that_fails_leaves_an_empty_cache(llama: Any, name: str) -> None:
+def test_a_prompt_that_fails_leaves_an_empty_cache(llama: Any, name: str, deferred: bool) -> None:
     ids, mask = left_padded((120, 97))
     plain, tried = (create_tiered_cache(llama, FadeConfig(**CONFIGS[name])) for _ in range(2))
     empty = live_bytes(tried)
-    refuse_step(llama, tried, ids, mask, layer=2)
+    tried.tiered[0].plan.finite.deferred = deferred
+    refuse_step(llama, tried, ids, mask, layer=1)
     assert live_bytes(tried) == empty
     assert tried.get_seq_length() == 0
     found, expected = (greedy(llama, feed(llama, ids, c, mask), c, 9, mask)[0] for c in (tried, plain))
@@ -235,6 +250,29 @@ def test_nothing_of_a_failed_step_stays_in_memory(llama: Any) -> None:
         feed(llama, torch.randint(1, 256, (2, 90)), cache)
     # pools that grew keep up to a quarter of spare room
     assert live_bytes(cache) == cache.memory_report().total <= before.total * 1.25
+
+
+@BAD
+def test_where_answers_wait_zeros_are_stored_at_once(value: float) -> None:
+    keys, values = torch.randn(2, 2, 3, 5, 4)
+    keys[1, 1, 2, 3] = value
+    check = FiniteCheck(last=3, deferred=True)
+    found = check(0, keys, values, 0, "zero")
+    assert float(found[0][1, 1, 2, 3]) == 0
+    assert torch.equal(found[1], values)
+    assert torch.isfinite(found[0]).all()
+
+
+def test_answers_of_an_interrupted_pass_are_nobodys() -> None:
+    good, bad = torch.randn(1, 1, 2, 4), torch.full((1, 1, 2, 4), math.nan)
+    check = FiniteCheck(last=1, deferred=True)
+    check(0, bad, good, 0, "raise")
+    check(0, good, good, 0, "raise")
+    check(1, good, good, 0, "raise")
+    with pytest.raises(NonFiniteError, match=r"layer 1: .* from position 7 on"):
+        check(0, good, good, 7, "raise"), check(1, good, bad, 7, "raise")
+    half = torch.full((1, 1, 9, 64), 6e4, dtype=torch.float16)  # its sum is more than float16 holds
+    check(1, half, half, 0, "raise")
 
 
 # --- shapes, dtypes, batch ---

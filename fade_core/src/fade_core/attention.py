@@ -25,6 +25,7 @@ from fade_core.kernels.attention import (
     decode_attention,
 )
 from fade_core.layer import TieredLayer
+from fade_core.transfer import sent
 
 NAME = "fade"
 _OBSERVED = 16  # queries whose attention the tracker sees at once
@@ -267,7 +268,7 @@ def _observe_queries(layer: TieredLayer, query: Tensor, scaling: float, padding:
     real = None
     if padding is not None and layer.window is not None:
         dropped = torch.where(layer.window.lengths == 0, padding, 0)
-        real = (torch.arange(first, count) >= dropped[:, None]).to(query.device)
+        real = sent(torch.arange(first, count) >= dropped[:, None], query.device)
     layer.queries.observe(query[:, :, first:] * scaling, tracker.keeps(count), real)
 
 
@@ -358,7 +359,7 @@ def _is_plain(mask: Tensor, layer: TieredLayer) -> bool:
             return answer
     where = torch.arange(layer.logical, device=mask.device)
     newest = torch.arange(layer.logical - mask.shape[2], layer.logical, device=mask.device)
-    padded = where < layer.padding.to(mask.device)[:, None, None, None]
+    padded = where < sent(layer.padding, mask.device)[:, None, None, None]
     answer = bool(((mask[..., : layer.logical] == (where <= newest[:, None])) | padded).all())
     _plain_memo[:] = [(weakref.ref(mask), layer.logical, layer.padding, answer)]
     return answer

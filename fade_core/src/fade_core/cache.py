@@ -30,7 +30,7 @@ from fade_core.config import FadeConfig
 from fade_core.errors import ConfigError, InputError, UnsupportedModelError
 from fade_core.fixed import FixedLayer, bucket, refusal
 from fade_core.geometry import head_channels, kv_heads, query_heads
-from fade_core.incoming import check_finite, check_room, check_tokens
+from fade_core.incoming import FiniteCheck, check_finite, check_room, check_tokens
 from fade_core.interfaces import (
     Event,
     Kernel,
@@ -126,7 +126,7 @@ class TieredKVCache(Cache):
         appenders: dict[int, tuple[Kernel, str]] = {}
         tiered = [index for index, plain in enumerate(own_layers) if type(plain) is DynamicLayer]
         budgets = dict(zip(tiered, layer_budgets(config.policy, len(tiered)), strict=True))
-        schemes = self._schemes(model, tiered, mode)
+        schemes, finite = self._schemes(model, tiered, mode), FiniteCheck(tiered[-1])
         for index, plain in enumerate(own_layers):
             if index not in budgets:
                 layers.append(plain)
@@ -159,6 +159,7 @@ class TieredKVCache(Cache):
                 self._emit,
                 _weakly(self._roll_back),
                 schemes.get(index),
+                finite,
             )
             layers.append(TieredLayer(plan, max_cache_len))
             made_from = own.model_dump_json(include={"keys", "values", "ladder", "tile"})

@@ -13,6 +13,7 @@ from fade_core.errors import CheckpointError, InputError
 from fade_core.fixedstore import FixedStore
 from fade_core.interfaces import Tier
 from fade_core.tierstore import Tokens, by_position, left_pack
+from fade_core.transfer import sent
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class EvictingStore(FixedStore):
         count = tiled["positions"].shape[2]
         row, head, number = (torch.arange(start, start + count) < new[..., None]).nonzero(as_tuple=True)
         slot = self.per_head[row, head] + start + number
-        at, h, to, source = (t.to(self.device) for t in (row, head, slot, number))
+        at, h, to, source = (sent(t, self.device) for t in (row, head, slot, number))
         for name, held in self._everything().items():
             held[at, h, to] = tiled[name][at, h, source].to(held.dtype)
 
@@ -180,7 +181,7 @@ class EvictingStore(FixedStore):
         self.occupy(self.kept(end))
 
     def select_rows(self, index: Tensor) -> None:
-        at = index.to(self.device)
+        at = sent(index, self.device)
         if len(index) == len(self.per_head):
             for held in (self.held_offsets, *self.held_statistics.values()):
                 held.copy_(held[at])

@@ -20,6 +20,7 @@ from fade_core.ladder import tokens_of
 from fade_core.layer import REJECTABLE, LayerPlan, TieredLayer
 from fade_core.step import plan_step
 from fade_core.tierstore import TierStore
+from fade_core.transfer import sent
 from fade_core.window import Window
 
 SMALLEST = 256
@@ -328,7 +329,7 @@ class FixedLayer(TieredLayer):
         window.publish()
         store.publish()
         self._counters[LOGICAL] = self._logical
-        self._first.copy_(self.padding)
+        self._first.copy_(sent(self.padding, self.device))
         self.ready = bool((window.lengths > 0).all())
 
     # --- what transformers asks ---
@@ -617,6 +618,11 @@ class FixedLayer(TieredLayer):
         return keys, values
 
     # --- compression ---
+    def _send_down(self, *args: Any) -> int:
+        if not self.evicts:
+            self._parts()[1].begins = self.padding + self.plan.ladder.n_sink  # the host need not ask the device
+        return super()._send_down(*args)
+
     def restored(self) -> None:
         self.replan()
         super().restored()

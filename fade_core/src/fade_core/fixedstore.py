@@ -13,6 +13,7 @@ from fade_core.errors import CheckpointError, InputError
 from fade_core.interfaces import Tier
 from fade_core.packed import Packed
 from fade_core.tierstore import DeviceBook, TierStore, Tokens
+from fade_core.transfer import sent
 
 
 class TileView:
@@ -87,6 +88,7 @@ class FixedStore(TierStore):
     Attributes:
         per_head: tiles in use, int64 ``[B, H_kv]`` on the CPU.
         first: position of each row's first packed token, int64 ``[B]`` on the CPU.
+        begins: where that will be for rows that have none yet; ``None`` to look at the tokens that come.
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class FixedStore(TierStore):
         self.offsets = torch.empty((batch, self.heads, 0, self.tile), dtype=torch.int32, device=self.device)
         self.statistics = {}
         self.first = torch.zeros(batch, dtype=torch.long)
+        self.begins: Tensor | None = None
         self._pool_is_fields()
         self.occupy(torch.zeros(lead[:2], dtype=torch.long))
 
@@ -140,7 +143,7 @@ class FixedStore(TierStore):
 
     def publish(self) -> None:
         """Write the host's book to the device."""
-        self.used.copy_(self.per_head)
+        self.used.copy_(sent(self.per_head, self.device))
 
     def clear(self) -> None:
         """Hold no token."""
@@ -156,7 +159,7 @@ class FixedStore(TierStore):
         if bool((self.per_head == self.tiles).all()):
             return None
         slots = torch.arange(self.tiles * self.tile)
-        return (slots < (self.per_head * self.tile)[..., None]).to(self.device)
+        return sent(slots < (self.per_head * self.tile)[..., None], self.device)
 
     def packed_keys(self) -> Packed:
         return self._part("k", slice(0, self.tiles))
@@ -200,7 +203,7 @@ class FixedStore(TierStore):
             encoded = {"k": self.codec.encode(self.tier.keys, tokens.keys[:, :, part])}
             encoded["v"] = self.codec.encode(self.tier.values, tokens.values[:, :, part])
             self._write(encoded, start, per_row)
-        fresh = tokens.positions[:, 0, 0].cpu()
+        fresh = tokens.positions[:, 0, 0].cpu() if self.begins is None else self.begins
         self.occupy(after, torch.where(self.per_head[:, 0] > 0, self.first, fresh))
 
     def _check_room(self, after: Tensor) -> None:
@@ -210,7 +213,7 @@ class FixedStore(TierStore):
     def _write(self, encoded: Mapping[str, Packed], start: int, per_row: Tensor) -> None:
         tiles = next(iter(encoded["k"].fields.values())).shape[2]
         row, number = (torch.arange(start, start + tiles) < per_row[:, None]).nonzero(as_tuple=True)
-        at, slot, source = (t.to(self.device) for t in (row, self.per_head[row, 0] + start + number, number))
+        at, slot, source = (sent(t, self.device) for t in (row, self.per_head[row, 0] + start + number, number))
         for side, packed in encoded.items():
             for name, field in packed.fields.items():
                 held = self.fields[f"{side}.{name}"]
@@ -225,7 +228,7 @@ class FixedStore(TierStore):
         self.occupy(torch.minimum(self.per_head, kept[:, None]))
 
     def select_rows(self, index: Tensor) -> None:
-        at, index = index.to(self.device), index.cpu()
+        at, index = sent(index, self.device), index.cpu()
         if len(index) == len(self.per_head):
             tiles = self.tiles
             for field in self.fields.values():

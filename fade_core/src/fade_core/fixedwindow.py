@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fade_core.errors import InputError
+from fade_core.transfer import sent
 from fade_core.window import Window
 
 
@@ -48,7 +49,7 @@ class FixedWindow(Window):
 
     def publish(self) -> None:
         """Write the host's lengths to the device."""
-        self.device_lengths.copy_(self.lengths[:, None].expand_as(self.device_lengths))
+        self.device_lengths.copy_(sent(self.lengths, self.keys.device)[:, None].expand_as(self.device_lengths))
 
     def locate(self, lengths: Tensor, first: Tensor, sinks: int, packed: Tensor) -> None:
         """Take over what decode steps have made of the window.
@@ -61,7 +62,7 @@ class FixedWindow(Window):
         """
         slots = torch.arange(self.capacity)
         where = first[:, None] + slots + packed[:, None] * (slots >= sinks)
-        self.offsets.copy_(where.masked_fill(slots >= lengths[:, None], -1))
+        self.offsets.copy_(sent(where.masked_fill(slots >= lengths[:, None], -1), self.offsets.device))
         self._set_lengths(lengths)
 
     def take_lengths(self, lengths: Tensor) -> None:
@@ -73,7 +74,7 @@ class FixedWindow(Window):
     ) -> None:
         count = int(lengths.max())
         self.reserve(count)
-        inside = (torch.arange(count) < lengths[:, None]).to(positions.device)
+        inside = sent(torch.arange(count) < lengths[:, None], positions.device)
         self.keys[:, :, :count], self.values[:, :, :count] = keys[:, :, :count], values[:, :, :count]
         self.offsets.fill_(-1)
         self.offsets[:, :count] = torch.where(inside, positions[:, :count].int(), -1)
@@ -86,7 +87,7 @@ class FixedWindow(Window):
         self._set_lengths((self.offsets >= 0).sum(-1).cpu())
 
     def select_rows(self, index: Tensor) -> None:
-        at = index.to(self.keys.device)
+        at = sent(index, self.keys.device)
         if len(at) == self.keys.shape[0]:
             for held in (self.keys, self.values, self.offsets, *self.statistics.values()):
                 held.copy_(held[at])

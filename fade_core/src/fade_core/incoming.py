@@ -51,6 +51,62 @@ def check_tokens(layer: int, keys: Tensor, values: Tensor, held: tuple[Tensor, T
         )
 
 
+class FiniteCheck:
+    """Refuses NaN and infinity among new keys and values, layer by layer, or once a forward pass.
+
+    The host reads one number for an answer, and waits for a GPU until then. A wait in every layer would leave it idle
+    again and again: so layers only ask, and the last one reads all answers, when every layer before it can still be taken back.
+
+    Args:
+        last: index of the last layer that asks; ``None`` if each reads its own answer.
+        deferred: whether answers are read at the end; ``None``: if tokens lie on a GPU.
+    """
+
+    def __init__(self, last: int | None = None, deferred: bool | None = None) -> None:
+        self.last, self.deferred = last, deferred
+        self._asked: list[tuple[int, int, Tensor]] = []
+
+    def __call__(
+        self, layer: int, keys: Tensor, values: Tensor, start: int, on_nonfinite: str, at_once: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """As ``check_finite``.
+
+        Args:
+            layer: layer index.
+            keys: ``[B, H_kv, Q, D]``.
+            values: likewise.
+            start: logical position of the first token.
+            on_nonfinite: "raise" or "zero".
+            at_once: read the answer now, whatever it costs.
+
+        Raises:
+            NonFiniteError: for this layer, or from the last one for whichever was first.
+        """
+        deferred = keys.device.type == "cuda" if self.deferred is None else self.deferred
+        if not deferred or self.last is None or at_once:
+            return check_finite(layer, keys, values, start, on_nonfinite)
+        if on_nonfinite == "zero":
+            clean_keys, clean_values = (t.masked_fill(~torch.isfinite(t), 0) for t in (keys, values))
+            return clean_keys, clean_values
+        if self._asked and self._asked[-1][0] >= layer:
+            self._asked.clear()  # of a pass that was interrupted
+        wide = torch.float64 if keys.dtype != torch.float16 else torch.float32  # where no sum overflows
+        self._asked.append((layer, start, torch.isfinite(keys.sum(dtype=wide) + values.sum(dtype=wide))))
+        if layer >= self.last:
+            asked, self._asked = self._asked, []
+            answers = torch.stack([answer.to(keys.device) for _, _, answer in asked]).tolist()
+            bad = next((one for one, fine in zip(asked, answers, strict=True) if not fine), None)
+            if bad is not None:
+                raise NonFiniteError(
+                    f"layer {bad[0]}: NaN or infinity in the keys or values of the {keys.shape[2]} tokens from position "
+                    f"{bad[1]} on. {_ADVICE}"
+                )
+        return keys, values
+
+
+_ADVICE = "Look for an overflow in the model (float16 is the usual cause), or set on_nonfinite = 'zero' to store zeros instead."
+
+
 def check_finite(layer: int, keys: Tensor, values: Tensor, start: int, on_nonfinite: str) -> tuple[Tensor, Tensor]:
     """Keys and values without NaN and infinity: as they are, with zeros in their place, or refused.
 
@@ -76,6 +132,5 @@ def check_finite(layer: int, keys: Tensor, values: Tensor, start: int, on_nonfin
     side = "keys" if bool(bad_keys[row, :, column].any()) else "values"
     raise NonFiniteError(
         f"layer {layer}: NaN or infinity in the {side} at position {start + column} of row {row} "
-        f"({int(bad.sum())} tokens concerned). Look for an overflow in the model (float16 is the usual cause), or set "
-        "on_nonfinite = 'zero' to store zeros instead."
+        f"({int(bad.sum())} tokens concerned). {_ADVICE}"
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fade_core.bytebudget import ByteBudget
 from fade_core.interfaces import Tier
+from fade_core.transfer import sent
 from fade_core.validation import Capacity
 
 UNBOUNDED = torch.iinfo(torch.int64).max // 4
@@ -130,7 +131,7 @@ def lowest(scores: Tensor, live: Tensor, count: Tensor) -> Tensor:
     """bool like ``scores`` ``[B, H_kv, T]``: the ``count[b, h]`` live tokens of lowest score; ties go to the older."""
     ranked = scores.masked_fill(~live, torch.inf)
     rank = torch.argsort(torch.argsort(ranked, dim=-1, stable=True), dim=-1)
-    return (rank < count[..., None].to(scores.device)) & live
+    return (rank < sent(count[..., None], scores.device)) & live
 
 
 def describe(tiers: Sequence[Tier]) -> str:

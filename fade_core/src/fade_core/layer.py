@@ -15,7 +15,7 @@ from fade_core.bytebudget import ByteBudget
 from fade_core.codec import Codec
 from fade_core.errors import InputError
 from fade_core.handle import Handle
-from fade_core.incoming import check_finite, check_room, check_tokens
+from fade_core.incoming import FiniteCheck, check_room, check_tokens
 from fade_core.interfaces import Event, EvictionPolicy, Kernel, LayerView, PromptView, RopeScheme
 from fade_core.kernels.attention import (
     READ_AT_ONCE,
@@ -30,6 +30,7 @@ from fade_core.querymoments import QueryMoments
 from fade_core.shifts import Shift, Shifts
 from fade_core.tierstore import TierStore, Tokens
 from fade_core.tracker import AttentionTracker
+from fade_core.transfer import sent
 from fade_core.window import Window
 
 DIRECT_QUERIES = 32
@@ -60,6 +61,7 @@ class LayerPlan:
             what became of the cache.
         rope: rotary embedding by which survivors of an eviction are read at contiguous positions; ``None`` where they keep
             theirs, or carry none.
+        finite: refuses what is not finite; shared by the layers of a cache.
     """
 
     index: int
@@ -76,6 +78,7 @@ class LayerPlan:
     emit: Callable[[Event], None] = lambda event: None
     on_failure: Callable[[int, int], str] = lambda index, length: ""
     rope: RopeScheme | None = None
+    finite: FiniteCheck = field(default_factory=FiniteCheck)
 
     @property
     def allocates(self) -> bool:
@@ -323,7 +326,7 @@ class TieredLayer(CacheLayerMixin):
         end, shown = self.logical - (0 if self.pending is None else self.pending[0].shape[2]), None
         if mask is not None:
             shown = mask[:, :, -1, :end].any(1)
-            padded = torch.arange(end, device=mask.device) < self.padding.to(mask.device)[:, None]
+            padded = torch.arange(end, device=mask.device) < sent(self.padding, mask.device)[:, None]
             shown = None if bool((shown | padded).all()) else shown
         return self.shifts.of(window, self.stores, end, shown)
 
@@ -559,7 +562,7 @@ class TieredLayer(CacheLayerMixin):
         Rows that are within the budget keep all, whatever their heads would be given: it would be given up for nothing.
         """
         policy, even = self.plan.policy, budget[:, None].expand_as(held)
-        found = policy.allocate(view, competing, budget.to(self.device))
+        found = policy.allocate(view, competing, sent(budget, self.device))
         wanted = even if found is None else found.cpu()
         if wanted.shape != held.shape or wanted.is_floating_point() or bool((wanted < 0).any()):
             raise InputError(
@@ -760,7 +763,9 @@ class TieredLayer(CacheLayerMixin):
         held = (self.window.keys, self.window.values) if self.window is not None else None
         check_tokens(self.index, keys, values, held)
         check_room(self.index, self.logical, keys.shape[2], self.max_length)
-        keys, values = check_finite(self.index, keys, values, self.logical, self.plan.on_nonfinite)
+        keys, values = self.plan.finite(
+            self.index, keys, values, self.logical, self.plan.on_nonfinite, at_once=bool(self._learners)
+        )
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         return keys, values
@@ -813,8 +818,8 @@ class TieredLayer(CacheLayerMixin):
         window = self._window()
         held, own = window.longest, window.lengths[:, None]
         slots = torch.arange(held + chunk)
-        at = (slots - own + dropped[:, None]).clamp(0, chunk - 1).to(self.device)
-        old_here = (slots[:held] < own).to(self.device)
+        at = sent((slots - own + dropped[:, None]).clamp(0, chunk - 1), self.device)
+        old_here = sent(slots[:held] < own, self.device)
 
         def join(old: Tensor, new: Tensor) -> Tensor:
             wide = at[:, None, :, None] if new.dim() == 4 else at[:, None]
@@ -879,13 +884,13 @@ class TieredLayer(CacheLayerMixin):
         lengths, window = self.lengths, held - due
         heads, width = keys.shape[1], moving.keys.shape[2]
         slots = torch.arange(width, device=self.device)
-        live = (slots < due[:, None].to(self.device))[:, None].expand(-1, heads, -1)
+        live = (slots < sent(due[:, None], self.device))[:, None].expand(-1, heads, -1)
         available, room = moving.counts, None
         if policy.positional:
             scores = slots.float().expand_as(live)
         else:
             total = torch.arange(keys.shape[2], device=self.device)
-            real = (total < held[:, None].to(self.device))[:, None]
+            real = (total < sent(held[:, None], self.device))[:, None]
             where = positions.expand(-1, heads, -1).masked_fill(~real, -1)
             view = LayerView(
                 where,
@@ -914,7 +919,7 @@ class TieredLayer(CacheLayerMixin):
             lower, upper = upper, upper + take
             if not bool(take.any()):
                 continue
-            bounds = lower.to(self.device)[..., None], upper.to(self.device)[..., None]
+            bounds = sent(lower, self.device)[..., None], sent(upper, self.device)[..., None]
             chosen = (rank >= bounds[0]) & (rank < bounds[1]) & live
             index = torch.argsort(~chosen, dim=-1, stable=True)[..., : int(take.max())]
             store.append(replace(moving, counts=take.contiguous()), index)
@@ -932,9 +937,8 @@ class TieredLayer(CacheLayerMixin):
         window, ladder = self._window(), self.plan.ladder
         kept = lengths - due
         slots = torch.arange(int(kept.max()))
-        source = (
-            torch.where(slots < ladder.n_sink, slots, slots + due[:, None]).clamp_max(keys.shape[2] - 1).to(self.device)
-        )
+        source = torch.where(slots < ladder.n_sink, slots, slots + due[:, None]).clamp_max(keys.shape[2] - 1)
+        source = sent(source, self.device)
         wide = source[:, None, :, None]
         new_k = keys.gather(2, wide.expand(-1, keys.shape[1], -1, keys.shape[3]))
         new_v = values.gather(2, wide.expand(-1, values.shape[1], -1, values.shape[3]))

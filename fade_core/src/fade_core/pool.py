@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fade_core.transfer import sent
+
 _GROWTH = 32  # a full pool grows by at least 1/32 of its size
 
 
@@ -32,7 +34,7 @@ class TilePool:
         count = next(iter(tiles.values())).shape[0]
         self.reserve(count, alive)
         ids = self._free(alive)[:count]
-        target = ids.to(self.device)
+        target = sent(ids, self.device)
         for name, field in self.fields.items():
             field[target] = tiles[name].to(field.dtype)
         return ids
@@ -63,7 +65,7 @@ class TilePool:
             return None
         mapping = torch.full((self.capacity,), -1, dtype=torch.long)
         mapping[used] = torch.arange(len(used))
-        source = used.to(self.device)
+        source = sent(used, self.device)
         self.fields = {name: field.index_select(0, source) for name, field in self.fields.items()}
         self.capacity = len(used)
         return mapping

@@ -12,6 +12,7 @@ from fade_core.codec import Codec
 from fade_core.interfaces import Tier
 from fade_core.packed import Packed
 from fade_core.pool import TilePool
+from fade_core.transfer import sent
 
 
 @dataclass
@@ -149,7 +150,7 @@ class TierStore:
             if bool((self.counts == self.tile).all()):
                 return None
             slots = torch.arange(self.tile)
-            self._valid = (slots < self.counts[..., None]).flatten(2).to(self.device)
+            self._valid = sent((slots < self.counts[..., None]).flatten(2), self.device)
         return self._valid
 
     def positions(self) -> Tensor:
@@ -157,7 +158,7 @@ class TierStore:
         if self.explicit:
             found = self.offsets.flatten(2).long()
         else:
-            found = (self.starts.to(self.device)[..., None] + torch.arange(self.tile, device=self.device)).flatten(2)
+            found = (sent(self.starts, self.device)[..., None] + torch.arange(self.tile, device=self.device)).flatten(2)
         valid = self.valid()
         return found if valid is None else found.masked_fill(~valid, -1)
 
@@ -177,7 +178,7 @@ class TierStore:
         """The table on the tokens' device, some live tile in place of -1: spare tiles may hold anything, NaN included."""
         if self._ids is None:
             live = self.table.max().clamp_min(0) if self.table.numel() else self.table.new_zeros(())
-            self._ids = self.table.where(self.table >= 0, live).to(self.device)
+            self._ids = sent(self.table.where(self.table >= 0, live), self.device)
         return self._ids
 
     def kernel_fields(self, side: str) -> dict[str, Tensor]:
@@ -191,7 +192,7 @@ class TierStore:
             full = bool(((self.counts == self.tile) | ~live).all())
 
             def there(book: Tensor) -> Tensor:
-                return book.to(self.device, torch.int32).contiguous()
+                return sent(book, self.device, torch.int32).contiguous()
 
             self._device_book = DeviceBook(there(self.table), there(live.sum(-1)), None if full else there(self.counts))
         return self._device_book
@@ -306,7 +307,7 @@ class TierStore:
 
     def select_rows(self, index: Tensor) -> None:
         """Keep, repeat or reorder rows: row ``i`` becomes what row ``index[i]`` was. Tiles are shared, not copied."""
-        device_index, index = index.to(self.device), index.cpu()
+        device_index, index = sent(index, self.device), index.cpu()
         self.table, self.counts = self.table[index], self.counts[index]
         self.starts, self.offsets = self.starts[index], self.offsets[device_index]
         self.statistics = {name: t[device_index] for name, t in self.statistics.items()}
@@ -381,7 +382,7 @@ class TierStore:
         live = self.table >= 0
         used, place = torch.unique(self.table[live], return_inverse=True)
         table = torch.full_like(self.table, -1).masked_scatter(live, place)
-        tiles = used.to(self.device)
+        tiles = sent(used, self.device)
         state = {f"pool.{n}": t.index_select(0, tiles) for n, t in self.pool.fields.items()}
         state |= {"table": table, "counts": self.counts, "starts": self.starts, "offsets": self.offsets}
         return state | {f"statistic.{n}": t for n, t in self.statistics.items()}
@@ -421,7 +422,7 @@ class TierStore:
             if bool((steps.cpu() * slots).any()):
                 self._spell_positions()
         b, h, t = self.present(filled > 0).nonzero(as_tuple=True)
-        db, dh, dt = b.to(self.device), h.to(self.device), t.to(self.device)
+        db, dh, dt = (sent(index, self.device) for index in (b, h, t))
         ids = self.pool.write({name: field[db, dh, dt] for name, field in fields.items()}, self._alive())
         slots = (self.table >= 0).sum(-1)[rows][b, h] + t
         self._widen(int(slots.max()) + 1)
@@ -429,7 +430,7 @@ class TierStore:
         where = (row, h, slots)
         self.table = self.table.index_put(where, ids)
         self.counts = self.counts.index_put(where, filled[b, h, t])
-        at = (row.to(self.device), dh, slots.to(self.device))
+        at = (sent(row, self.device), dh, sent(slots, self.device))
         if self.explicit:
             self.offsets = self.offsets.index_put(at, tiled[db, dh, dt].to(torch.int32))
         else:
@@ -466,7 +467,7 @@ class TierStore:
         self.counts = self.counts * keep
         keep = self.present(keep)
         order = left_pack(keep)
-        slots = order.to(self.device)
+        slots = sent(order, self.device)
         dropped = ~keep.gather(2, order)
         self.table = self.table.gather(2, order).masked_fill(dropped, -1)
         self.counts = self.counts.gather(2, order).masked_fill(dropped, 0)
@@ -484,7 +485,7 @@ class TierStore:
         live = self.valid()
         lost = ~staying if live is None else live & ~staying
         rows = lost.any(-1).any(-1).cpu().nonzero().flatten()
-        at = rows.to(self.device)
+        at = sent(rows, self.device)
         counts = staying[at].sum(-1).cpu()
         width = max(-(-int(counts.max()) // self.tile), 1) * self.tile
         index = by_position(staying[at], self.positions()[at])
@@ -567,7 +568,7 @@ def _without_slack(tokens: Tokens, index: Tensor | None) -> Tensor:
 def _piece(tokens: Tokens, index: Tensor | None, part: slice, rows: Tensor) -> Tokens:
     """Slots ``part`` of ``rows``: of ``tokens`` as they are, or of what ``index`` picks from them."""
     device = tokens.keys.device
-    at = None if len(rows) == tokens.counts.shape[0] else rows.to(device)
+    at = None if len(rows) == tokens.counts.shape[0] else sent(rows, device)
 
     def of(held: Tensor) -> Tensor:
         if index is None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fade_core.transfer import sent
+
 
 @dataclass(frozen=True)
 class _Held:
@@ -90,7 +92,7 @@ class Window:
                 held[:, :, self.longest : self.longest + count] = (
                     0  # attention reads shorter rows up to there, with weight 0
                 )
-            slots = (self.lengths[:, None] + torch.arange(count)).to(keys.device)
+            slots = sent(self.lengths[:, None] + torch.arange(count), keys.device)
             rows = torch.arange(keys.shape[0], device=keys.device)[:, None]
             self.keys.transpose(1, 2)[rows, slots] = keys.transpose(1, 2)
             self.values.transpose(1, 2)[rows, slots] = values.transpose(1, 2)
@@ -107,7 +109,7 @@ class Window:
         """Replace everything by left-aligned ``[B, H_kv, T, D]`` tokens at ``positions`` ``[B, T]``."""
         count = int(lengths.max())
         slots = max(count, self.capacity)
-        inside = (torch.arange(count) < lengths[:, None]).to(positions.device)
+        inside = sent(torch.arange(count) < lengths[:, None], positions.device)
         self.keys, self.values = _padded(keys[:, :, :count], 2, slots), _padded(values[:, :, :count], 2, slots)
         self.offsets = _padded(torch.where(inside, positions[:, :count].int(), -1), 1, slots, -1)
         self.statistics = {n: _padded(statistics[n][:, :, :count], 2, slots) for n in self.statistics}
@@ -120,7 +122,7 @@ class Window:
         kept = self.lengths - counts
         slots = torch.arange(int(kept.max()))
         source = torch.where(slots < start, slots, slots + counts[:, None]).clamp_max(self.longest - 1)
-        at = source.to(self.keys.device)
+        at = sent(source, self.keys.device)
         wide = at[:, None, :, None]
         self.assign(
             self.keys.gather(2, wide.expand(-1, self.keys.shape[1], -1, self.keys.shape[3])),
@@ -137,7 +139,7 @@ class Window:
 
     def select_rows(self, index: Tensor) -> None:
         """Row ``i`` becomes what row ``index[i]`` was."""
-        at = index.to(self.keys.device)
+        at = sent(index, self.keys.device)
         self.keys, self.values, self.offsets = self.keys[at], self.values[at], self.offsets[at]
         self.statistics = {n: t[at] for n, t in self.statistics.items()}
         self._set_lengths(self.lengths[index.cpu()])
