@@ -23,6 +23,7 @@ from fade_core.cli.prompts import chat_ids, document_ids
 from fade_core.cli.streaming import TokenWatch
 from fade_core.errors import ConfigError, InputError
 from fade_core.eval import contenders
+from fade_core.eval.caches import configuration
 from fade_core.hookspecs import hookimpl
 from fade_core.loading import exact_cache
 from fade_core.memory import live_bytes
@@ -310,6 +311,26 @@ def test_bench_decode_refuses_what_does_not_compile(fade: Callable[..., Result],
     assert "unknown shape" in fade(*DECODE[:3], "huge").stderr
     if not torch.cuda.is_available():
         assert "on a GPU only" in fade(*DECODE, "--profile").stderr
+
+
+@pytest.mark.parametrize("config", ["safe", "aggressive"])
+def test_bench_batch_finds_the_last_batch_that_fits(fade: Callable[..., Result], config: str) -> None:
+    from fade_core.eval.batches import _Runs
+    from fade_core.eval.generating import FIXED, STATIC, random_model
+
+    options = ("--shape", "tiny", "--context", 700, "--limit", 0.012, "--steps", 2, "--config", config)
+    found = data(fade("bench", "batch", *options, "--json"))["results"]
+    assert [one["cache"] for one in found] == ["StaticCache", "FADE"]
+    assert found[1]["rows"] > 2 * found[0]["rows"] > 0
+    runs = _Runs(random_model("tiny", torch.device("cpu"), torch.float32), configuration(config), 700, 2)
+    for one, name in zip(found, (STATIC, FIXED), strict=True):
+        total, held = runs._decoded(name, one["rows"])
+        assert total is not None
+        assert abs(total - one["bytes"]) < 0.02 * total
+        assert held == one["held_bytes"] < total <= 12e6
+        assert runs._decoded(name, one["rows"] + 1)[0] > 12e6  # type: ignore[operator]
+    assert "0 " in fade("bench", "batch", *options[:4], "--limit", 0.001).stdout  # not even the weights
+    assert "holds no prompt" in fade("bench", "batch", *options[:2], "--context", 3).stderr
 
 
 def test_step_times_restore_the_models_attention() -> None:

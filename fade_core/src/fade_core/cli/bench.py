@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fade_core.cli import benchdecode
+from fade_core.cli import benchbatch, benchdecode
 from fade_core.cli.console import complain, out, print_json, rows, size, table, working
 from fade_core.cli.options import PRESETS, Caches, Device, Dtype, Json, Model, named_caches, open_model
 
@@ -19,6 +19,7 @@ def group() -> typer.Typer:
     app = typer.Typer(help="Time decode steps: of presets in turns, or what a sub-command says.")
     app.callback(invoke_without_command=True)(bench)
     app.command("decode")(benchdecode.decode)
+    app.command("batch")(benchbatch.batch)
     return app
 
 
