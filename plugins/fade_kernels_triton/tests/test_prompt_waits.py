@@ -1,0 +1,37 @@
+"""A prompt goes into a cache of fixed size without keeping the GPU waiting for the host."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from test_fixed_cache import SHORT, model
+from transformers import DynamicCache
+
+from fade_core import FadeConfig, create_tiered_cache
+
+
+@torch.no_grad()
+def waits(llama: Any, cache: Any) -> int:
+    """Operations of one prompt's pass in which the host waits for the GPU."""
+    ids = torch.randint(1, 64, (2, 300), device="cuda")
+    llama(ids, past_key_values=cache, use_cache=True)
+    cache.reset()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            llama(ids, past_key_values=cache, use_cache=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(one.message) for one in seen)
+
+
+@pytest.mark.gpu
+def test_the_host_waits_once_for_all_layers() -> None:
+    llama = model("cuda")
+    without = waits(llama, DynamicCache(config=llama.config))
+    with create_tiered_cache(llama, FadeConfig(**SHORT), max_cache_len=512) as cache:
+        assert waits(llama, cache) <= without + 1
