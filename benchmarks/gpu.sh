@@ -32,7 +32,7 @@ sanitize() { PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$1" 900 compute-sanitizer --
 
 run() {
     case $1 in
-        tests) step tests 580 "$python" -m pytest -q -m gpu -p no:cacheprovider plugins/fade_kernels_triton/tests -n 8 ;;
+        tests) step tests 580 "$python" -m pytest -q -p no:cacheprovider plugins/fade_kernels_triton/tests -n 8 ;;
         check) step check 300 "${fade[@]}" check-kernels ;;
         memcheck | racecheck) sanitize "$1" ;;
         kernels) step kernels 580 "${fade[@]}" bench kernels --budget 500 --output-dir "$out/kernels" ;;
