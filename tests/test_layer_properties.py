@@ -16,7 +16,8 @@ from transformers.cache_utils import Cache
 from fade_core import FadeConfig, Tier
 from fade_core.interfaces import QuantizerContext
 from fade_core.ladder import Ladder, tokens_of
-from fade_core.layer import LayerPlan, TieredLayer
+from fade_core.layer import TieredLayer
+from fade_core.layerplan import LayerPlan
 from fade_core.memory import live_bytes
 from fade_core.report import measure
 from fade_core.rows import join_layer, shift

@@ -45,7 +45,8 @@ from fade_core.interfaces import (
 )
 from fade_core.kernels.selection import choose_kernel
 from fade_core.ladder import Ladder, describe
-from fade_core.layer import LayerPlan, TieredLayer
+from fade_core.layer import TieredLayer
+from fade_core.layerplan import LayerPlan
 from fade_core.report import MemoryReport, measure
 from fade_core.reposition import layer_schemes
 from fade_core.tracker import AttentionTracker

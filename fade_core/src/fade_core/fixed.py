@@ -17,7 +17,8 @@ from fade_core.incoming import check_room, check_tokens
 from fade_core.interfaces import Kernel
 from fade_core.kernels.append import LOGICAL, NONFINITE, ODD_MASK, AppendRule
 from fade_core.ladder import tokens_of
-from fade_core.layer import REJECTABLE, LayerPlan, TieredLayer
+from fade_core.layer import REJECTABLE, TieredLayer
+from fade_core.layerplan import LayerPlan
 from fade_core.step import plan_step
 from fade_core.tierstore import TierStore
 from fade_core.transfer import sent

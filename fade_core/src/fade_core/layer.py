@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from fade_core.assignment import assign
 from fade_core.bytebudget import ByteBudget
-from fade_core.codec import Codec
+from fade_core.contents import Contents
 from fade_core.errors import InputError
 from fade_core.handle import Handle
-from fade_core.incoming import FiniteCheck, check_room, check_tokens
-from fade_core.interfaces import Event, EvictionPolicy, Kernel, LayerView, PromptView, RopeScheme
+from fade_core.incoming import check_room, check_tokens
+from fade_core.interfaces import Event, Kernel, PromptView
 from fade_core.kernels.attention import (
     READ_AT_ONCE,
     FullSegment,
     PackedSegment,
     Segment,
-    TorchAttentionMass,
-    TorchDecodeAttention,
 )
-from fade_core.ladder import Ladder, in_tiles, lowest, whole
+from fade_core.ladder import whole
+from fade_core.layerplan import LayerPlan
 from fade_core.querymoments import QueryMoments
+from fade_core.ranking import pour, rank
 from fade_core.shifts import Shift, Shifts
 from fade_core.tierstore import TierStore, Tokens
-from fade_core.tracker import AttentionTracker
 from fade_core.transfer import sent
 from fade_core.window import Window
 
@@ -38,52 +38,6 @@ DIRECT_QUERIES = 32
 
 REJECTABLE = 64
 """Newest tokens of a chunk that stay in full precision until ``crop`` while past states are recorded."""
-
-
-@dataclass
-class LayerPlan:
-    """What a layer is made of; built once by the cache.
-
-    Attributes:
-        index: layer index.
-        num_layers: layers of the model.
-        ladder: tiers, capacities, budget, sinks and window.
-        policy: ranks tokens when something is bounded.
-        every: decode steps between two rankings.
-        tracker: attention statistics, shared by all layers.
-        attention: "fade" if FADE's attention function drives the layer, "stock" if any other does.
-        on_nonfinite: "raise" or "zero".
-        kernel: implementation of ``decode_attention``.
-        mass_kernel: implementation of ``attention_mass``, for kernels that give no probabilities.
-        codec: how prompts are packed and tiers unpacked.
-        emit: where events go.
-        on_failure: called with the layer's index and length when it refuses input in the middle of a forward pass; says
-            what became of the cache.
-        rope: rotary embedding by which survivors of an eviction are read at contiguous positions; ``None`` where they keep
-            theirs, or carry none.
-        finite: refuses what is not finite; shared by the layers of a cache.
-    """
-
-    index: int
-    num_layers: int
-    ladder: Ladder
-    policy: EvictionPolicy
-    every: int = 64
-    tracker: AttentionTracker = field(default_factory=lambda: AttentionTracker(()))
-    attention: str = "fade"
-    on_nonfinite: str = "raise"
-    kernel: Kernel = field(default_factory=TorchDecodeAttention)
-    mass_kernel: Kernel = field(default_factory=TorchAttentionMass)
-    codec: Codec = field(default_factory=Codec)
-    emit: Callable[[Event], None] = lambda event: None
-    on_failure: Callable[[int, int], str] = lambda index, length: ""
-    rope: RopeScheme | None = None
-    finite: FiniteCheck = field(default_factory=FiniteCheck)
-
-    @property
-    def allocates(self) -> bool:
-        """Whether the policy gives heads budgets of their own."""
-        return self.ladder.budget is not None and type(self.policy).allocate is not EvictionPolicy.allocate
 
 
 @dataclass(frozen=True)
@@ -510,72 +464,15 @@ class TieredLayer(CacheLayerMixin):
         """
         rows = torch.ones_like(self.since_ranking, dtype=torch.bool) if rows is None else rows
         self.since_ranking = self.since_ranking.masked_fill(rows, 0)
-        ladder = self.plan.ladder
-        if not ladder.bounded or not self.is_initialized:
+        if not self.plan.ladder.bounded or not self.is_initialized:
             return
         started, before = time.perf_counter(), self.nbytes()
-        window = self._window()
-        scores, room = self._rooms()
-        above = torch.zeros((self.batch_size, window.keys.shape[1]), dtype=torch.long)
-        moved = evicted = 0
-        for i, store in enumerate(self.stores):
-            over = ladder.overflow(store.lengths, i, above, self.lengths, window.lengths, room) * rows[:, None]
-            if bool(over.any()):
-                if scores is None:
-                    scores = self._scores()[0]
-                last, held = i + 1 == len(self.stores), store.lengths
-                tokens = store.split(self._choose(store, scores[i], over), decode=not last)
-                gone = int((held - store.lengths).sum())
-                if tokens is not None:
-                    self.stores[i + 1].append(tokens)
-                    moved += gone
-                    scores = None  # the lower tier has other slots now
-                else:
-                    evicted += gone
-            above = above + store.lengths
+        moved, evicted = rank(self._contents(), rows)
         if moved:
             self._report("demote", moved, before, started)
         if evicted:
             self._report("evict", evicted, before, started, self.stores[-1].tier.name)
         self._report("reassign", moved + evicted, before, started)
-
-    def _rooms(self) -> tuple[list[Tensor] | None, Tensor | None]:
-        """Packed tokens that each head may keep, ``[B, H_kv]``, with the tiers' scores if the policy was asked for it.
-
-        ``None`` for the same in every head.
-        """
-        ladder, held = self.plan.ladder, sum(store.lengths for store in self.stores)
-        if not self.plan.allocates or not isinstance(held, Tensor):
-            return None, None
-        budget = ladder.packed_budget(self.lengths, self._window().lengths)
-        if bool((held.sum(1) <= budget * held.shape[1]).all()):
-            return None, held
-        scores, view = self._scores()
-        kept = [part.masked_fill(s.positions() < 0, -torch.inf) for part, s in zip(scores, self.stores, strict=True)]
-        always = view.positions.shape[2] - sum(part.shape[2] for part in kept)
-        competing = torch.cat([kept[0].new_full((*held.shape, always), -torch.inf), *kept], 2)
-        return scores, self._allocated(view, competing, budget, held)
-
-    def _allocated(self, view: LayerView, competing: Tensor, budget: Tensor, held: Tensor) -> Tensor:
-        """What the policy lets each head keep of the packed tokens ``held`` ``[B, H_kv]``, in whole tiles.
-
-        Rows that are within the budget keep all, whatever their heads would be given: it would be given up for nothing.
-        """
-        policy, even = self.plan.policy, budget[:, None].expand_as(held)
-        found = policy.allocate(view, competing, sent(budget, self.device))
-        wanted = even if found is None else found.cpu()
-        if wanted.shape != held.shape or wanted.is_floating_point() or bool((wanted < 0).any()):
-            raise InputError(
-                f"policy {policy.kind!r} allocated {wanted.dtype} {tuple(wanted.shape)} in layer {self.index}; int64 "
-                f"[B, H_kv] = {tuple(held.shape)}, none of it negative, is needed"
-            )
-        if bool((wanted.sum(1) > even.sum(1)).any()):
-            raise InputError(
-                f"policy {policy.kind!r} allocated {int(wanted.sum(1).max())} tokens to the heads of a row in layer "
-                f"{self.index}; the budget is {int(even.sum(1).min())}"
-            )
-        within = held.sum(1, True) <= even.sum(1, True)
-        return torch.where(within, held, in_tiles(wanted, held, self.plan.ladder.tile))
 
     def assign(self, tiers: Tensor) -> None:
         """Move tokens to the tiers that somebody else chose (the manual loop).
@@ -587,81 +484,13 @@ class TieredLayer(CacheLayerMixin):
         Raises:
             InputError: wrong shape, an unknown tier, or a token that would have to move up.
         """
-        self.settle()
-        wanted = self._wanted(tiers)
-        leaving = self._leaving_window(wanted)
-        self._check_tiles(wanted)
+        now = self.tier_map()
         started, before = time.perf_counter(), self.nbytes()
-        encoded = dropped = 0
-        if leaving is not None:
-            self._window().assign(*leaving.stay())
-            encoded = sum(self._take_in(store, leaving.of(level)) for level, store in enumerate(self.stores, start=1))
-            dropped = int((leaving.target > len(self.stores)).sum())
-        demoted, evicted = self._move_down(wanted)
-        for kind, moved in (("encode", encoded), ("demote", demoted), ("evict", evicted + dropped)):
+        counts = assign(self._contents(), tiers, now)
+        for kind, moved in zip(("encode", "demote", "evict"), counts, strict=True):
             if moved:
                 self._report(kind, moved, before, started)
-        self._report("reassign", encoded + demoted + evicted + dropped, before, started)
-
-    def _wanted(self, tiers: Tensor) -> Tensor:
-        """``tiers`` on this device with the evicted last, ``len(stores) + 1``. Raises ``InputError``."""
-        shape = (self.batch_size, self._window().keys.shape[1], self.logical)
-        if tuple(tiers.shape) != shape:
-            raise InputError(
-                f"layer {self.index}: tiers have shape {tuple(tiers.shape)}; [B, H_kv, T] = {shape} is needed"
-            )
-        if bool((tiers < -1).any()) or bool((tiers > len(self.stores)).any()):
-            raise InputError(
-                f"layer {self.index}: tiers must be -1 (evicted), 0 (full precision) or 1..{len(self.stores)} "
-                f"({', '.join(s.tier.name for s in self.stores)}); found {int(tiers.min())}..{int(tiers.max())}"
-            )
-        now, wanted = (t.masked_fill(t < 0, len(self.stores) + 1) for t in (self.tier_map(), tiers.to(self.device)))
-        if bool((wanted < now).any()):
-            raise InputError(
-                f"layer {self.index}: {int((wanted < now).sum())} tokens were asked back up the ladder; "
-                "what was dropped cannot be restored, tokens only move down"
-            )
-        return wanted
-
-    def _move_down(self, wanted: Tensor) -> tuple[int, int]:
-        """Move packed tokens to the tiers they are ``wanted`` in; counts of demoted and evicted ones."""
-        demoted = evicted = 0
-        for level, store in enumerate(self.stores, start=1):
-            for lower in range(level + 1, len(self.stores) + 2):
-                positions = store.positions()
-                moving = (wanted.gather(2, positions.clamp_min(0)) == lower) & (positions >= 0)
-                if not bool(moving.any()):
-                    continue
-                if lower > len(self.stores):
-                    store.split(moving, decode=False)
-                    evicted += int(moving.sum())
-                else:
-                    demoted += self._take_in(self.stores[lower - 1], store.split(moving))
-        return demoted, evicted
-
-    @staticmethod
-    def _take_in(store: TierStore, tokens: Tokens | None) -> int:
-        """Append what there is; says how many tokens."""
-        if tokens is None:
-            return 0
-        store.append(tokens)
-        return int(tokens.counts.sum())
-
-    def _check_tiles(self, wanted: Tensor) -> None:
-        """Refuse to part tokens that share scales. Raises ``InputError``."""
-        for store in self.stores:
-            if not store.tiles or (store.tier.keys.moves_tokens and store.tier.values.moves_tokens):
-                continue
-            positions = store.positions().unflatten(-1, (-1, store.tile))
-            target = wanted.gather(2, positions.flatten(2).clamp_min(0)).view(positions.shape)
-            apart = ((target != target[..., :1]) & (positions >= 0)).any(-1)
-            if bool(apart.any()):
-                tile = positions[apart][0]
-                raise InputError(
-                    f"layer {self.index}: tier {store.tier.name!r} shares scales between the tokens of a tile, so that they "
-                    f"move together; those at positions {int(tile[0])} to {int(tile.max())} were sent to different tiers. "
-                    "Send whole tiles, or use quantizers with axis = 'token'."
-                )
+        self._report("reassign", sum(counts), before, started)
 
     # --- introspection ---
     def tier_map(self) -> Tensor:
@@ -757,6 +586,9 @@ class TieredLayer(CacheLayerMixin):
         if self.window is None:
             raise InputError(f"layer {self.index} is empty: it has not seen a token yet")
         return self.window
+
+    def _contents(self) -> Contents:
+        return Contents(self.plan, self._window(), self.stores, self.logical, self.lengths, self.queries)
 
     def _admitted(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """New tokens that this layer can take, buffers ready for them. Raises ``InputError``."""
@@ -857,73 +689,13 @@ class TieredLayer(CacheLayerMixin):
             {n: t[:, :, part] for n, t in observed.items()},
         )
         if prompt and ladder.bounded and not any(s.tiles for s in self.stores):
-            return self._pour(moving, keys, values, positions, observed, due, held)
+            return pour(self._contents(), moving, keys, values, positions, observed, due, held)
         self.stores[0].append(moving)
         if prompt:
             self.since_ranking = self.since_ranking.masked_fill(
                 due > 0, self.plan.every
             )  # it can overflow a tier at once
         return 0
-
-    def _pour(
-        self,
-        moving: Tokens,
-        keys: Tensor,
-        values: Tensor,
-        positions: Tensor,
-        observed: Mapping[str, Tensor],
-        due: Tensor,
-        held: Tensor,
-    ) -> int:
-        """Place the prompt's tokens directly: the best into the first tier, the next into the second, and so on.
-
-        Returns:
-            tokens that found no place, summed over rows and heads.
-        """
-        ladder, policy = self.plan.ladder, self.plan.policy
-        lengths, window = self.lengths, held - due
-        heads, width = keys.shape[1], moving.keys.shape[2]
-        slots = torch.arange(width, device=self.device)
-        live = (slots < sent(due[:, None], self.device))[:, None].expand(-1, heads, -1)
-        available, room = moving.counts, None
-        if policy.positional:
-            scores = slots.float().expand_as(live)
-        else:
-            total = torch.arange(keys.shape[2], device=self.device)
-            real = (total < sent(held[:, None], self.device))[:, None]
-            where = positions.expand(-1, heads, -1).masked_fill(~real, -1)
-            view = LayerView(
-                where,
-                self.logical,
-                self.index,
-                self.plan.num_layers,
-                dict(observed),
-                keys.float,
-                values.float,
-                lengths,
-                self._query_statistics(),
-            )
-            every = self._checked(policy.score(view), where.shape)
-            scores = every[:, :, ladder.n_sink : ladder.n_sink + width]
-            if self.plan.allocates:
-                competing = torch.full_like(every, -torch.inf)
-                competing[:, :, ladder.n_sink : ladder.n_sink + width] = scores.masked_fill(~live, -torch.inf)
-                room = self._allocated(view, competing, ladder.packed_budget(lengths, window), available)
-        takes = ladder.fill(available if room is not None else due, lengths, window, room)
-        rank = torch.argsort(
-            torch.argsort(scores.masked_fill(~live, -torch.inf), dim=-1, descending=True, stable=True), dim=-1
-        )
-        upper = torch.zeros_like(available)
-        for store, taken in zip(self.stores, takes, strict=True):
-            take = taken if taken.dim() == 2 else taken[:, None].expand(-1, heads)
-            lower, upper = upper, upper + take
-            if not bool(take.any()):
-                continue
-            bounds = sent(lower, self.device)[..., None], sent(upper, self.device)[..., None]
-            chosen = (rank >= bounds[0]) & (rank < bounds[1]) & live
-            index = torch.argsort(~chosen, dim=-1, stable=True)[..., : int(take.max())]
-            store.append(replace(moving, counts=take.contiguous()), index)
-        return int((available - upper).sum())
 
     def _keep_in_window(
         self,
@@ -947,72 +719,6 @@ class TieredLayer(CacheLayerMixin):
         if ladder.tiers:
             window.shrink(ladder.n_sink + ladder.recent_window + ladder.tile)
 
-    def _scores(self) -> tuple[list[Tensor], LayerView]:
-        """The policy's scores of every tier's slots, ``[B, H_kv, tiles * tile]`` each, and what it saw."""
-        window = self._window()
-        heads = window.keys.shape[1]
-        parts = [window.positions().expand(-1, heads, -1), *(s.positions().expand(-1, heads, -1) for s in self.stores)]
-        sizes = [p.shape[2] for p in parts]
-        statistics = {
-            n: torch.cat(
-                [window.statistics[n][:, :, : window.longest], *(s.statistics[n].flatten(2) for s in self.stores)], 2
-            )
-            for n in window.statistics
-        }
-
-        def decoded(side: int) -> Tensor:
-            return torch.cat([window.live()[side], *(s.decoded()[side] for s in self.stores if s.tiles)], 2).float()
-
-        view = LayerView(
-            torch.cat(parts, 2),
-            self.logical,
-            self.index,
-            self.plan.num_layers,
-            statistics,
-            lambda: decoded(0),
-            lambda: decoded(1),
-            self.lengths,
-            self._query_statistics(),
-        )
-        scores = self._checked(self.plan.policy.score(view), view.positions.shape)
-        return list(scores.split(sizes, dim=2)[1:]), view
-
-    def _query_statistics(self) -> dict[str, Tensor]:
-        return {} if self.queries is None else self.queries.statistics()
-
-    def _checked(self, scores: Tensor, shape: torch.Size) -> Tensor:
-        if scores.shape != shape:
-            raise InputError(
-                f"policy {self.plan.policy.kind!r} scored layer {self.index} with shape {tuple(scores.shape)}; "
-                f"[B, H_kv, T] = {tuple(shape)} is needed"
-            )
-        return scores.float().nan_to_num(nan=-torch.inf)
-
-    def _choose(self, store: TierStore, scores: Tensor, over: Tensor) -> Tensor:
-        """Which slots of ``store`` go: the lowest tokens, or whole tiles by their mean where tokens cannot be parted."""
-        positions = store.positions()
-        live = positions >= 0
-        if store.explicit and store.tier.keys.moves_tokens and store.tier.values.moves_tokens:
-            return lowest(scores, live, over)
-        tiled = scores.masked_fill(~live, 0).unflatten(-1, (-1, store.tile)).sum(-1)
-        count = live.unflatten(-1, (-1, store.tile)).sum(-1)
-        tiles = lowest(tiled / count.clamp_min(1), count > 0, -(-over // store.tile))
-        return tiles.repeat_interleave(store.tile, dim=-1) & live
-
-    def _leaving_window(self, wanted: Tensor) -> _Leaving | None:
-        """Tokens that a manual assignment takes out of the window; all heads of a row must agree on them."""
-        window = self._window()
-        where = window.positions()
-        target = wanted.gather(2, where.clamp_min(0).expand(-1, wanted.shape[1], -1))
-        leaving = (target > 0) & (where >= 0)
-        if not bool(leaving.any()):
-            return None
-        if not bool((leaving == leaving[:, :1]).all()):
-            raise InputError(f"layer {self.index}: the heads of a row disagree on which tokens leave full precision")
-        keys, values = window.live()
-        stats = {n: t[:, :, : window.longest] for n, t in window.statistics.items()}
-        return _Leaving(keys, values, where, stats, target.masked_fill(~leaving, 0))
-
     def _report(self, kind: str, tokens: int, before: int, started: float, tier: str = "") -> None:
         """Send an event; ``tier`` is where evicted tokens were."""
         for quantizer in self._learners:
@@ -1020,50 +726,3 @@ class TieredLayer(CacheLayerMixin):
                 self._say_once({"op": "encode", "quantizer": quantizer.kind, "reason": quantizer.shortcoming})
         detail: dict[str, Any] = {"length": self.logical} | ({"from": tier} if tier else {})
         self.plan.emit(Event(kind, self.index, tokens, before, self.nbytes(), time.perf_counter() - started, detail))
-
-
-@dataclass
-class _Leaving:
-    """Tokens on their way out of the window, with the tier each is bound for (0: it stays)."""
-
-    keys: Tensor
-    values: Tensor
-    positions: Tensor
-    statistics: dict[str, Tensor]
-    target: Tensor
-
-    def stay(self) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """What ``Window.assign`` takes to hold the tokens that stay."""
-        where = self.positions[:, 0]
-        stays = (where >= 0) & (self.target[:, 0] == 0)
-        index = torch.argsort(~stays, dim=-1, stable=True)
-        wide = index[:, None, :, None]
-        return (
-            self.keys.gather(2, wide.expand_as(self.keys)),
-            self.values.gather(2, wide.expand_as(self.values)),
-            where.gather(1, index),
-            stays.sum(-1).cpu(),
-            {n: t.gather(2, index[:, None].expand_as(t)) for n, t in self.statistics.items()},
-        )
-
-    def of(self, level: int) -> Tokens | None:
-        """The tokens bound for tier ``level``."""
-        chosen = self.target == level
-        counts = chosen.sum(-1).cpu()
-        if not bool(counts.any()):
-            return None
-        index = torch.argsort(~chosen, dim=-1, stable=True)[..., : int(counts.max())]
-        every = Tokens(self.keys, self.values, self.positions, counts, self.statistics)
-        return _gather(every, index, counts)
-
-
-def _gather(tokens: Tokens, index: Tensor, counts: Tensor) -> Tokens:
-    """The tokens ``index`` (int64 ``[B, H_kv, K]``) of each row and head."""
-    wide = index[..., None]
-    return Tokens(
-        tokens.keys.gather(2, wide.expand(-1, -1, -1, tokens.keys.shape[-1])),
-        tokens.values.gather(2, wide.expand(-1, -1, -1, tokens.values.shape[-1])),
-        tokens.positions.expand(-1, index.shape[1], -1).gather(2, index),
-        counts,
-        {n: t.gather(2, index) for n, t in tokens.statistics.items()},
-    )
