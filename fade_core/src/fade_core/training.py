@@ -1,16 +1,20 @@
-"""What commands that learn from text have in common: files, a progress bar, the peak of memory. Plugins may import it."""
+"""What commands that learn from text share: files, pieces of text, a progress bar, peak memory. Plugins may import it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
 
 from fade_core.errors import InputError
+
+Thing = TypeVar("Thing")
 
 
 @contextmanager
@@ -60,3 +64,24 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"text {path} cannot be read: {error}") from error
+
+
+def pieces_of(tokenizer: Any, texts: Sequence[str], length: int) -> list[tuple[Tensor, int]]:
+    """All whole pieces of ``length`` token ids, int64 ``[length]``, with the number of the text that each is from.
+
+    Each begins with the tokenizer's beginning-of-sequence token if it has one, as a prompt would.
+    """
+    start = [tokenizer.bos_token_id] if getattr(tokenizer, "add_bos_token", False) else []
+    body = length - len(start)
+    found = []
+    for number, text in enumerate(texts):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        found += [(torch.tensor(start + ids[at : at + body]), number) for at in range(0, len(ids) - body + 1, body)]
+    return found
+
+
+def spread(things: list[Thing], wanted: int) -> list[Thing]:
+    """At most ``wanted`` of them, evenly spread, in their order."""
+    if len(things) <= wanted:
+        return things
+    return [things[(2 * i + 1) * len(things) // (2 * wanted)] for i in range(wanted)]

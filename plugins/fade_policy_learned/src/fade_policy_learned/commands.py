@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fade_core import load_model
 from fade_core.errors import InputError
-from fade_core.training import Peak, check_folder, read_text, steps
+from fade_core.training import Peak, check_folder, pieces_of, read_text, spread, steps
 from fade_policy_learned.agreement import rankings
 from fade_policy_learned.traces import collect
 from fade_policy_learned.training import train_policy
@@ -123,21 +123,14 @@ def cut(tokenizer: Any, texts: list[str], length: int, max_tokens: int) -> tuple
     Raises:
         InputError: if there are not two pieces, one to train on and one to measure on.
     """
-    start = [tokenizer.bos_token_id] if getattr(tokenizer, "add_bos_token", False) else []
-    body = length - len(start)
-    pieces = []
-    for number, text in enumerate(texts):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        pieces += [(start + ids[at : at + body], number) for at in range(0, len(ids) - body + 1, body)]
-    if len(pieces) < 2:
+    found = pieces_of(tokenizer, texts, length)
+    if len(found) < 2:
         raise InputError(
-            f"the texts fill {len(pieces)} pieces of {length} tokens; two are needed, one to train on and one to measure "
+            f"the texts fill {len(found)} pieces of {length} tokens; two are needed, one to train on and one to measure "
             f"on, and 10 or more are better. Give more or longer texts, or a smaller --length"
         )
-    wanted = max(2, max_tokens // length)
-    if len(pieces) > wanted:
-        pieces = [pieces[(2 * i + 1) * len(pieces) // (2 * wanted)] for i in range(wanted)]
-    return [torch.tensor(ids) for ids, _ in pieces], [number for _, number in pieces]
+    kept = spread(found, max(2, max_tokens // length))
+    return [ids for ids, _ in kept], [number for _, number in kept]
 
 
 def name_of(model: str) -> str:

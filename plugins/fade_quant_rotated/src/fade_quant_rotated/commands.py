@@ -6,14 +6,13 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from torch import Tensor
 
 from fade_core import load_model
 from fade_core.errors import InputError
-from fade_core.training import Peak, check_folder, read_text, steps
+from fade_core.training import Peak, check_folder, pieces_of, read_text, spread, steps
 from fade_quant_rotated.allocation import WIDTHS
 from fade_quant_rotated.calibrate import calibrate
 from fade_quant_rotated.codebook import save_codebooks
@@ -114,16 +113,16 @@ def cut(tokenizer: Any, texts: list[str], length: int, max_tokens: int) -> list[
     Raises:
         InputError: if no text fills a piece.
     """
-    pieces, short = [], []
-    start = [tokenizer.bos_token_id] if getattr(tokenizer, "add_bos_token", False) else []
-    body = length - len(start)
-    for text in texts:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(ids) < body:
-            short.append(len(start) + len(ids))
-        pieces += [start + ids[at : at + body] for at in range(0, len(ids) - body + 1, body)]
-    if not pieces:
+    found = pieces_of(tokenizer, texts, length)
+    if not found:
         raise InputError(f"no text holds {length} tokens; give longer ones, or a smaller --length")
+    read = {number for _, number in found}
+    start = int(getattr(tokenizer, "add_bos_token", False))
+    short = [
+        start + len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        for number, text in enumerate(texts)
+        if number not in read
+    ]
     if short:
         Console(stderr=True).print(
             f"{len(short)} of {len(texts)} texts hold fewer than {length} tokens and are left out; --length {min(short)} "
@@ -131,10 +130,7 @@ def cut(tokenizer: Any, texts: list[str], length: int, max_tokens: int) -> list[
             soft_wrap=True,
             highlight=False,
         )
-    wanted = max(1, max_tokens // length)
-    if len(pieces) > wanted:
-        pieces = [pieces[(2 * i + 1) * len(pieces) // (2 * wanted)] for i in range(wanted)]
-    return [torch.tensor(piece) for piece in pieces]
+    return [ids for ids, _ in spread(found, max(1, max_tokens // length))]
 
 
 def parse_widths(widths: str) -> tuple[int, ...]:
