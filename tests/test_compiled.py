@@ -342,8 +342,8 @@ def test_refusals_say_why() -> None:
     model = model_of("llama")
     for config, length, reason in (
         (CONFIG, None, "create it with max_cache_len"),
-        (FadeConfig(policy={"kind": "h2o", "budget": 0.5}), 200, "evicted"),
-        (FadeConfig(ladder=[{"tier": "int4", "capacity": 64}, {"tier": "int2"}]), 200, "demoted"),
+        (FadeConfig(policy={"kind": "h2o", "budget": "1MB"}), 200, "in bytes"),
+        (FadeConfig(ladder=[{"tier": "int4", "capacity": 64}, {"tier": "int2"}]), 200, "2 tiers"),
         (FadeConfig(attention="stock"), 200, "its own attention"),
     ):
         with create_tiered_cache(model, config, max_cache_len=length) as cache:
@@ -379,17 +379,24 @@ def test_every_family_compiles_or_says_why(family: str) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU")
 @torch.no_grad()
-def test_inductor_hands_the_buffers_themselves_to_the_ops() -> None:
+@pytest.mark.parametrize("config", [CONFIG, EVICTING["h2o"]], ids=["keeps all", "evicts"])
+def test_inductor_hands_the_buffers_themselves_to_the_ops(config: FadeConfig) -> None:
     """A copy of packed tiles in every step would cost what compression saves."""
     model = model_of("llama")
     forward = torch.compile(model, fullgraph=True)
-    with create_tiered_cache(model, CONFIG, max_cache_len=200) as cache:
+    with create_tiered_cache(model, config, max_cache_len=200) as cache:
         model(prompt(1, 70, 2), past_key_values=cache, use_cache=True)
         inputs = step_inputs(cache, prompt(2, 1, 2))
         inputs["attention_mask"][..., 70] = True
         _, (code, *_) = run_and_get_code(lambda: forward(**inputs, past_key_values=cache, use_cache=True))
-    calls = re.findall(r"torch\.ops\.fade\.append\.default\((.*)\)", code)
-    assert len(calls) == len(cache.tiered)
-    for call in calls:
-        buffers = call.rsplit(", ", 10)[1:-1]  # window, fields, lengths, tiles in use, counters
-        assert all(re.fullmatch(r"\[?arg\d+_1\]?", name) for name in buffers), call
+    names = {"append": 9, "decode_noting": 8} if config is not CONFIG else {"append": 9, "decode_attention": 8}
+    notes = 4 if config is not CONFIG else 0  # positions and mass, of window and tiles
+    for op, count in names.items():  # windows, fields, lengths, tiles in use, counters or padding
+        calls = re.findall(rf"torch\.ops\.fade\.{op}\.default\((.*)\)", code)
+        assert len(calls) == len(cache.tiered)
+        for call in calls:
+            buffers = call[re.search(r"\barg\d+_1", call).start() :]  # type: ignore[union-attr]
+            held = re.match(r"(?:\[?arg\d+_1\]?(?:, )?|\[\], )*", buffers)
+            assert held is not None
+            found = re.findall(r"arg\d+_1", held[0])
+            assert len(found) == len(set(found)) >= count + notes, call

@@ -17,7 +17,7 @@ from fade_core.incoming import check_room, check_tokens
 from fade_core.interfaces import Kernel
 from fade_core.kernels.append import LOGICAL, NONFINITE, ODD_MASK, AppendRule
 from fade_core.ladder import tokens_of
-from fade_core.layer import REJECTABLE, TieredLayer
+from fade_core.layer import DIRECT_QUERIES, REJECTABLE, TieredLayer
 from fade_core.layerplan import LayerPlan
 from fade_core.step import plan_step
 from fade_core.tierstore import TierStore
@@ -85,7 +85,8 @@ def room(plan: LayerPlan, slots: int) -> int:
         return most
     lengths, window = torch.tensor([slots]), torch.tensor([ladder.n_sink + ladder.recent_window])
     kept = min(int(ladder.packed_budget(lengths, window)), int(tokens_of(tier.capacity, lengths)))
-    return min(most, -(-kept // tile) + -(-max(plan.every, ARRIVING) // tile) + 1)
+    coming = max(plan.every, ARRIVING) + DIRECT_QUERIES + REJECTABLE
+    return min(most, -(-kept // tile) + -(-coming // tile) + 1)
 
 
 class Step:
