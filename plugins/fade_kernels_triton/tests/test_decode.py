@@ -5,7 +5,7 @@ import torch
 from oracle import attend64, relative_error, seed, tier_case, window_case
 
 from fade_kernels_triton.decode import Splits, decode_attention
-from fade_kernels_triton.launch import DecodeConfig
+from fade_kernels_triton.launch import DecodeConfig, merge_options
 
 TOLERANCE = {torch.float16: 1.5e-3, torch.bfloat16: 6e-3}  # rounding of P and of the output, in units of the dtype
 
@@ -91,3 +91,27 @@ def test_partly_filled_tiles(bits, axis, device):
     query = torch.randn(2, 4, 1, 64, device=device).half()
     window = window_case(2, 2, 5, 64, torch.float16, device=device)
     run(query, [tier], window, splits=Splits(2, 0, 1))
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_more_parts_than_are_merged_at_once(fused, sinks, device):
+    """Most of them empty, some with scores far above those that came before: online, every chunk outdoes the last."""
+    seed()
+    tier = tier_case(2, 1, 5, 256, 4, "token", ragged=True, table=True, device=device)
+    window = window_case(2, 1, 40, 256, torch.float16, device=device)
+    query = 3 * torch.randn(2, 2, 1, 256, device=device).half()
+    splits = Splits(70, 0, 4)
+    assert splits.total > 2 * merge_options(splits.total, 256)["CHUNK"]
+    options = {"s_aux": torch.randn(2, device=device)} if sinks else {}
+    run(query, [tier], window, config=DecodeConfig(fused=fused), splits=splits, **options)
+
+
+def test_merging_takes_what_registers_hold():
+    for dim in (64, 128, 256):
+        chunks = [merge_options(splits, dim)["CHUNK"] for splits in (1, 16, 17, 64, 500)]
+        assert chunks == sorted(chunks)
+        assert chunks[0] == 16
+        assert chunks[-1] * dim == 8192
+    assert merge_options(64, 128) == {"CHUNK": 64, "num_warps": 8}
+    assert merge_options(9, 128) == {"CHUNK": 16, "num_warps": 4}

@@ -14,7 +14,7 @@ from fade_core.errors import InputError
 from fade_core.packed import PackedFormat
 from fade_kernels_triton.config import lookup
 from fade_kernels_triton.device import interpreted, multiprocessors
-from fade_kernels_triton.launch import DecodeConfig, LaunchCase
+from fade_kernels_triton.launch import DecodeConfig, LaunchCase, merge_options
 from fade_kernels_triton.operands import HEAD_DIMS, MAX_COLUMNS, MAX_QUERIES, MAX_TIERS, PackedTier, Window
 
 WINDOW_BLOCK = 16
@@ -138,7 +138,6 @@ def decode_attention(
     options: dict[str, Any] = {"num_warps": config.warps}
     if config.registers and not interpret:
         options["maxnreg"] = config.registers
-    chunk = 16
     decode_kernel[(splits.total, groups)](
         query,
         query_positions,
@@ -179,7 +178,7 @@ def decode_attention(
         SOFTCAP=softcap is not None,
         SLIDING=sliding_window is not None,
         FUSED=config.fused,
-        CHUNK=chunk,
+        CHUNK=16,
         SUBNORMAL=config.subnormal,
         PDL=overlap,
         INTERPRET=interpret,
@@ -199,9 +198,8 @@ def decode_attention(
             Q_LEN=q_len,
             D=dim,
             DP=padded_dim,
-            CHUNK=chunk,
             PDL=overlap,
-            num_warps=4,
+            **merge_options(splits.total, padded_dim),
             **({"launch_pdl": True} if overlap else {}),
         )
     return out, lse

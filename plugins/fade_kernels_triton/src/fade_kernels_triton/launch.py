@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MERGED = 8192
+"""Elements of the parts that the merge kernel holds at once."""
+
 
 @dataclass(frozen=True)
 class DecodeConfig:
@@ -65,3 +68,9 @@ class LaunchCase:
         work = self.rows_and_heads * self.context / (other.rows_and_heads * other.context)
         groups = self.rows_and_heads / other.rows_and_heads
         return max(work, 1 / work), max(groups, 1 / groups)
+
+
+def merge_options(splits: int, padded_dim: int) -> dict[str, int]:
+    """Launch options of the merge kernel: all parts at once where registers allow, for each wait for them costs."""
+    chunk = min(1 << max(splits - 1, 15).bit_length(), MERGED // padded_dim)
+    return {"CHUNK": chunk, "num_warps": 8 if chunk * padded_dim > MERGED // 4 else 4}

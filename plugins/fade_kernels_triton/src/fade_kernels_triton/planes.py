@@ -14,6 +14,7 @@ from torch import Tensor
 from fade_core.errors import InputError
 from fade_core.interfaces import PlaneLayout
 from fade_kernels_triton.device import interpreted, multiprocessors
+from fade_kernels_triton.launch import merge_options
 from fade_kernels_triton.operands import MAX_COLUMNS, MAX_QUERIES, TILES
 
 WIDTHS = (4, 2)
@@ -245,6 +246,7 @@ def planes_attention(query: Tensor, tier: PlanesTier, splits: int = 0) -> tuple[
         INTERPRET=interpreted(),
         **options,
     )
+    padded_dim = max(64, _next_power_of_2(values.kept))
     merge_kernel[(columns, groups)](
         part,
         part_lse,
@@ -257,10 +259,9 @@ def planes_attention(query: Tensor, tier: PlanesTier, splits: int = 0) -> tuple[
         HEADS=group,
         Q_LEN=q_len,
         D=values.kept,
-        DP=max(64, _next_power_of_2(values.kept)),
-        CHUNK=16,
+        DP=padded_dim,
         PDL=False,
-        num_warps=4,
+        **merge_options(splits, padded_dim),
     )
     return out, lse
 

@@ -80,9 +80,10 @@ def append_kernel(
     DP: tl.constexpr,
 ):
     """One row and head; ``append.py`` has the arguments."""
-    bh = tl.program_id(0).to(tl.int64)
-    row = bh // heads
-    head = bh % heads
+    program = tl.program_id(0)
+    row = (program // heads).to(tl.int64)  # a division of 64 bits takes hundreds of cycles
+    head = (program % heads).to(tl.int64)
+    bh = program.to(tl.int64)
     length = tl.load(LENGTHS + bh)
     used = tl.load(USED + bh)
     keys = W_KEYS + bh * capacity * D

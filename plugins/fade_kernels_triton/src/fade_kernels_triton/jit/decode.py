@@ -42,38 +42,41 @@ def normalise(query):
 def merge_parts(PART, PART_LSE, SINK, OUT, LSE, bh, kv_head, column, splits, out_start, lse_start,
                 HEADS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
                 CHUNK: tl.constexpr):  # fmt: skip
-    """Weigh the parts of one query column by their log-sum-exp; write the output and the natural log-sum-exp."""
+    """Weigh the parts of one query column by their log-sum-exp; write the output and the natural log-sum-exp.
+
+    Online, so that a chunk's log-sum-exps and values are asked for together: each wait for them is a large part of what
+    merging costs.
+    """
     channel = tl.arange(0, DP)
     index = tl.arange(0, CHUNK)
-    lse_base = PART_LSE + bh * splits * COLUMNS + column
-    top = tl.full([CHUNK], float("-inf"), tl.float32)
-    for first in tl.range(0, splits, CHUNK):
-        part = first + index
-        top = tl.maximum(
-            top, tl.load(lse_base + part * COLUMNS, mask=part < splits, other=float("-inf"), cache_modifier=".cg")
-        )
-    best = tl.max(top, 0)
-    if SINK is not None:
-        sink = tl.load(SINK + kv_head * HEADS + column % HEADS).to(tl.float32) * LOG2E
-        best = tl.maximum(best, sink)
-    best = tl.where(best == float("-inf"), 0.0, best)
-    total = tl.zeros([CHUNK], tl.float32)
+    best = tl.full([], float("-inf"), tl.float32)
+    mass = tl.zeros([], tl.float32)
     out = tl.zeros([DP], tl.float32)
     for first in tl.range(0, splits, CHUNK):
-        part = first + index
-        lse = tl.load(lse_base + part * COLUMNS, mask=part < splits, other=float("-inf"), cache_modifier=".cg")
-        weight = tl.exp2(lse - best)
-        total += weight
+        at = (bh * splits + first + index) * COLUMNS + column
+        here = first + index < splits
+        lse = tl.load(PART_LSE + at, mask=here, other=float("-inf"), cache_modifier=".cg")
         value = tl.load(
-            PART + ((bh * splits + part) * COLUMNS + column)[:, None] * D + channel[None, :],
-            mask=(part < splits)[:, None] & (channel < D)[None, :],
+            PART + at[:, None] * D + channel[None, :],
+            mask=here[:, None] & (channel < D)[None, :],
             other=0.0,
             cache_modifier=".cg",
         )
-        out += tl.sum(value * weight[:, None], 0)
-    mass = tl.sum(total, 0)
+        higher = tl.maximum(best, tl.max(lse, 0))
+        peak = tl.where(higher == float("-inf"), 0.0, higher)
+        shrink = tl.exp2(best - peak)
+        weight = tl.exp2(lse - peak)
+        mass = mass * shrink + tl.sum(weight, 0)
+        out = out * shrink + tl.sum(value * weight[:, None], 0)
+        best = higher
     if SINK is not None:
-        mass += tl.exp2(sink - best)
+        sink = tl.load(SINK + kv_head * HEADS + column % HEADS).to(tl.float32) * LOG2E
+        higher = tl.maximum(best, sink)
+        peak = tl.where(higher == float("-inf"), 0.0, higher)
+        shrink = tl.exp2(best - peak)
+        mass = mass * shrink + tl.exp2(sink - peak)
+        out = out * shrink
+        best = higher
     inverse = 1.0 / tl.where(mass > 0, mass, float("inf"))
     tl.store(OUT + out_start + channel, (out * inverse).to(OUT.dtype.element_ty), mask=channel < D)
     lse = tl.where(mass > 0, (best + tl.log2(tl.where(mass > 0, mass, 1.0))) * LN2, float("-inf"))
@@ -161,13 +164,22 @@ def decode_kernel(
 ):
     """One split of one row and KV head; see the module for the grid and ``decode.py`` for the arguments."""
     split = tl.program_id(0)
-    bh = tl.program_id(1).to(tl.int64)
-    row = bh // kv_heads
-    kv_head = bh % kv_heads
+    program = tl.program_id(1)
+    row = (program // kv_heads).to(tl.int64)  # a division of 64 bits takes hundreds of cycles
+    kv_head = (program % kv_heads).to(tl.int64)
+    bh = program.to(tl.int64)
     splits = splits_a + splits_b + splits_w
     COLUMNS: tl.constexpr = Q_LEN * HEADS
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
+
+    # asked for before the query, so that both are waited for at once
+    if A_BITS > 0:
+        count_a = tl.load(A_COUNT + bh)
+    if B_BITS > 0:
+        count_b = tl.load(B_COUNT + bh)
+    if HAS_WINDOW:
+        length = tl.load(W_LENGTH + row * w_length_stride_b + kv_head * w_length_stride_h)
 
     column = tl.arange(0, N)
     channel = tl.arange(0, DP)
@@ -186,10 +198,9 @@ def decode_kernel(
     out = tl.zeros([DP, N], tl.float32)
     if split < splits_a:
         if A_BITS > 0:
-            count = tl.load(A_COUNT + bh)
-            start = (count * split // splits_a) // A_TILES * A_TILES
-            stop = (count * (split + 1) // splits_a) // A_TILES * A_TILES
-            stop = tl.where(split + 1 == splits_a, count, stop)
+            start = (count_a * split // splits_a) // A_TILES * A_TILES
+            stop = (count_a * (split + 1) // splits_a) // A_TILES * A_TILES
+            stop = tl.where(split + 1 == splits_a, count_a, stop)
             top, total, out = attend_packed(
                 unit_query, scale, cap_scale, softcap * LOG2E,
                 A_KEY_CODES, A_KEY_META, A_VALUE_CODES, A_VALUE_META,
@@ -202,10 +213,9 @@ def decode_kernel(
     elif split < splits_a + splits_b:
         if B_BITS > 0:
             part = split - splits_a
-            count = tl.load(B_COUNT + bh)
-            start = (count * part // splits_b) // B_TILES * B_TILES
-            stop = (count * (part + 1) // splits_b) // B_TILES * B_TILES
-            stop = tl.where(part + 1 == splits_b, count, stop)
+            start = (count_b * part // splits_b) // B_TILES * B_TILES
+            stop = (count_b * (part + 1) // splits_b) // B_TILES * B_TILES
+            stop = tl.where(part + 1 == splits_b, count_b, stop)
             top, total, out = attend_packed(
                 unit_query, scale, cap_scale, softcap * LOG2E,
                 B_KEY_CODES, B_KEY_META, B_VALUE_CODES, B_VALUE_META,
@@ -217,7 +227,6 @@ def decode_kernel(
             )  # fmt: skip
     elif HAS_WINDOW:
         part = split - splits_a - splits_b
-        length = tl.load(W_LENGTH + row * w_length_stride_b + kv_head * w_length_stride_h)
         share = tl.cdiv(tl.cdiv(length, BLOCK), splits_w) * BLOCK
         start = part * share
         stop = tl.minimum(start + share, length)
@@ -277,9 +286,10 @@ def merge_kernel(
 ):
     """Grid ``[Q_LEN * HEADS, B * H_kv]``: merge the parts that ``decode_kernel`` left."""
     column = tl.program_id(0)
-    bh = tl.program_id(1).to(tl.int64)
-    row = bh // kv_heads
-    kv_head = bh % kv_heads
+    program = tl.program_id(1)
+    row = (program // kv_heads).to(tl.int64)  # a division of 64 bits takes hundreds of cycles
+    kv_head = (program % kv_heads).to(tl.int64)
+    bh = program.to(tl.int64)
     head = kv_head * HEADS + column % HEADS
     if PDL:
         tl.extra.cuda.gdc_wait()

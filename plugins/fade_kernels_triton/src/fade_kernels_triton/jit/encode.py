@@ -174,9 +174,10 @@ def encode_kernel(
 ):
     """Grid ``[tiles, B * H_kv]``: a tile of ``[B, H_kv, length, D]`` each; ``encode.py`` has the arguments."""
     tile = tl.program_id(0)
-    bh = tl.program_id(1).to(tl.int64)
-    row = bh // heads
-    head = bh % heads
+    program = tl.program_id(1)
+    row = (program // heads).to(tl.int64)  # a division of 64 bits takes hundreds of cycles
+    head = (program % heads).to(tl.int64)
+    bh = program.to(tl.int64)
     place = bh * tl.num_programs(0) + tile
     META_SIZE: tl.constexpr = D if CHANNEL else TILE
     encode_tile(

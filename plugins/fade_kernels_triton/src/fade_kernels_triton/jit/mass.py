@@ -46,9 +46,10 @@ def mass_kernel(
     R: tl.constexpr = TILE * BITS // 16
     COLUMNS: tl.constexpr = HEADS * Q_LEN
     number = tl.program_id(0)
-    bh = tl.program_id(1).to(tl.int64)
-    row = bh // kv_heads
-    kv_head = bh % kv_heads
+    program = tl.program_id(1)
+    row = (program // kv_heads).to(tl.int64)  # a division of 64 bits takes hundreds of cycles
+    kv_head = (program % kv_heads).to(tl.int64)
+    bh = program.to(tl.int64)
     token = tl.arange(0, TILE)
     column = tl.arange(0, N)
     channel = tl.arange(0, DP)

@@ -148,9 +148,10 @@ def planes_kernel(
 ):
     """One split of one row and KV head; see the module for the grid and ``planes.py`` for the arguments."""
     split = tl.program_id(0)
-    bh = tl.program_id(1).to(tl.int64)
-    batch_row = bh // kv_heads
-    kv_head = bh % kv_heads
+    program = tl.program_id(1)
+    batch_row = (program // kv_heads).to(tl.int64)
+    kv_head = (program % kv_heads).to(tl.int64)
+    bh = program.to(tl.int64)
     TILES: tl.constexpr = 128 // TILE
     R: tl.constexpr = TILE // 8
     COLUMNS: tl.constexpr = Q_LEN * HEADS
