@@ -33,9 +33,10 @@ def load_query(QUERY, row, kv_head, stride_b, stride_h, stride_q, HEADS: tl.cons
 def normalise(query):
     """fp16 query columns divided by a power of two each, so that all are at most 1, and that power ``[N]``."""
     wide = query.to(tl.float32)
-    largest = tl.max(tl.abs(wide), 0)
-    norm = tl.exp2(tl.ceil(tl.log2(tl.maximum(largest, 1.0e-30))))
-    return (wide / norm[None, :]).to(tl.float16), norm
+    largest = tl.maximum(tl.max(tl.abs(wide), 0), 1.0e-30)
+    bits = (largest.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000  # the exponent, rounded up
+    inverse = (0x7F000000 - bits).to(tl.float32, bitcast=True)
+    return (wide * inverse[None, :]).to(tl.float16), bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -173,13 +174,13 @@ def decode_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
 
-    # asked for before the query, so that both are waited for at once
+    # asked for before the query (the compiler does not move what is volatile), so that both are waited for at once
     if A_BITS > 0:
-        count_a = tl.load(A_COUNT + bh)
+        count_a = tl.load(A_COUNT + bh, volatile=True)
     if B_BITS > 0:
-        count_b = tl.load(B_COUNT + bh)
+        count_b = tl.load(B_COUNT + bh, volatile=True)
     if HAS_WINDOW:
-        length = tl.load(W_LENGTH + row * w_length_stride_b + kv_head * w_length_stride_h)
+        length = tl.load(W_LENGTH + row * w_length_stride_b + kv_head * w_length_stride_h, volatile=True)
 
     column = tl.arange(0, N)
     channel = tl.arange(0, DP)
