@@ -114,7 +114,7 @@ def test_tokens_are_evicted_between_the_replays_of_one_graph(name: str) -> None:
             assert torch.equal(found, wanted)
             assert addresses(cache) == places
             for mine, theirs in zip(cache.tiered, growing.tiered, strict=True):
-                mine.between()
+                mine.settle()
                 assert mine.logical == theirs.logical
                 assert torch.equal(mine.tier_map(), theirs.tier_map())
                 for statistic, held in mine.statistics()[0].items():

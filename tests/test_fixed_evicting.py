@@ -43,7 +43,7 @@ def test_fixed_evicts_as_the_growing_cache(family: str, name: str, mode: str) ->
         torch.testing.assert_close(logits, others, rtol=0, atol=1e-6 * float(others.std()))
     for mine, theirs in zip(fixed.tiered, growing.tiered, strict=True):
         mine.commit()
-        mine.between()
+        mine.settle()
         assert isinstance(mine.stores[0], EvictingStore)
         assert mine.logical == theirs.logical
         assert torch.equal(mine.tier_map(), theirs.tier_map())
@@ -103,7 +103,7 @@ def test_a_step_that_fails_in_a_later_layer_leaves_statistics_as_they_were(name:
             torch.testing.assert_close(go_on(cache, 2), go_on(growing, 2))
         assert cache.get_seq_length() == 185
         for mine, theirs in zip(cache.tiered, growing.tiered, strict=True):
-            mine.between()
+            mine.settle()
             assert torch.equal(mine.tier_map(), theirs.tier_map())
     assert model is model_of("llama")
 
