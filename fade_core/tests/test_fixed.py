@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fade_core import FadeConfig, Tier, TieredKVCache, create_tiered_cache
 from fade_core.errors import CheckpointError, InputError, NonFiniteError
-from fade_core.fixed import FixedLayer, bucket
+from fade_core.fixed import FixedLayer
+from fade_core.fixedplan import bucket
 from fade_core.fixedstore import TileView
 from fade_core.kernels.append import LOGICAL, NONFINITE, ODD_MASK, AppendRule, FixedBuffers, append
 from fade_core.kernels.attention import decode_attention

@@ -28,7 +28,8 @@ from fade_core.bytebudget import ByteBudget, LayerShape, layer_budgets
 from fade_core.codec import Codec
 from fade_core.config import FadeConfig
 from fade_core.errors import ConfigError, InputError, UnsupportedModelError
-from fade_core.fixed import FixedLayer, bucket, refusal
+from fade_core.fixed import FixedLayer
+from fade_core.fixedplan import bucket, refusal
 from fade_core.geometry import head_channels, kv_heads, query_heads
 from fade_core.incoming import FiniteCheck, check_finite, check_room, check_tokens
 from fade_core.interfaces import (
