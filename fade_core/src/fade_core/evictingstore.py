@@ -3,63 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fade_core.codec import Codec
 from fade_core.errors import CheckpointError, InputError
 from fade_core.fixedstore import FixedStore
-from fade_core.interfaces import Tier
 from fade_core.tierstore import Tokens, by_position, left_pack
 from fade_core.transfer import sent
-
-
-@dataclass(frozen=True)
-class _Before:
-    """Tiles in use and what was known of their tokens, at one moment."""
-
-    per_head: Tensor
-    statistics: dict[str, Tensor]
 
 
 class EvictingStore(FixedStore):
     """Tiles of one tier in buffers of one size, ragged over rows and heads: a head keeps the tokens that it ranks highest.
 
     A row and head always holds whole tiles, the first ``per_head`` of it, in order of position. Positions and statistics of
-    its tokens lie on the device beside the codes, where decode steps write those of the tiles that they encode.
-
-    Args:
-        tier: name and quantizers.
-        batch: rows ``B``.
-        heads: KV heads ``H_kv``.
-        device: where tokens live.
-        dtype: dtype that decoding gives back.
-        max_tiles: tiles a row and head has room for.
-        codec: how tokens are packed and unpacked.
-        ranked: whether heads keep tokens of their own; else all of a row keep those of the same positions.
-        statistics: tracked statistics to keep a token.
+    its tokens lie on the device beside the codes, where decode steps write those of the tiles that they encode. Without
+    ``explicit`` all heads of a row keep tokens of the same positions. Nothing is evicted between ``hold`` and ``go_back``.
 
     Attributes:
         held_offsets: int32 ``[B, H_kv, max_tiles, tile]``: position of each token; anything where there is none.
         held_statistics: name to float32 of that shape.
     """
-
-    def __init__(
-        self,
-        tier: Tier,
-        batch: int,
-        heads: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        max_tiles: int,
-        codec: Codec | None = None,
-        ranked: bool = True,
-        statistics: tuple[str, ...] = (),
-    ) -> None:
-        self._moment: _Before | None = None
-        super().__init__(tier, batch, heads, device, dtype, max_tiles, codec, ranked, statistics)
 
     def _forget(self, batch: int) -> None:
         shape = (batch, self.heads, self.max_tiles, self.tile)
@@ -189,21 +153,6 @@ class EvictingStore(FixedStore):
             self.held_offsets = self.held_offsets[at]
             self.held_statistics = {name: held[at] for name, held in self.held_statistics.items()}
         super().select_rows(index)
-
-    # --- undoing a forward pass ---
-    def hold(self) -> None:
-        """Remember what is here; nothing is evicted until ``let_go`` or ``go_back``."""
-        self._moment = _Before(self.per_head, {n: t.clone() for n, t in self.held_statistics.items()})
-
-    def let_go(self) -> None:
-        self._moment = None
-
-    def go_back(self) -> None:
-        if self._moment is not None:
-            before, self._moment = self._moment, None
-            for name, held in self.held_statistics.items():
-                held.copy_(before.statistics[name])
-            self.occupy(before.per_head)
 
     # --- state for checkpoints ---
     def load(self, state: Mapping[str, Tensor]) -> None:

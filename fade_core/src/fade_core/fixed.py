@@ -71,7 +71,7 @@ class FixedLayer(TieredLayer):
         self.append, self.query_heads = append, query_heads
         self.evicts = ladder.bounded
         self._kept: tuple[FixedWindow, FixedStore] | None = None
-        self._noted: dict[str, Tensor] | None = None
+        self._noted = list[Tensor]()
         self._logical = self._behind = self._asked = self._open = self._unseen = 0
         self._stale = self.ready = self.stepping = self.trusting = self.watches = False
         super().__init__(plan, max_length)
@@ -98,7 +98,7 @@ class FixedLayer(TieredLayer):
     def _blank(self) -> None:
         self._stale = self.ready = self.stepping = self.trusting = False
         self._behind = self._asked = self._open = self._unseen = 0
-        self._noted = None
+        self._noted = []
         super()._blank()
         if self._kept is not None:  # addresses stay: compiled graphs know them
             self._kept[0].clear()
@@ -299,8 +299,7 @@ class FixedLayer(TieredLayer):
         except InputError as error:
             outcome = self.plan.on_failure(self.index, self.logical)
             raise type(error)(f"{error} {outcome}".rstrip()) from None
-        if self._window_notes:
-            self._noted = self._statistics_now()
+        self._noted = [held.clone() for held in self._statistics()]  # a later layer may refuse the step that adds to it
         self._open = 1
         self._behind += 1
         return Handle(self, "key"), Handle(self, "value")
@@ -325,13 +324,9 @@ class FixedLayer(TieredLayer):
             self.step_name,
         )
 
-    def _statistics_now(self) -> dict[str, Tensor]:
-        """A copy of what is noted of tokens: a later layer may refuse the step that adds to it."""
-        window, store = self._parts()
-        held = {f"window.{n}": t for n, t in window.statistics.items()}
-        if isinstance(store, EvictingStore):
-            held |= {f"tiles.{n}": t for n, t in store.held_statistics.items()}
-        return {name: tensor.clone() for name, tensor in held.items()}
+    def _statistics(self) -> list[Tensor]:
+        """What steps note of tokens, positions aside."""
+        return [*self._window_notes[1:], *self._tile_notes[1:]]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def between(self, coming: int = 0) -> None:
@@ -462,39 +457,13 @@ class FixedLayer(TieredLayer):
             if self.watches:
                 self._watch(mask)
             mask = None
-        if self._window_notes:
-            noting: Tensor = torch.ops.fade.decode_noting(
-                query,
-                self._window_keys,
-                self._window_values,
-                self._key_fields,
-                self._value_fields,
-                self._lengths,
-                self._used,
-                self._window_notes,
-                self._tile_notes,
-                mask,
-                sinks,
-                scaling,
-                softcap,
-                self.step_name,
-            )
-            return noting
-        output: Tensor = torch.ops.fade.decode_attention(
-            query,
-            self._window_keys,
-            self._window_values,
-            self._key_fields,
-            self._value_fields,
-            self._lengths,
-            self._used,
-            self._first,
-            mask,
-            sinks,
-            scaling,
-            softcap,
-            self.step_name,
-        )
+        held = self._window_keys, self._window_values, self._key_fields, self._value_fields, self._lengths, self._used
+        asked = mask, sinks, scaling, softcap, self.step_name
+        output: Tensor
+        if self.evicts:
+            output = torch.ops.fade.decode_noting(query, *held, self._window_notes, self._tile_notes, *asked)
+        else:
+            output = torch.ops.fade.decode_attention(query, *held, self._first, *asked)
         return output
 
     def _watch(self, mask: Tensor) -> None:
@@ -519,23 +488,17 @@ class FixedLayer(TieredLayer):
     # --- a forward pass that may fail in a later layer ---
     def commit(self) -> None:
         self._open = 0
-        self._noted = None
+        self._noted = []
         super().commit()
 
     def go_back(self) -> None:
         if self._open:
             self._open = 0
-            window, store = self._parts()
+            window, _ = self._parts()
             self.logical -= 1
             window.crop(self._logical)
-            for name, tensor in (self._noted or {}).items():
-                where, name = name.split(".", 1)
-                noted = (
-                    store.held_statistics
-                    if isinstance(store, EvictingStore) and where == "tiles"
-                    else window.statistics
-                )
-                noted[name].copy_(tensor)
+            for held, before in zip(self._statistics(), self._noted, strict=True):
+                held.copy_(before)
         else:
             super().go_back()
         self._publish()

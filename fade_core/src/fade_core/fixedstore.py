@@ -61,10 +61,11 @@ class TileView:
 
 @dataclass(frozen=True)
 class _Before:
-    """Tiles in use and where they begin, at one moment."""
+    """Tiles in use, where they begin and what was known of their tokens, at one moment."""
 
     per_head: Tensor
     first: Tensor
+    statistics: dict[str, Tensor]
 
 
 class FixedStore(TierStore):
@@ -82,7 +83,7 @@ class FixedStore(TierStore):
         dtype: dtype that decoding gives back.
         max_tiles: tiles a row and head has room for.
         codec: how tokens are packed and unpacked.
-        explicit: keep a position for every token (``EvictingStore``).
+        explicit: whether heads keep tokens of their own (``EvictingStore``).
         statistics: tracked statistics to keep a token (``EvictingStore``).
 
     Attributes:
@@ -242,7 +243,7 @@ class FixedStore(TierStore):
 
     # --- undoing a forward pass ---
     def hold(self) -> None:
-        self._before = _Before(self.per_head, self.first)
+        self._before = _Before(self.per_head, self.first, {n: t.clone() for n, t in self.statistics.items()})
 
     def let_go(self) -> None:
         self._before = None
@@ -251,6 +252,8 @@ class FixedStore(TierStore):
         if self._before is not None:
             before, self._before = self._before, None
             self.occupy(before.per_head, before.first)
+            for name, held in self.statistics.items():
+                held.copy_(before.statistics[name])
 
     # --- state for checkpoints ---
     def load(self, state: Mapping[str, Tensor]) -> None:

@@ -311,32 +311,14 @@ def noted_segments(
         mask: bool ``[B or 1, 1, 1, T]`` over positions, or ``None`` if it hides padding alone.
         look: whether lengths may be read on the host.
     """
-    tiles, longest = view.tiles, keys.shape[2]
-    if look:
-        tiles, longest = int(view.used.max()), int(lengths.max())
-        view = view.first(tiles)
-    packed = torch.arange(tiles * view.tile, device=keys.device) < view.used[..., None] * view.tile  # [B, H, T]
-    live = torch.arange(longest, device=keys.device) < lengths[:, :1, None]  # [B, 1, T]
-    masks: list[Tensor | None] = [packed[:, :, None], live[:, :, None]]
-    plain = mask is None
+    view, longest, packed, live = _in_use(view, view.used, keys, lengths, look)
+    seen: list[Tensor] = []
     if mask is not None:
-        where = places[1][:, :, :tiles].flatten(2), places[0][:, None, :longest]
-        seen = [_shown(mask, at) for at in where]
-        if keys.device.type == "cpu":
-            plain = all(bool((s | ~m).all()) for s, m in zip(seen, (packed, live), strict=True))
-        if not plain:
-            masks = [(m & s)[:, :, None] for m, s in zip((packed, live), seen, strict=True)]
-    if look and plain:
-        masks = [None if bool(there.all()) else m for there, m in zip((packed, live), masks, strict=True)]
-    found: list[Segment] = [PackedSegment(view, masks[0], plain)] if tiles else []
-    found.append(FullSegment(keys[:, :, :longest], values[:, :, :longest], masks[1], plain, lengths))
-    return found
-
-
-def _shown(mask: Tensor, positions: Tensor) -> Tensor:
-    """``mask`` ``[B or 1, 1, 1, T]`` at ``positions`` ``[B, H_kv or 1, N]``."""
-    rows = mask[:, 0].expand(len(positions), positions.shape[1], -1)
-    return rows.gather(2, positions.long().clamp(0, rows.shape[2] - 1))
+        where = places[1][:, :, : view.tiles].flatten(2), places[0][:, None, :longest]
+        seen = [_at(mask, at.long()) for at in where]
+        if keys.device.type == "cpu" and all(bool((s | ~m).all()) for s, m in zip(seen, (packed, live), strict=True)):
+            seen = []
+    return _segments(view, keys[:, :, :longest], values[:, :, :longest], lengths, (packed, live), seen, look)
 
 
 def step_segments(
@@ -361,31 +343,61 @@ def step_segments(
         n_sink: tokens of the window that come before the packed ones.
         look: whether lengths may be read on the host.
     """
-    tile, held, tiles, longest = view.tile, view.used[:, :1], view.tiles, keys.shape[2]
-    if look:
-        tiles, longest = int(held.max()), int(lengths.max())
-        view = view.first(tiles)
-    slots = torch.arange(tiles * tile, device=keys.device)
-    packed = slots < held * tile  # [B, T]
-    recent = torch.arange(longest, device=keys.device)
-    live = recent < lengths[:, :1]
-    plain = mask is None
-    masks: list[Tensor | None] = [packed[:, None, None], live[:, None, None]]
+    held = view.used[:, :1]
+    view, longest, packed, live = _in_use(view, held, keys, lengths, look)
+    seen: list[Tensor] = []
     if mask is not None:
-        behind = torch.where(recent < n_sink, 0, held * tile)
-        masks[0] = packed[:, None, None] & _at(mask, padding[:, None] + n_sink + slots)
-        masks[1] = live[:, None, None] & _at(mask, padding[:, None] + behind + recent)
+        slots, recent = (torch.arange(m.shape[2], device=keys.device) for m in (packed, live))
+        behind = torch.where(recent < n_sink, 0, held * view.tile)
+        where = padding[:, None] + n_sink + slots, padding[:, None] + behind + recent
+        seen = [_at(mask, at[:, None]) for at in where]
+    return _segments(view, keys[:, :, :longest], values[:, :, :longest], lengths, (packed, live), seen, look)
+
+
+def _in_use(
+    view: TileView, used: Tensor, keys: Tensor, lengths: Tensor, look: bool
+) -> tuple[TileView, int, Tensor, Tensor]:
+    """Tiles and tokens of the window to read, and which of them are there: bool ``[B, H_kv or 1, T]`` each.
+
+    Args:
+        view: packed tiles.
+        used: tiles in use, int32 ``[B, H_kv or 1]``.
+        keys: window ``[B, H_kv, capacity, D]``.
+        lengths: tokens of it, int32 ``[B, H_kv]``.
+        look: whether lengths may be read on the host, so that no more than is in use is read.
+    """
+    longest = keys.shape[2]
+    if look:
+        view, longest = view.first(int(used.max())), int(lengths.max())
+    packed = torch.arange(view.tiles * view.tile, device=keys.device) < used[..., None] * view.tile
+    return view, longest, packed, torch.arange(longest, device=keys.device) < lengths[:, :1, None]
+
+
+def _segments(
+    view: TileView,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    there: tuple[Tensor, Tensor],
+    seen: Sequence[Tensor],
+    look: bool,
+) -> list[Segment]:
+    """Segments of what is ``there``, as far as it is ``seen``; nothing ``seen`` if all of it is."""
+    plain = not seen
+    masks: list[Tensor | None] = [m[:, :, None] for m in there]
+    if not plain:
+        masks = [(m & s)[:, :, None] for m, s in zip(there, seen, strict=True)]
     elif look:  # a mask that hides nothing costs time and says nothing
-        masks = [None if bool(there.all()) else m for there, m in zip((packed, live), masks, strict=True)]
-    found: list[Segment] = [PackedSegment(view, masks[0], plain)] if tiles else []
-    found.append(FullSegment(keys[:, :, :longest], values[:, :, :longest], masks[1], plain, lengths))
+        masks = [None if bool(m.all()) else m[:, :, None] for m in there]
+    found: list[Segment] = [PackedSegment(view, masks[0], plain)] if view.tiles else []
+    found.append(FullSegment(keys, values, masks[1], plain, lengths))
     return found
 
 
 def _at(mask: Tensor, positions: Tensor) -> Tensor:
-    """``mask`` ``[B or 1, 1, 1, T]`` at ``positions`` ``[B, N]``, as bool ``[B, 1, 1, N]``."""
-    rows = mask.expand(len(positions), -1, -1, -1)[:, 0, 0]
-    return rows.gather(1, positions.clamp(0, rows.shape[1] - 1))[:, None, None]
+    """``mask`` ``[B or 1, 1, 1, T]`` at ``positions`` ``[B, H_kv or 1, N]``, as bool of their shape."""
+    rows = mask[:, 0].expand(len(positions), positions.shape[1], -1)
+    return rows.gather(2, positions.clamp(0, rows.shape[2] - 1))
 
 
 def _hides_padding_alone(mask: Tensor, padding: Tensor, stored: Tensor) -> bool:
