@@ -271,6 +271,9 @@ def test_answers_of_an_interrupted_pass_are_nobodys() -> None:
     check(1, good, good, 0, "raise")
     with pytest.raises(NonFiniteError, match=r"layer 1: .* from position 7 on"):
         check(0, good, good, 7, "raise"), check(1, good, bad, 7, "raise")
+    check(0, bad, good, 0, "raise")
+    with pytest.raises(NonFiniteError, match="layer 0: "):  # the last layer reads its own at once, and the others' too
+        check(1, good, good, 0, "raise", at_once=True)
     half = torch.full((1, 1, 9, 64), 6e4, dtype=torch.float16)  # its sum is more than float16 holds
     check(1, half, half, 0, "raise")
 

@@ -83,25 +83,31 @@ class FiniteCheck:
             NonFiniteError: for this layer, or from the last one for whichever was first.
         """
         deferred = keys.device.type == "cuda" if self.deferred is None else self.deferred
-        if not deferred or self.last is None or at_once:
+        if not deferred or self.last is None:
             return check_finite(layer, keys, values, start, on_nonfinite)
-        if on_nonfinite == "zero":
-            clean_keys, clean_values = (t.masked_fill(~torch.isfinite(t), 0) for t in (keys, values))
-            return clean_keys, clean_values
         if self._asked and self._asked[-1][0] >= layer:
             self._asked.clear()  # of a pass that was interrupted
-        wide = torch.float64 if keys.dtype != torch.float16 else torch.float32  # where no sum overflows
-        self._asked.append((layer, start, torch.isfinite(keys.sum(dtype=wide) + values.sum(dtype=wide))))
-        if layer >= self.last:
-            asked, self._asked = self._asked, []
-            answers = torch.stack([answer.to(keys.device) for _, _, answer in asked]).tolist()
-            bad = next((one for one, fine in zip(asked, answers, strict=True) if not fine), None)
-            if bad is not None:
-                raise NonFiniteError(
-                    f"layer {bad[0]}: NaN or infinity in the keys or values of the {keys.shape[2]} tokens from position "
-                    f"{bad[1]} on. {_ADVICE}"
-                )
+        if at_once:
+            keys, values = check_finite(layer, keys, values, start, on_nonfinite)
+        elif on_nonfinite == "zero":
+            keys, values = (t.masked_fill(~torch.isfinite(t), 0) for t in (keys, values))
+        else:
+            wide = torch.float64 if keys.dtype != torch.float16 else torch.float32  # where no sum overflows
+            self._asked.append((layer, start, torch.isfinite(keys.sum(dtype=wide) + values.sum(dtype=wide))))
+        if layer >= self.last and self._asked:
+            self._answer(keys)
         return keys, values
+
+    def _answer(self, keys: Tensor) -> None:
+        """Read all answers, where ``keys`` are. Raises ``NonFiniteError``."""
+        asked, self._asked = self._asked, []
+        answers = torch.stack([answer.to(keys.device) for _, _, answer in asked]).tolist()
+        bad = next((one for one, fine in zip(asked, answers, strict=True) if not fine), None)
+        if bad is not None:
+            raise NonFiniteError(
+                f"layer {bad[0]}: NaN or infinity in the keys or values of the {keys.shape[2]} tokens from position "
+                f"{bad[1]} on. {_ADVICE}"
+            )
 
 
 _ADVICE = "Look for an overflow in the model (float16 is the usual cause), or set on_nonfinite = 'zero' to store zeros instead."
