@@ -157,7 +157,8 @@ def usable(device: str) -> torch.device:
             f"the kernels cannot be timed on {device}: {reason}. Run this on a machine with an NVIDIA GPU; whether the "
             f"kernels are right can be checked without one: TRITON_INTERPRET=1 fade check-kernels"
         )
-    torch.cuda.set_device(where)
+    if where.index is not None:
+        torch.cuda.set_device(where)
     return torch.device("cuda", torch.cuda.current_device())
 
 
