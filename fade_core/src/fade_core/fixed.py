@@ -265,7 +265,7 @@ class FixedLayer(TieredLayer):
             self._wire()
         window.publish()
         store.publish()
-        self._counters[LOGICAL] = self._logical
+        self._counters[LOGICAL].fill_(self._logical)  # an assignment would wait for the GPU
         self._first.copy_(sent(self.padding, self.device))
         self.ready = bool((window.lengths > 0).all())
 

@@ -24,7 +24,7 @@ from fade_kernels_triton.launch import DecodeConfig
 from fade_kernels_triton.operands import unsupported_pair
 
 TINY = Case(2, 4, 2, 64, 128)
-FUSED = DecodeConfig(fused=True, resident=2)
+FEW = DecodeConfig(warps=2, resident=2)
 
 
 def once(calls, replays):
@@ -126,7 +126,7 @@ def test_a_table_changes_where_tokens_lie_and_not_what_they_are(device):
                 assert torch.equal(found, wanted)
 
 
-@pytest.mark.parametrize("config", [DecodeConfig(), FUSED])
+@pytest.mark.parametrize("config", [DecodeConfig(), FEW])
 @pytest.mark.parametrize(
     "case",
     [
@@ -244,7 +244,7 @@ def test_backends_that_a_device_lacks_say_so():
 def test_compilations_are_shared_and_can_be_sent_to_a_worker():
     same = [(TINY, DecodeConfig(resident=n)) for n in (4, 8)] + [(replace(TINY, rows=7, context=4096), DecodeConfig())]
     assert compiling.jobs(same) == [(TINY.small, DecodeConfig(resident=2))]
-    assert len(compiling.jobs([*same, (TINY, FUSED), (replace(TINY, tile=128), DecodeConfig())])) == 3
+    assert len(compiling.jobs([*same, (TINY, FEW), (replace(TINY, tile=128), DecodeConfig())])) == 3
     assert pickle.loads(pickle.dumps((compiling.run, *same[0])))[1:] == same[0]  # noqa: S301
 
 

@@ -116,7 +116,7 @@ def test_kernels_are_checked_and_timed_beside_the_fastest_baseline(where):
 
 
 def test_formats_whose_parity_is_red_are_not_timed(monkeypatch, where):
-    spoilt(monkeypatch, lambda fmt, config: fmt.axis == "token" and config.fused)
+    spoilt(monkeypatch, lambda fmt, config: fmt.axis == "token" and config.resident == 2)
     report, made = TimingReport(MACHINE), session_of(where)
     red = check_formats([TINY, TOKEN], made, report)
     time_kernels([TINY, TOKEN], red, made, report)
@@ -169,10 +169,9 @@ def test_candidates_are_distinct_and_know_the_gpu():
         assert DecodeConfig() in found
         without = list(candidates(case, overlap=False))
         assert not any(config.overlap for config in without)
-        assert [config for config in found if not config.overlap] == without
+        assert {replace(config, overlap=False) for config in found} == set(without) > set()
     few, many = (list(candidates(shape, overlap=True)) for shape in (SHAPES[1], SHAPES[0]))
     assert min(config.resident for config in few) == 1 < min(config.resident for config in many)
-    assert max(c.resident for c in few if c.fused) < max(c.resident for c in many if c.fused)
 
 
 def test_every_shipped_configuration_is_a_candidate():
@@ -406,7 +405,7 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
 def as_on_a_gpu(monkeypatch, where):
     """The commands on whatever runs kernels here, over tiny cases, with a made-up clock."""
     clock, number = Clock(baseline=25.0, w2s3r3=2.0), seed()
-    few = (DecodeConfig(), DecodeConfig(fused=True), DecodeConfig(2, 3, 3))
+    few = (DecodeConfig(), DecodeConfig(resident=2), DecodeConfig(2, 3, 3))
     monkeypatch.setattr(commands, "usable", lambda device: where)
     monkeypatch.setattr(commands, "machine", lambda made: MACHINE)
     monkeypatch.setattr(commands, "pool", lambda workers: ThreadPoolExecutor(1))

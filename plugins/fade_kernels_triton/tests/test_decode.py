@@ -5,7 +5,7 @@ import torch
 from oracle import attend64, relative_error, seed, tier_case, window_case
 
 from fade_kernels_triton.decode import Splits, decode_attention
-from fade_kernels_triton.launch import DecodeConfig, merge_options
+from fade_kernels_triton.launch import MERGED, merge_options
 
 TOLERANCE = {torch.float16: 1.5e-3, torch.bfloat16: 6e-3}  # rounding of P and of the output, in units of the dtype
 
@@ -32,13 +32,13 @@ def test_one_packed_tier(bits, tile, axis, dtype, device):
 
 @pytest.mark.parametrize("axis", ["token", "channel"])
 @pytest.mark.parametrize("bits", [2, 4])
-@pytest.mark.parametrize("fused", [False, True])
-def test_ragged_pool_with_a_window(bits, axis, fused, device):
+@pytest.mark.parametrize("splits", [Splits(3, 0, 2), Splits(9, 0, 1)])
+def test_ragged_pool_with_a_window(bits, axis, splits, device):
     seed()
     tier = tier_case(3, 2, 5, 64, bits, axis, table=True, ragged=True, device=device)
     window = window_case(3, 2, 70, 64, torch.float16, ragged=True, device=device)
     query = torch.randn(3, 14, 1, 64, device=device).half()
-    run(query, [tier], window, config=DecodeConfig(fused=fused), splits=Splits(3, 0, 2))
+    run(query, [tier], window, splits=splits)
 
 
 @pytest.mark.parametrize("q_len", [1, 2, 5])
@@ -94,24 +94,24 @@ def test_partly_filled_tiles(bits, axis, device):
 
 
 @pytest.mark.parametrize("sinks", [False, True])
-@pytest.mark.parametrize("fused", [False, True])
-def test_more_parts_than_are_merged_at_once(fused, sinks, device):
+def test_more_parts_than_are_merged_at_once(sinks, device):
     """Most of them empty, some with scores far above those that came before: online, every chunk outdoes the last."""
     seed()
     tier = tier_case(2, 1, 5, 256, 4, "token", ragged=True, table=True, device=device)
     window = window_case(2, 1, 40, 256, torch.float16, device=device)
     query = 3 * torch.randn(2, 2, 1, 256, device=device).half()
-    splits = Splits(70, 0, 4)
-    assert splits.total > 2 * merge_options(splits.total, 256)["CHUNK"]
+    splits = Splits(261, 0, 4)
+    assert splits.total > merge_options(splits.total, 256)["CHUNK"]
     options = {"s_aux": torch.randn(2, device=device)} if sinks else {}
-    run(query, [tier], window, config=DecodeConfig(fused=fused), splits=splits, **options)
+    run(query, [tier], window, splits=splits, **options)
 
 
 def test_merging_takes_what_registers_hold():
     for dim in (64, 128, 256):
-        chunks = [merge_options(splits, dim)["CHUNK"] for splits in (1, 16, 17, 64, 500)]
-        assert chunks == sorted(chunks)
-        assert chunks[0] == 16
-        assert chunks[-1] * dim == 8192
-    assert merge_options(64, 128) == {"CHUNK": 64, "num_warps": 8}
-    assert merge_options(9, 128) == {"CHUNK": 16, "num_warps": 4}
+        for splits in (1, 16, 17, 64, 256, 500):
+            options = merge_options(splits, dim)
+            assert options["CHUNK"] >= min(splits, 256)
+            assert options["CHUNK"] * options["CHANNELS"] <= MERGED
+            assert dim % options["CHANNELS"] == 0
+    assert merge_options(9, 128) == {"CHUNK": 16, "CHANNELS": 128, "num_warps": 4}
+    assert merge_options(132, 128) == {"CHUNK": 256, "CHANNELS": 16, "num_warps": 4}

@@ -19,7 +19,7 @@ from fade_kernels_triton.decode import decode_attention
 from fade_kernels_triton.launch import DecodeConfig, LaunchCase
 
 CASE = LaunchCase(4, "channel", 64, 128, 4, 64, 32768)
-ODD = DecodeConfig(warps=2, stages=5, resident=11, fused=True, registers=168, subnormal=False)
+ODD = DecodeConfig(warps=2, stages=5, resident=11, registers=168, subnormal=False)
 """A configuration that nothing shipped has."""
 HERE = torch.device("cuda", 0)
 
@@ -188,7 +188,7 @@ SHORT = {"case": {k: v for k, v in GOOD["case"].items() if k != "tile"}, "config
         ([row(warps=True)], "warps is true"),
         ([row(stages=0)], "stages is 0; it takes a whole number from 1 to 8"),
         ([row(resident=2.0)], "resident is 2.0"),
-        ([row(fused=1)], "fused is 1; it takes false, true"),
+        ([row(overlap=1)], "overlap is 1; it takes false, true"),
         ([row(wraps=2)], "row 1, config has wraps; the fields are warps, stages"),
         ([row(head=2)], "row 1, case has head; the fields are bits"),
         ([GOOD, SHORT], "row 2, case lacks tile"),

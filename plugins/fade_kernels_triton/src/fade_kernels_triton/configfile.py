@@ -65,7 +65,6 @@ CONFIG_RULES: Mapping[str, _Rule] = {
     "warps": _one_of(1, 2, 4, 8, 16),
     "stages": _whole(1, 8),
     "resident": _whole(1, 32),
-    "fused": _one_of(False, True),
     "overlap": _one_of(False, True),
     "registers": _whole(0, 255),
     "subnormal": _one_of(False, True),

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +23,9 @@ WINDOW_SHARE = 64
 """Window tokens a split."""
 
 MAX_SPLITS = 512
+
+MAX_WAITED = 16
+"""Steps of a program up to which it matters how long its first one is waited for."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,6 @@ def plan_splits(tiers: Sequence[PackedTier], window: Window | None, groups: int,
     return Splits(counts[0], counts[1], shares)
 
 
-@cache
-def _arrivals(device: torch.device, stream: int, size: int) -> Tensor:
-    """Zeroed counters that every fused launch leaves zeroed; one set a stream, whose launches never overlap."""
-    return torch.zeros(size, dtype=torch.int32, device=device)
-
-
 def decode_attention(
     query: Tensor,
     tiers: Sequence[PackedTier] = (),
@@ -71,7 +67,6 @@ def decode_attention(
     output_dtype: torch.dtype | None = None,
     config: DecodeConfig | None = None,
     splits: Splits | None = None,
-    captured: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the newest tokens over everything that a cache holds, in one launch and one merge.
 
@@ -92,8 +87,6 @@ def decode_attention(
         output_dtype: of the output; the query's by default.
         config: launch configuration; by default the tuned one (``fade_kernels_triton.config.lookup``).
         splits: splits of each segment; derived from the configuration by default.
-        captured: the call may become part of a CUDA graph that others manage: it keeps no memory of its own, and merges in a
-            second launch.
 
     Returns:
         Output ``[B, H_q, Q, D]`` (memory order ``[B, Q, H_q, D]``) and the natural
@@ -116,8 +109,6 @@ def decode_attention(
         fmt = first.key_format if first else PackedFormat(4, dim)
         held = _next_power_of_2(sum(t.max_tiles * t.key_format.tile for t in tiers) or WINDOW_SHARE)
         config = lookup(LaunchCase(fmt.bits, fmt.axis, fmt.tile, dim, columns, groups, held), query.device)
-    if captured:
-        config = replace(config, fused=False)
     if splits is None:
         splits = plan_splits(tiers, window, groups, multiprocessors(query.device) * config.resident)
     if not splits.total:
@@ -130,12 +121,8 @@ def decode_attention(
     lse = torch.empty(rows, heads, q_len, dtype=torch.float32, device=query.device)
     part = torch.empty(groups, splits.total, columns, dim, dtype=torch.float32, device=query.device)
     part_lse = torch.empty(groups, splits.total, columns, dtype=torch.float32, device=query.device)
-    arrived = None
-    if config.fused:
-        stream = torch.cuda.current_stream(query.device).cuda_stream if query.is_cuda else 0
-        arrived = _arrivals(query.device, stream, _next_power_of_2(groups))
-    overlap = config.overlap and not config.fused and not interpret
-    options: dict[str, Any] = {"num_warps": config.warps}
+    overlap = config.overlap and not interpret
+    options: dict[str, Any] = {"num_warps": config.warps} | ({"launch_pdl": True} if overlap else {})
     if config.registers and not interpret:
         options["maxnreg"] = config.registers
     decode_kernel[(splits.total, groups)](
@@ -149,7 +136,6 @@ def decode_attention(
         part_lse,
         out,
         lse,
-        arrived,
         float(dim**-0.5 if scaling is None else scaling),
         float(softcap or 1.0),
         int(sliding_window or 0),
@@ -177,32 +163,35 @@ def decode_attention(
         STAGES=config.stages + 2 * any(t.table is not None for t in tiers),
         SOFTCAP=softcap is not None,
         SLIDING=sliding_window is not None,
-        FUSED=config.fused,
-        CHUNK=16,
+        PREFETCH=_prefetches(first, splits.a) and not interpret,
         SUBNORMAL=config.subnormal,
         PDL=overlap,
         INTERPRET=interpret,
         **options,
     )
-    if not config.fused:
-        merge_kernel[(columns, groups)](
-            part,
-            part_lse,
-            s_aux,
-            out,
-            lse,
-            splits.total,
-            heads_kv,
-            *out.stride()[:3],
-            HEADS=group,
-            Q_LEN=q_len,
-            D=dim,
-            DP=padded_dim,
-            PDL=overlap,
-            **merge_options(splits.total, padded_dim),
-            **({"launch_pdl": True} if overlap else {}),
-        )
+    merging = merge_options(splits.total, padded_dim)
+    merge_kernel[(columns, groups, padded_dim // merging["CHANNELS"])](
+        part,
+        part_lse,
+        s_aux,
+        out,
+        lse,
+        splits.total,
+        heads_kv,
+        *out.stride()[:3],
+        HEADS=group,
+        Q_LEN=q_len,
+        D=dim,
+        PDL=overlap,
+        **merging,
+        **({"launch_pdl": True} if overlap else {}),
+    )
     return out, lse
+
+
+def _prefetches(tier: PackedTier | None, splits: int) -> bool:
+    """Whether programs ask for their first tile before they know that it is there: where the wait for it weighs."""
+    return tier is not None and tier.table is None and tier.max_tiles <= MAX_WAITED * splits * tier.tiles_per_step
 
 
 def _check(

@@ -88,11 +88,10 @@ class TritonDecodeAttention(Kernel):
         window = next((_window(s, query) for s in segments if isinstance(s, FullSegment)), None)
         softcap = softcap or None
         wide = torch.float32 if moved else None
-        captured = any(s.store.device_book().table is None for s in packed)  # tiles of fixed places: a compiled step
         parts = []
         if tiers or window is not None:
             options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "output_dtype": wide}
-            parts.append(decode_attention(query, tiers, window, s_aux=sinks, captured=captured, **options))
+            parts.append(decode_attention(query, tiers, window, s_aux=sinks, **options))
             sinks = None
         for segment in moved:
             parts.append(_attend_moved(query, segment, scaling, softcap, sinks))
@@ -123,7 +122,7 @@ def _attend_moved(
         output, lse = planes_attention(turned, _planes_tier(segment))
     else:
         tier = _tier(segment)
-        output, lse = decode_attention(turned, [tier], scaling=1.0, softcap=softcap, captured=tier.table is None)
+        output, lse = decode_attention(turned, [tier], scaling=1.0, softcap=softcap)
     if bias is not None:
         lse = lse + bias.reshape(lse.shape)
     back = output.reshape(rows, segment.store.heads, -1, output.shape[-1])

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MERGED = 8192
-"""Elements of the parts that the merge kernel holds at once."""
+MERGED = 4096
+"""Elements of the parts that a program of the merge kernel holds at once."""
+
+NARROWEST = 16
+"""Channels that such a program takes at least."""
 
 
 @dataclass(frozen=True)
@@ -16,8 +19,8 @@ class DecodeConfig:
         warps: warps a program.
         stages: software pipeline depth of the packed loop.
         resident: programs a multiprocessor that the number of splits aims at.
-        fused: merge the parts in the same launch (best when a row and head has few splits).
-        overlap: let the merge launch start before the decode launch ends (needs compute capability 9).
+        overlap: let each launch start before the one before it ends, and wait for it on the device (needs compute
+            capability 9).
         registers: most registers a thread may take; 0 leaves it to the compiler.
         subnormal: feed codes to the tensor cores as fp16 subnormals, one instruction a pair less than normal numbers.
     """
@@ -25,7 +28,6 @@ class DecodeConfig:
     warps: int = 1
     stages: int = 3
     resident: int = 8
-    fused: bool = False
     overlap: bool = False
     registers: int = 0
     subnormal: bool = True
@@ -71,6 +73,6 @@ class LaunchCase:
 
 
 def merge_options(splits: int, padded_dim: int) -> dict[str, int]:
-    """Launch options of the merge kernel: all parts at once where registers allow, for each wait for them costs."""
-    chunk = min(1 << max(splits - 1, 15).bit_length(), MERGED // padded_dim)
-    return {"CHUNK": chunk, "num_warps": 8 if chunk * padded_dim > MERGED // 4 else 4}
+    """Launch options of the merge kernel: all parts at once, in as many programs as that takes: each wait costs."""
+    chunk = min(1 << max(splits - 1, 15).bit_length(), MERGED // NARROWEST)
+    return {"CHUNK": chunk, "CHANNELS": min(padded_dim, MERGED // chunk), "num_warps": 4}

@@ -247,7 +247,8 @@ def planes_attention(query: Tensor, tier: PlanesTier, splits: int = 0) -> tuple[
         **options,
     )
     padded_dim = max(64, _next_power_of_2(values.kept))
-    merge_kernel[(columns, groups)](
+    merging = merge_options(splits, padded_dim)
+    merge_kernel[(columns, groups, padded_dim // merging["CHANNELS"])](
         part,
         part_lse,
         None,
@@ -259,9 +260,8 @@ def planes_attention(query: Tensor, tier: PlanesTier, splits: int = 0) -> tuple[
         HEADS=group,
         Q_LEN=q_len,
         D=values.kept,
-        DP=padded_dim,
         PDL=False,
-        **merge_options(splits, padded_dim),
+        **merging,
     )
     return out, lse
 

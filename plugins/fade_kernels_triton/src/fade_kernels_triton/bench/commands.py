@@ -60,7 +60,7 @@ def kernels(
     from fade_kernels_triton.bench.cases import checked, selected
     from fade_kernels_triton.bench.compiling import compile_ahead
     from fade_kernels_triton.bench.report import TimingReport
-    from fade_kernels_triton.bench.session import WAYS, check_formats, time_kernels
+    from fade_kernels_triton.bench.session import check_formats, time_kernels, ways
     from fade_kernels_triton.bench.tables import show_rest, show_timings
     from fade_kernels_triton.config import lookup
 
@@ -72,7 +72,7 @@ def kernels(
         report = TimingReport(machine(session))
         try:
             with pool(workers) as executor:
-                wanted = [*((case, way) for case in parity for way in WAYS), *launches]
+                wanted = [*((case, way) for case in parity for way in ways(where)), *launches]
                 report.uncompiled += compile_ahead(wanted, session, executor)
             time_kernels(cases, check_formats(parity, session, report), session, report)
         finally:  # an interrupted run keeps what it has found
@@ -107,7 +107,7 @@ def tune(
     from fade_kernels_triton.bench.cases import checked, selected
     from fade_kernels_triton.bench.compiling import compile_ahead
     from fade_kernels_triton.bench.report import TuningReport
-    from fade_kernels_triton.bench.session import WAYS, check_formats
+    from fade_kernels_triton.bench.session import check_formats, ways
     from fade_kernels_triton.bench.tables import show_rest, show_searches
     from fade_kernels_triton.bench.tuned import TunedFile
     from fade_kernels_triton.bench.tuning import tried_for
@@ -122,7 +122,7 @@ def tune(
         session = begin(where, seed, budget, watch)
         report = TuningReport(machine(session))
         with pool(workers) as executor:
-            wanted = [*((case, way) for case in parity for way in WAYS), *launches]
+            wanted = [*((case, way) for case in parity for way in ways(where)), *launches]
             report.uncompiled += compile_ahead(wanted, session, executor)
         search_all(cases, check_formats(parity, session, report), overlap, session, report, tuned.keep)
     if json:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from concurrent.futures import Executor, as_completed
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -48,8 +49,7 @@ def compile_ahead(wanted: Iterable[Job], session: Session, executor: Executor) -
 def run(case: Case, config: DecodeConfig, device: str, seed: int) -> None:
     """Compile one job by running it."""
     where = torch.device(device)
-    if where.type == "cuda":
-        torch.cuda.set_device(where)
-    build(case, where, seed).run(config)
-    if where.type == "cuda":
-        torch.cuda.synchronize(where)
+    with torch.cuda.device(where) if where.type == "cuda" else nullcontext():
+        build(case, where, seed).run(config)
+        if where.type == "cuda":
+            torch.cuda.synchronize()

@@ -210,6 +210,6 @@ class TuningReport(Report):
 
 
 def short(config: DecodeConfig) -> str:
-    """Warps, stages, residents and flags (fused, overlap, normal codes) in a word: ``w1s3r8o``."""
-    flags = "f" * config.fused + "o" * config.overlap + "n" * (not config.subnormal)
+    """Warps, stages, residents and flags (overlap, normal codes) in a word: ``w1s3r8o``."""
+    flags = "o" * config.overlap + "n" * (not config.subnormal)
     return f"w{config.warps}s{config.stages}r{config.resident}{flags}{f'x{config.registers}' * bool(config.registers)}"

@@ -16,12 +16,16 @@ from fade_kernels_triton.bench.problems import Problem, build
 from fade_kernels_triton.bench.report import Check, Note, Report, Timing, TimingReport
 from fade_kernels_triton.bench.timing import Budget, Call, Timer, graph_time, layers_for
 from fade_kernels_triton.config import lookup
+from fade_kernels_triton.device import overlaps
 from fade_kernels_triton.launch import DecodeConfig
 
 REPLAYS = 15
 
-WAYS = (DecodeConfig(), DecodeConfig(fused=True, resident=2))
-"""Parity is checked with parts merged in a launch of their own and in the same launch."""
+
+def ways(device: torch.device) -> tuple[DecodeConfig, ...]:
+    """Parity is checked with many short splits and with few long ones, whose launches overlap where the device can."""
+    return DecodeConfig(), DecodeConfig(resident=2, overlap=overlaps(device))
+
 
 OUT_OF_TIME = "the budget was spent"
 
@@ -51,14 +55,14 @@ class Session:
 
 
 def check_formats(cases: Sequence[Case], session: Session, report: Report) -> dict[str, str]:
-    """Check ``cases`` both ways; the formats that are red, and in which case."""
+    """Check ``cases`` in all ``ways``; the formats that are red, and in which case."""
     red: dict[str, str] = {}
     for done, case in enumerate(cases):
         session.watch(f"parity: {case.name}", done, len(cases))
         if session.budget.spent:
             report.skipped.append(Note(f"parity: {case.name}", OUT_OF_TIME))
             continue
-        for config in WAYS:
+        for config in ways(session.device):
             try:
                 found = Check(case.name, config, agreement(build(case, session.device, session.seed), config))
             except Exception as error:  # noqa: BLE001 (one case that raises is red and must not hide the others)

@@ -18,28 +18,27 @@ from fade_kernels_triton.launch import DecodeConfig, LaunchCase
 
 SEARCH_REPLAYS = 5
 FEW = 64
-"""Rows and heads below which a row and head gets many splits, and merging them weighs more."""
+"""Rows and heads below which few programs a multiprocessor may be best: a row and head gets many splits, which are merged."""
 
 Keep = Callable[[LaunchCase, DecodeConfig], None]
 """Takes what was found for a case."""
 
 
 def candidates(case: Case, overlap: bool) -> Iterator[DecodeConfig]:
-    """Launch configurations worth trying; with ``overlap``, those that let the merge launch start early as well."""
-    few = case.rows * case.kv_heads < FEW
-    for warps, stages in ((1, 3), (1, 2), (1, 4), (2, 3)):
-        for resident in (4, 6, 8, 10, 12) if warps == 1 else (3, 4, 6):
-            yield DecodeConfig(warps, stages, resident)
-            if overlap and resident in (6, 8, 10) and stages == 3:
-                yield DecodeConfig(warps, stages, resident, overlap=True)
-            if stages == 3 and (not few or resident <= 6):
-                yield DecodeConfig(warps, stages, resident, fused=True)
-    yield DecodeConfig(subnormal=False)
-    if few:
-        for resident in (1, 2, 3):
-            yield DecodeConfig(1, 3, resident, fused=True)
-            if overlap:
-                yield DecodeConfig(1, 3, resident, overlap=True)
+    """Launch configurations worth trying; with ``overlap``, such as let launches start early."""
+    few = (1, 2, 3) if case.rows * case.kv_heads < FEW else ()
+    for warps, stages in ((1, 3), (1, 2), (1, 4), (2, 3), (2, 2)):
+        for resident in (*few, 4, 6, 8, 10, 12) if warps == 1 else (*few[1:2], 3, 4, 6):
+            yield DecodeConfig(warps, stages, resident, overlap=overlap)
+    for stages in (2, 3):
+        yield DecodeConfig(
+            1, stages, 10, overlap=overlap, registers=200
+        )  # as many as ten warps a multiprocessor may take
+        yield DecodeConfig(1, stages, 12, overlap=overlap, registers=168)
+    yield DecodeConfig(overlap=overlap, subnormal=False)
+    if overlap:
+        yield DecodeConfig()
+        yield DecodeConfig(resident=4)
 
 
 def tried_for(case: Case, device: torch.device, overlap: bool) -> list[DecodeConfig]:

@@ -1,8 +1,9 @@
 """The decode kernel: every tier and the full-precision window in one launch, and the merge of its parts.
 
 Grid ``[splits, B * H_kv]``. The split index says which segment a program reads: first the splits of tier A, then those
-of tier B, then those of the window. Each writes a normalised output and its base-2 log-sum-exp; parts are merged either
-by a second small launch or, with FUSED, by whichever program of a row and head finishes last.
+of tier B, then those of the window. The splits of a tier take its tiles in turn, so that each knows its first one before
+it knows how many there are. Each writes a normalised output and its base-2 log-sum-exp, and a second small launch merges
+them.
 """
 
 from __future__ import annotations
@@ -40,48 +41,30 @@ def normalise(query):
 
 
 @triton.jit
-def merge_parts(PART, PART_LSE, SINK, OUT, LSE, bh, kv_head, column, splits, out_start, lse_start,
-                HEADS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-                CHUNK: tl.constexpr):  # fmt: skip
-    """Weigh the parts of one query column by their log-sum-exp; write the output and the natural log-sum-exp.
+def prefetch(POINTER, BYTES: tl.constexpr):
+    """Bring ``BYTES`` from ``POINTER`` to the L2 cache; a hint that nothing waits for."""
+    LINES: tl.constexpr = (BYTES + 127) // 128
+    line = tl.minimum(tl.arange(0, triton.next_power_of_2(LINES)), LINES - 1)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [POINTER.to(tl.int64) + 128 * line],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
-    Online, so that a chunk's log-sum-exps and values are asked for together: each wait for them is a large part of what
-    merging costs.
-    """
-    channel = tl.arange(0, DP)
-    index = tl.arange(0, CHUNK)
-    best = tl.full([], float("-inf"), tl.float32)
-    mass = tl.zeros([], tl.float32)
-    out = tl.zeros([DP], tl.float32)
-    for first in tl.range(0, splits, CHUNK):
-        at = (bh * splits + first + index) * COLUMNS + column
-        here = first + index < splits
-        lse = tl.load(PART_LSE + at, mask=here, other=float("-inf"), cache_modifier=".cg")
-        value = tl.load(
-            PART + at[:, None] * D + channel[None, :],
-            mask=here[:, None] & (channel < D)[None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        higher = tl.maximum(best, tl.max(lse, 0))
-        peak = tl.where(higher == float("-inf"), 0.0, higher)
-        shrink = tl.exp2(best - peak)
-        weight = tl.exp2(lse - peak)
-        mass = mass * shrink + tl.sum(weight, 0)
-        out = out * shrink + tl.sum(value * weight[:, None], 0)
-        best = higher
-    if SINK is not None:
-        sink = tl.load(SINK + kv_head * HEADS + column % HEADS).to(tl.float32) * LOG2E
-        higher = tl.maximum(best, sink)
-        peak = tl.where(higher == float("-inf"), 0.0, higher)
-        shrink = tl.exp2(best - peak)
-        mass = mass * shrink + tl.exp2(sink - peak)
-        out = out * shrink
-        best = higher
-    inverse = 1.0 / tl.where(mass > 0, mass, float("inf"))
-    tl.store(OUT + out_start + channel, (out * inverse).to(OUT.dtype.element_ty), mask=channel < D)
-    lse = tl.where(mass > 0, (best + tl.log2(tl.where(mass > 0, mass, 1.0))) * LN2, float("-inf"))
-    tl.store(LSE + lse_start, lse)
+
+@triton.jit
+def prefetch_tile(KEY_CODES, KEY_META, VALUE_CODES, VALUE_META, tile, BITS: tl.constexpr, KEY_CHANNEL: tl.constexpr,
+                  TILE: tl.constexpr, D: tl.constexpr):  # fmt: skip
+    """Bring a tile's codes and metadata to the L2 cache."""
+    WORDS: tl.constexpr = TILE * BITS // 16 * D
+    KEY_METAS: tl.constexpr = D if KEY_CHANNEL else TILE
+    prefetch(KEY_CODES + tile * WORDS, 2 * WORDS)
+    prefetch(KEY_META + tile * KEY_METAS, 4 * KEY_METAS)
+    prefetch(VALUE_CODES + tile * WORDS, 2 * WORDS)
+    prefetch(VALUE_META + tile * TILE, 4 * TILE)
 
 
 @triton.jit(do_not_specialize=["splits_a", "splits_b", "splits_w", "max_tiles_a", "max_tiles_b", "window"])
@@ -113,7 +96,6 @@ def decode_kernel(
     PART_LSE,
     OUT,
     LSE,
-    ARRIVED,
     scaling,
     softcap,
     window,
@@ -157,8 +139,7 @@ def decode_kernel(
     STAGES: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SLIDING: tl.constexpr,
-    FUSED: tl.constexpr,
-    CHUNK: tl.constexpr,
+    PREFETCH: tl.constexpr,
     SUBNORMAL: tl.constexpr,
     PDL: tl.constexpr,
     INTERPRET: tl.constexpr,
@@ -173,6 +154,14 @@ def decode_kernel(
     COLUMNS: tl.constexpr = Q_LEN * HEADS
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
+    if PREFETCH:
+        if split * A_TILES < max_tiles_a and split < splits_a:
+            prefetch_tile(
+                A_KEY_CODES, A_KEY_META, A_VALUE_CODES, A_VALUE_META, bh * max_tiles_a + split * A_TILES,
+                A_BITS, A_KEY_CHANNEL, A_TILE, D,
+            )  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_wait()  # until here nothing was read and nothing written
 
     # asked for before the query (the compiler does not move what is volatile), so that both are waited for at once
     if A_BITS > 0:
@@ -199,30 +188,24 @@ def decode_kernel(
     out = tl.zeros([DP, N], tl.float32)
     if split < splits_a:
         if A_BITS > 0:
-            start = (count_a * split // splits_a) // A_TILES * A_TILES
-            stop = (count_a * (split + 1) // splits_a) // A_TILES * A_TILES
-            stop = tl.where(split + 1 == splits_a, count_a, stop)
             top, total, out = attend_packed(
                 unit_query, scale, cap_scale, softcap * LOG2E,
                 A_KEY_CODES, A_KEY_META, A_VALUE_CODES, A_VALUE_META,
                 A_TABLE if A_TABLE is None else A_TABLE + bh * max_tiles_a,
                 A_VALID if A_VALID is None else A_VALID + bh * max_tiles_a,
-                A_POSITIONS, bh * max_tiles_a, start, stop, query_position, window,
+                A_POSITIONS, bh * max_tiles_a, split * A_TILES, count_a, splits_a * A_TILES, query_position, window,
                 A_BITS, A_BITS, A_KEY_CHANNEL, A_TILE, A_TILES, D, DP, N, STAGES, SOFTCAP, SLIDING, SUBNORMAL,
                 INTERPRET,
             )  # fmt: skip
     elif split < splits_a + splits_b:
         if B_BITS > 0:
             part = split - splits_a
-            start = (count_b * part // splits_b) // B_TILES * B_TILES
-            stop = (count_b * (part + 1) // splits_b) // B_TILES * B_TILES
-            stop = tl.where(part + 1 == splits_b, count_b, stop)
             top, total, out = attend_packed(
                 unit_query, scale, cap_scale, softcap * LOG2E,
                 B_KEY_CODES, B_KEY_META, B_VALUE_CODES, B_VALUE_META,
                 B_TABLE if B_TABLE is None else B_TABLE + bh * max_tiles_b,
                 B_VALID if B_VALID is None else B_VALID + bh * max_tiles_b,
-                B_POSITIONS, bh * max_tiles_b, start, stop, query_position, window,
+                B_POSITIONS, bh * max_tiles_b, part * B_TILES, count_b, splits_b * B_TILES, query_position, window,
                 B_BITS, B_BITS, B_KEY_CHANNEL, B_TILE, B_TILES, D, DP, N, STAGES, SOFTCAP, SLIDING, SUBNORMAL,
                 INTERPRET,
             )  # fmt: skip
@@ -251,19 +234,6 @@ def decode_kernel(
         mask=(column < COLUMNS)[None, :] & (channel < D)[:, None],
     )
     tl.store(PART_LSE + part_column, lse, mask=column < COLUMNS)
-    if FUSED:
-        tl.debug_barrier()
-        arrived = tl.atomic_add(ARRIVED + bh, 1, sem="acq_rel", scope="gpu")
-        if arrived == splits - 1:
-            tl.store(ARRIVED + bh, 0)
-            for c in tl.range(0, COLUMNS):
-                head = kv_head * HEADS + c % HEADS
-                merge_parts(
-                    PART, PART_LSE, SINK, OUT, LSE, bh, kv_head, c, splits,
-                    row * out_stride_b + head * out_stride_h + (c // HEADS) * out_stride_q,
-                    (row * kv_heads * HEADS + head) * Q_LEN + c // HEADS,
-                    HEADS, COLUMNS, D, DP, CHUNK,
-                )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -281,22 +251,62 @@ def merge_kernel(
     HEADS: tl.constexpr,
     Q_LEN: tl.constexpr,
     D: tl.constexpr,
-    DP: tl.constexpr,
     CHUNK: tl.constexpr,
+    CHANNELS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid ``[Q_LEN * HEADS, B * H_kv]``: merge the parts that ``decode_kernel`` left."""
+    """Grid ``[Q_LEN * HEADS, B * H_kv, channels / CHANNELS]``: weigh the parts that were left of one query column by their
+    log-sum-exp; write those channels of the output, and the natural log-sum-exp.
+
+    Online over CHUNK parts at a time, whose log-sum-exps and values are asked for together: each wait for them is a large
+    part of what merging costs.
+    """
     column = tl.program_id(0)
     program = tl.program_id(1)
+    block = tl.program_id(2)
     row = (program // kv_heads).to(tl.int64)  # a division of 64 bits takes hundreds of cycles
     kv_head = (program % kv_heads).to(tl.int64)
     bh = program.to(tl.int64)
     head = kv_head * HEADS + column % HEADS
+    query = column // HEADS
+    COLUMNS: tl.constexpr = Q_LEN * HEADS
     if PDL:
         tl.extra.cuda.gdc_wait()
-    merge_parts(
-        PART, PART_LSE, SINK, OUT, LSE, bh, kv_head, column, splits,
-        row * out_stride_b + head * out_stride_h + (column // HEADS) * out_stride_q,
-        (row * kv_heads * HEADS + head) * Q_LEN + column // HEADS,
-        HEADS, Q_LEN * HEADS, D, DP, CHUNK,
-    )  # fmt: skip
+        tl.extra.cuda.gdc_launch_dependents()  # not before: the next programs would crowd where this layer's end first
+
+    channel = block * CHANNELS + tl.arange(0, CHANNELS)
+    index = tl.arange(0, CHUNK)
+    best = tl.full([], float("-inf"), tl.float32)
+    mass = tl.zeros([], tl.float32)
+    out = tl.zeros([CHANNELS], tl.float32)
+    for first in tl.range(0, splits, CHUNK):
+        at = (bh * splits + first + index) * COLUMNS + column
+        here = first + index < splits
+        lse = tl.load(PART_LSE + at, mask=here, other=float("-inf"), cache_modifier=".cg")
+        value = tl.load(
+            PART + at[:, None] * D + channel[None, :],
+            mask=here[:, None] & (channel < D)[None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        higher = tl.maximum(best, tl.max(lse, 0))
+        peak = tl.where(higher == float("-inf"), 0.0, higher)
+        shrink = tl.exp2(best - peak)
+        weight = tl.exp2(lse - peak)
+        mass = mass * shrink + tl.sum(weight, 0)
+        out = out * shrink + tl.sum(value * weight[:, None], 0)
+        best = higher
+    if SINK is not None:
+        sink = tl.load(SINK + head).to(tl.float32) * LOG2E
+        higher = tl.maximum(best, sink)
+        peak = tl.where(higher == float("-inf"), 0.0, higher)
+        shrink = tl.exp2(best - peak)
+        mass = mass * shrink + tl.exp2(sink - peak)
+        out = out * shrink
+        best = higher
+    inverse = 1.0 / tl.where(mass > 0, mass, float("inf"))
+    target = OUT + row * out_stride_b + head * out_stride_h + query * out_stride_q + channel
+    tl.store(target, (out * inverse).to(OUT.dtype.element_ty), mask=channel < D)
+    if block == 0:
+        lse = tl.where(mass > 0, (best + tl.log2(tl.where(mass > 0, mass, 1.0))) * LN2, float("-inf"))
+        tl.store(LSE + (row * kv_heads * HEADS + head) * Q_LEN + query, lse)

@@ -42,6 +42,7 @@ def attend_packed(
     first_tile,
     start,
     stop,
+    stride,
     query_position,
     window,
     KEY_BITS: tl.constexpr,
@@ -58,7 +59,7 @@ def attend_packed(
     SUBNORMAL: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """Attend to tiles ``start .. stop`` of a tier.
+    """Attend to tiles of a tier: TILES from ``start`` on, then again ``stride`` further, until ``stop``.
 
     Args:
         query: fp16 ``[DP, N]``, each column divided by a power of two so that its largest element is at most 1.
@@ -93,7 +94,7 @@ def attend_packed(
     offset = tl.zeros([ROWS, N], tl.float32)
     out = tl.zeros([DP, N], tl.float32)
 
-    for step in tl.range(start, stop, TILES, num_stages=STAGES):
+    for step in tl.range(start, stop, stride, num_stages=STAGES):
         # the tile of each row; past the end the first tile of the step is read again and its rows are struck out
         if TILES == 1:
             if TABLE is None:
