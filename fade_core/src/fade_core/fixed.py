@@ -518,11 +518,6 @@ class FixedLayer(TieredLayer):
         return keys, values
 
     # --- compression ---
-    def _send_down(self, *args: Any) -> int:
-        if not self.evicts:
-            self._parts()[1].begins = self.padding + self.plan.ladder.n_sink  # the host need not ask the device
-        return super()._send_down(*args)
-
     def restored(self) -> None:
         self.replan()
         super().restored()

@@ -89,7 +89,6 @@ class FixedStore(TierStore):
     Attributes:
         per_head: tiles in use, int64 ``[B, H_kv]`` on the CPU.
         first: position of each row's first packed token, int64 ``[B]`` on the CPU.
-        begins: where that will be for rows that have none yet; ``None`` to look at the tokens that come.
     """
 
     def __init__(
@@ -118,7 +117,6 @@ class FixedStore(TierStore):
         self.offsets = torch.empty((batch, self.heads, 0, self.tile), dtype=torch.int32, device=self.device)
         self.statistics = {}
         self.first = torch.zeros(batch, dtype=torch.long)
-        self.begins: Tensor | None = None
         self._pool_is_fields()
         self.occupy(torch.zeros(lead[:2], dtype=torch.long))
 
@@ -204,7 +202,7 @@ class FixedStore(TierStore):
             encoded = {"k": self.codec.encode(self.tier.keys, tokens.keys[:, :, part])}
             encoded["v"] = self.codec.encode(self.tier.values, tokens.values[:, :, part])
             self._write(encoded, start, per_row)
-        fresh = tokens.positions[:, 0, 0].cpu() if self.begins is None else self.begins
+        fresh = tokens.positions[:, 0, 0].cpu() if tokens.first is None else tokens.first[:, 0]
         self.occupy(after, torch.where(self.per_head[:, 0] > 0, self.first, fresh))
 
     def _check_room(self, after: Tensor) -> None:

@@ -47,6 +47,7 @@ class _Before:
     logical: int
     since_ranking: Tensor
     padding: Tensor
+    unbroken: bool
 
 
 class TieredLayer(CacheLayerMixin):
@@ -58,6 +59,10 @@ class TieredLayer(CacheLayerMixin):
     Args:
         plan: what the layer is made of.
         max_length: most tokens the layer may see, or ``None``.
+
+    Attributes:
+        unbroken: whether each row's window, its sinks aside, is a run of positions up to the newest: the host then knows
+            them all. Only tokens that were moved by hand leave gaps.
     """
 
     is_sliding = False
@@ -85,6 +90,7 @@ class TieredLayer(CacheLayerMixin):
         self.padding = torch.zeros(0, dtype=torch.long)
         self.since_ranking = torch.zeros(0, dtype=torch.long)
         self.logical = 0
+        self.unbroken = True
         self._before: _Before | None = None
 
     # --- what transformers asks ---
@@ -360,7 +366,7 @@ class TieredLayer(CacheLayerMixin):
 
     # --- a forward pass that may fail in a later layer ---
     def _hold(self) -> None:
-        self._before = _Before(self.logical, self.since_ranking, self.padding)
+        self._before = _Before(self.logical, self.since_ranking, self.padding, self.unbroken)
         if self.logical:
             self._window().hold()
             for store in self.stores:
@@ -390,6 +396,7 @@ class TieredLayer(CacheLayerMixin):
             return
         self.pending = None
         self.logical, self.since_ranking, self.padding = before.logical, before.since_ranking, before.padding
+        self.unbroken = before.unbroken
         self._window().go_back()
         for store in self.stores:
             store.go_back()
@@ -414,6 +421,8 @@ class TieredLayer(CacheLayerMixin):
 
     def restored(self) -> None:
         """A saved state has been put in, its quantizers' included: get ready to go on."""
+        if self.is_initialized:
+            self._look_for_gaps()
         self.settle()
 
     def demote(self) -> None:
@@ -487,6 +496,7 @@ class TieredLayer(CacheLayerMixin):
         now = self.tier_map()
         started, before = time.perf_counter(), self.nbytes()
         counts = assign(self._contents(), tiers, now)
+        self._look_for_gaps()
         for kind, moved in zip(("encode", "demote", "evict"), counts, strict=True):
             if moved:
                 self._report(kind, moved, before, started)
@@ -602,6 +612,14 @@ class TieredLayer(CacheLayerMixin):
             self.lazy_initialization(keys, values)
         return keys, values
 
+    def _look_for_gaps(self) -> None:
+        """Read the window's positions back, to say whether it is ``unbroken``."""
+        window = self._window()
+        slots, lengths = torch.arange(window.longest), window.lengths[:, None]
+        behind = (slots >= self.plan.ladder.n_sink) & (slots < lengths)
+        run = self.logical - lengths + slots
+        self.unbroken = torch.equal(window.positions()[:, 0].cpu()[behind], run[behind])
+
     def _due(self, lengths: Tensor) -> Tensor:
         """Tokens that rows of ``lengths`` full-precision tokens send down, int64 ``[B]``, whole tiles."""
         ladder = self.plan.ladder
@@ -687,6 +705,7 @@ class TieredLayer(CacheLayerMixin):
             positions[:, :, part],
             due[:, None].expand(-1, heads).contiguous(),
             {n: t[:, :, part] for n, t in observed.items()},
+            (self.logical - held + first)[:, None] if self.unbroken else None,
         )
         if prompt and ladder.bounded and not any(s.tiles for s in self.stores):
             return pour(self._contents(), moving, keys, values, positions, observed, due, held)

@@ -115,7 +115,10 @@ def pour(
         bounds = sent(lower, held.device)[..., None], sent(upper, held.device)[..., None]
         chosen = (rank >= bounds[0]) & (rank < bounds[1]) & live
         index = torch.argsort(~chosen, dim=-1, stable=True)[..., : int(take.max())]
-        store.append(replace(moving, counts=take.contiguous()), index)
+        first = None
+        if policy.positional and moving.first is not None:  # the newest come first: what a tier takes is a run
+            first = moving.first + due[:, None] - upper
+        store.append(replace(moving, counts=take.contiguous(), first=first), index)
     return int((available - upper).sum())
 
 

@@ -216,6 +216,7 @@ def join_layer(own: TieredLayer, theirs: TieredLayer) -> None:
         own.queries.join(theirs.queries, (own.padding.shape[0], theirs.padding.shape[0]))
     own.padding = torch.cat([own.padding, theirs.padding])
     own.since_ranking = torch.cat([own.since_ranking, theirs.since_ranking])
+    own.unbroken = own.unbroken and theirs.unbroken
 
 
 # --- layers of transformers' own ---

@@ -25,6 +25,8 @@ class Tokens:
         positions: int64 ``[B, H_kv or 1, T]``, logical positions, ascending.
         counts: int64 ``[B, H_kv]`` on the CPU.
         statistics: name to float32 ``[B, H_kv, T]``.
+        first: int64 ``[B, H_kv or 1]`` on the CPU: position of the first token, where those of each row and head are known
+            to follow one another; ``None`` where the host would have to ask the device.
     """
 
     keys: Tensor
@@ -32,6 +34,7 @@ class Tokens:
     positions: Tensor
     counts: Tensor
     statistics: dict[str, Tensor]
+    first: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -246,7 +249,7 @@ class TierStore:
         """Encode ``tokens`` behind what is here, in pieces, so that the encoders' temporaries stay small.
 
         Args:
-            tokens: the first ``counts[b, h]`` of each row and head are meant.
+            tokens: the first ``counts[b, h]`` of each row and head are meant; ``first`` is that of those.
             index: int64 ``[B, H_kv, K]``: where those are instead, in order of position.
         """
         if not bool(tokens.counts.any()):
@@ -267,7 +270,9 @@ class TierStore:
             packed_v = self.codec.encode(self.tier.values, piece.values)
             fields = {f"k.{n}": f for n, f in packed_k.fields.items()}
             fields |= {f"v.{n}": f for n, f in packed_v.fields.items()}
-            self._enter(rows, filled[..., first : first + block], fields, piece.positions, piece.statistics)
+            self._enter(
+                rows, filled[..., first : first + block], fields, piece.positions, piece.statistics, piece.first
+            )
 
     def split(self, moving: Tensor, decode: bool = True) -> Tokens | None:
         """Take the tokens ``moving`` (bool ``[B, H_kv, tiles * tile]``) out and close the gaps.
@@ -411,15 +416,20 @@ class TierStore:
         fields: Mapping[str, Tensor],
         positions: Tensor,
         statistics: Mapping[str, Tensor],
+        first: Tensor | None = None,
     ) -> None:
-        """Write the tiles of ``rows`` whose ``filled[b, H, new]`` is positive and enter them in the book."""
+        """Write the tiles of ``rows`` whose ``filled[b, H, new]`` is positive and enter them in the book.
+
+        Where the first position of consecutive ones is known, ``first[b, H or 1]`` (CPU), the device is not asked.
+        """
         short = -positions.shape[-1] % self.tile
         tiled = torch.nn.functional.pad(positions, (0, short), value=-1).unflatten(-1, (-1, self.tile))
         tiled = tiled.expand(-1, self.heads, -1, -1)[:, :, : filled.shape[2]]
-        if not self.explicit:
-            steps = tiled - tiled[..., :1] - torch.arange(self.tile, device=self.device)
-            slots = torch.arange(self.tile) < filled[..., None]
-            if bool((steps.cpu() * slots).any()):
+        starts = None if first is None else first[..., None] + torch.arange(filled.shape[2]) * self.tile
+        if starts is None and not self.explicit:
+            known, slots = tiled.cpu(), torch.arange(self.tile)
+            starts = known[..., 0]
+            if bool(((known - starts[..., None] - slots) * (slots < filled[..., None])).any()):
                 self._spell_positions()
         b, h, t = self.present(filled > 0).nonzero(as_tuple=True)
         db, dh, dt = (sent(index, self.device) for index in (b, h, t))
@@ -433,8 +443,8 @@ class TierStore:
         at = (sent(row, self.device), dh, sent(slots, self.device))
         if self.explicit:
             self.offsets = self.offsets.index_put(at, tiled[db, dh, dt].to(torch.int32))
-        else:
-            self.starts = self.starts.index_put(where, tiled[..., 0].cpu()[b, h, t])
+        elif starts is not None:
+            self.starts = self.starts.index_put(where, starts.expand_as(filled)[b, h, t])
         for name, held in self.statistics.items():
             values = torch.nn.functional.pad(statistics[name], (0, short)).unflatten(-1, (-1, self.tile))
             held[at] = values[db, dh, dt]
@@ -580,4 +590,5 @@ def _piece(tokens: Tokens, index: Tensor | None, part: slice, rows: Tensor) -> T
         return found if at is None else found[at]
 
     statistics = {name: of(t) for name, t in tokens.statistics.items()}
-    return Tokens(of(tokens.keys), of(tokens.values), of(tokens.positions), tokens.counts[rows], statistics)
+    first = None if tokens.first is None else tokens.first[rows] + part.start
+    return Tokens(of(tokens.keys), of(tokens.values), of(tokens.positions), tokens.counts[rows], statistics, first)

@@ -1,0 +1,168 @@
+"""What the host reads back from the device as a layer takes tokens in, counted on a device that is only pretended."""
+
+from __future__ import annotations
+
+import traceback
+from typing import Any
+
+import pytest
+import torch
+from tiny import fresh_seed, tiny_llama
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fade_core import FadeConfig, create_tiered_cache
+from fade_core.layer import TieredLayer
+
+SHORT = {"n_sink": 3, "recent_window": 16, "tile": 16}
+AGED = {"kind": "position", "budget": 300}
+RUNGS = [{"tier": "int4", "capacity": 64}, {"tier": "int2"}]
+CONFIGS: dict[str, dict[str, Any]] = {
+    "one tier": {"ladder": [{"tier": "int4"}]},
+    "shared scales": {"ladder": [{"tier": "int4"}], "keys": {"kind": "uniform", "axis": "channel"}},
+    "by age": {"ladder": RUNGS, "policy": AGED},
+    "by attention": {"ladder": RUNGS, "policy": {"kind": "h2o", "budget": 300}},
+}
+PADDING = (0, 21)
+STEPS = [1] * 40
+CASES = {
+    ("one tier", None): [400, 64, *STEPS],
+    ("shared scales", None): [400, 64, *STEPS],
+    ("by age", None): [400, *STEPS],
+    ("by attention", None): [400, *STEPS],
+    ("one tier", 1024): [400, 64],  # the room for a cache of fixed size
+    ("shared scales", 1024): [400, 64],
+}
+
+AWAY = torch.device("meta")
+_aten = torch.ops.aten
+_READING = {_aten._local_scalar_dense.default, _aten.nonzero.default, _aten.masked_select.default, _aten.equal.default}
+
+
+class Away(Tensor):
+    """A tensor that says it is on ``AWAY`` and has its data in ``here``."""
+
+    here: Tensor
+
+    @staticmethod
+    def of(here: Tensor) -> Away:
+        away: Away = torch.Tensor._make_wrapper_subclass(
+            Away, here.shape, strides=here.stride(), dtype=here.dtype, device=AWAY
+        )
+        away.here = here
+        return away
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError(f"{func} on a tensor of the pretended device, outside of Device()")
+
+
+class Device(TorchDispatchMode):
+    """Computes what ``Away`` tensors are asked for, and notes in ``reads`` what takes data from them to the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Away)]
+        wanted = kwargs.get("device")
+        if wanted is not None:
+            kwargs["device"] = torch.device("cpu")
+        there = bool(given) if wanted is None else torch.device(wanted) == AWAY
+        if func is _aten.copy_.default or func is _aten.index_put.default or func is _aten.index_put_.default:
+            there = isinstance(args[0], Away)
+        masks = [t for t in tree_leaves(args[1]) if isinstance(t, Away)] if func is _aten.index.Tensor else []
+        if given and (not there or func in _READING or any(t.dtype == torch.bool for t in masks)):
+            frames = [f for f in traceback.extract_stack() if "/fade_core/src/" in f.filename]
+            self.reads.append(f"{func}: {frames[-1].line}" if frames else str(func))
+        found = func(*(tree_map(_inner, part) for part in args), **tree_map(_inner, kwargs))
+        known = {id(t.here): t for t in given}  # what an operation in place gives back
+
+        def outer(value: Any) -> Any:
+            if not isinstance(value, Tensor) or not there:
+                return value
+            return known[id(value)] if id(value) in known else Away.of(value)
+
+        return tree_map(outer, found)
+
+
+def _inner(value: Any) -> Any:
+    return value.here if isinstance(value, Away) else value
+
+
+class Side:
+    """A layer whose tokens are on the host or, counted, on the pretended device."""
+
+    def __init__(self, name: str, device: Device | None, limit: int | None = None) -> None:
+        model = tiny_llama(layers=1)
+        self.layer: TieredLayer = create_tiered_cache(model, FadeConfig(**SHORT, **CONFIGS[name]), limit).tiered[0]
+        self.device, self.reads = device, list[str]()
+
+    def take(self, keys: Tensor, values: Tensor, padding: Tensor | None = None) -> None:
+        """Tokens ``[B, H_kv, Q, D]`` come: what follows attention is counted, the check for NaN before it is not."""
+        self.layer.update(*(Away.of(t.clone()) if self.device else t.clone() for t in (keys, values)))
+        before = len(self.device.reads) if self.device else 0
+        self.layer.settle(padding)
+        self.reads += self.device.reads[before:] if self.device else []
+
+    def state(self) -> dict[str, Tensor]:
+        """The window and every store, on the host."""
+        window = self.layer._window()
+        found = {f"window.{n}": t for n, t in window.state().items()}
+        for i, store in enumerate(self.layer.stores):
+            found |= {f"store{i}.{n}": t for n, t in store.state().items()}
+        return {n: _inner(t) for n, t in found.items()}
+
+
+def tokens(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    keys, values = torch.randn((2, len(PADDING), 2, count, 16), generator=generator)
+    return keys, values
+
+
+@pytest.mark.parametrize(("name", "limit"), CASES)
+def test_a_prompt_and_steps_are_packed_without_reading_positions_back(
+    name: str, limit: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(fresh_seed())
+    monkeypatch.setattr(TieredLayer, "nbytes", lambda self: 0)  # a pretended tensor has no address
+    with Device() as device, torch.no_grad():
+        sides = Side(name, None, limit), Side(name, device, limit)
+        for count in CASES[name, limit]:
+            keys, values = tokens(count, generator)
+            for side in sides:
+                side.take(keys, values, torch.tensor(PADDING))
+        here, away = (side.state() for side in sides)
+    assert not sides[1].reads
+    assert_same(here, away)
+
+
+def test_positions_are_read_back_only_while_tokens_moved_by_hand_leave_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(fresh_seed())
+    monkeypatch.setattr(TieredLayer, "nbytes", lambda self: 0)
+    with Device() as device, torch.no_grad():
+        sides = Side("one tier", None), Side("one tier", device)
+        sink, recent = torch.tensor(PADDING) + 1, torch.tensor([297, 297])
+        for gone, gaps in ((sink, False), (recent, True)):
+            keys, values = tokens(100, generator)
+            for side in sides:
+                side.take(keys, values, torch.tensor(PADDING))
+            for side in sides:
+                wanted = _inner(side.layer.tier_map()).clone()
+                wanted.scatter_(2, gone[:, None, None].expand(-1, wanted.shape[1], -1), -1)
+                side.layer.assign(Away.of(wanted) if side.device else wanted)
+                side.take(keys, values)
+            assert bool(sides[1].reads) == gaps
+            assert_same(*(side.state() for side in sides))
+    positions = sides[0].layer.stores[0].positions()
+    for row, padding in enumerate(PADDING):
+        held = torch.cat([positions[row, 0], sides[0].layer._window().positions()[row, 0]]).tolist()
+        missing = set(range(padding, 400)) - set(held)
+        assert missing == {padding + 1, 297}
+
+
+def assert_same(here: dict[str, Tensor], away: dict[str, Tensor]) -> None:
+    assert here.keys() == away.keys()
+    assert all(torch.equal(held, away[n]) for n, held in here.items())
