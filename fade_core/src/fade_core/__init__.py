@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fade_core.cache import TieredKVCache, create_tiered_cache
     from fade_core.components import AnyPolicy, get_policy, get_quantizer
     from fade_core.config import FadeConfig
+    from fade_core.fixedstore import TileView
     from fade_core.hookspecs import hookimpl
     from fade_core.interfaces import (
         EvictionPolicy,
@@ -48,6 +49,7 @@ _HOME = {
     **dict.fromkeys(("TieredKVCache", "create_tiered_cache"), "cache"),
     **dict.fromkeys(("AnyPolicy", "get_policy", "get_quantizer"), "components"),
     "FadeConfig": "config",
+    "TileView": "fixedstore",
     "hookimpl": "hookspecs",
     **dict.fromkeys(
         (
@@ -109,6 +111,7 @@ __all__ = [
     "Tier",
     "TierConfig",
     "TieredKVCache",
+    "TileView",
     "__version__",
     "append",
     "apply_tier_assignment",

@@ -10,7 +10,6 @@ import torch
 
 if not torch.cuda.is_available() and "triton" not in sys.modules:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by Triton when kernels are defined
-os.environ.setdefault("FADE_TRITON_PLANES", "1")  # where there is a GPU, this is where it is tried
 torch.set_num_threads(1)
 
 

@@ -14,7 +14,7 @@ from oracle import seed
 from fade_core.errors import ConfigError
 from fade_kernels_triton import decode
 from fade_kernels_triton.bench import baselines, compiling, session
-from fade_kernels_triton.bench.agreement import Agreement, agreement, tokens
+from fade_kernels_triton.bench.agreement import Agreement, agreement
 from fade_kernels_triton.bench.cases import PARITY, SHAPES, TIMED, Case, checked, selected, variants
 from fade_kernels_triton.bench.problems import build
 from fade_kernels_triton.bench.timing import MAX_LAYERS, Budget, copy_bandwidth, layers_for, terabytes
@@ -122,7 +122,7 @@ def test_a_table_changes_where_tokens_lie_and_not_what_they_are(device):
     plain, pooled = (build(replace(TINY, table=table), torch.device(device), number) for table in (False, True))
     for row in range(2):
         for head in range(2):
-            for found, wanted in zip(tokens(pooled, row, head), tokens(plain, row, head), strict=True):
+            for found, wanted in zip(pooled.tokens(row, head), plain.tokens(row, head), strict=True):
                 assert torch.equal(found, wanted)
 
 

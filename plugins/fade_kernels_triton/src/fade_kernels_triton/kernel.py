@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -30,9 +29,6 @@ from fade_kernels_triton.operands import (
 from fade_kernels_triton.planes import PlanesTier, planes_attention, unsupported_planes
 
 Segment = FullSegment | PackedSegment
-
-PLANES_WANTED = "FADE_TRITON_PLANES"
-"""Environment variable that lets the kernel of ``planes.py`` run where it has not been tried: on a GPU."""
 
 
 class TritonDecodeAttention(Kernel):
@@ -226,10 +222,6 @@ def _unreadable(keys: Quantizer, values: Quantizer, head_dim: int) -> str:
     """Why a tier of these quantizers cannot be read; empty if it can."""
     if keys.format is not None or values.format is not None:
         return unsupported_pair(keys.format, values.format, head_dim)
-    if not (interpreted() or os.environ.get(PLANES_WANTED)):
-        return (
-            f"codes of channels of several widths: their kernel has not run on a GPU yet ({PLANES_WANTED}=1 takes it)"
-        )
     layouts: list[PlaneLayout] = []
     for side, quantizer in (("key", keys), ("value", values)):
         planes = quantizer.planes()

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fade_core.packed import Packed
-from fade_kernels_triton.bench.problems import Problem, quantizers
+from fade_kernels_triton.bench.problems import Problem
 from fade_kernels_triton.launch import DecodeConfig
 from fade_kernels_triton.parity import ALLOWED
 
@@ -35,7 +34,7 @@ class Agreement:
         return math.isfinite(self.reference) and self.error <= ALLOWED * self.reference
 
 
-def agreement(problem: Problem, config: DecodeConfig) -> Agreement:
+def agreement(problem: Problem, config: DecodeConfig | None) -> Agreement:
     """Run the kernel as ``config`` says and compare, one row and KV head at a time."""
     case = problem.case
     found = problem.run(config).double()
@@ -43,10 +42,10 @@ def agreement(problem: Problem, config: DecodeConfig) -> Agreement:
     group = case.heads // case.kv_heads
     for row in range(case.rows):
         for head in range(case.kv_heads):
-            keys, values = tokens(problem, row, head)
+            keys, values = problem.tokens(row, head)
             heads = slice(head * group, (head + 1) * group)
             query = problem.query[row, heads]
-            past = keys.shape[0] - (case.queries if problem.window else 0)  # packed tokens come before all queries
+            past = keys.shape[0] - (case.queries if case.window else 0)  # packed tokens come before all queries
             seen = torch.ones(case.queries, keys.shape[0], dtype=torch.bool, device=keys.device).tril(past)
             scores = query.double() @ keys.double().T * case.dim**-0.5
             exact[row, heads] = torch.softmax(scores.masked_fill(~seen, -math.inf), -1) @ values.double()
@@ -59,25 +58,6 @@ def agreement(problem: Problem, config: DecodeConfig) -> Agreement:
     mine, theirs = (_relative(x, exact, -1) for x in (found, rounded))
     worst = float((mine / theirs.clamp_min(1e-9)).max())
     return Agreement(float(_relative(found, exact)), float(_relative(rounded, exact)), _known(worst))
-
-
-def tokens(problem: Problem, row: int, head: int) -> tuple[Tensor, Tensor]:
-    """Keys and values ``[T, D]`` in float32 that one row and KV head attends to: dequantised, then the window's."""
-    tier, window = problem.tier, problem.window
-    count = int(tier.count[row, head])
-    sides = []
-    for side, quantizer in zip((tier.keys, tier.values), quantizers(problem.case), strict=True):
-        if tier.table is None:
-            fields = {name: field[row : row + 1, head : head + 1, :count] for name, field in side.items()}
-        else:
-            at = tier.table[row, head, :count].long()
-            fields = {name: field[at][None, None] for name, field in side.items()}
-        sides.append(quantizer.decode(Packed(fields, count * problem.case.tile, torch.float32))[0, 0])
-    if window is not None:
-        kept = int(window.length[row])
-        parts = (window.keys[row, head, :kept], window.values[row, head, :kept])
-        sides = [torch.cat([side, part.float()]) for side, part in zip(sides, parts, strict=True)]
-    return sides[0], sides[1]
 
 
 def _relative(found: Tensor, exact: Tensor, dim: int | None = None) -> Tensor:

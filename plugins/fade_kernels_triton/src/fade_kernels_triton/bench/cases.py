@@ -27,6 +27,8 @@ class Case:
         table: tiles lie shuffled in a pool.
         ragged: rows and heads hold from a third of the context to all of it.
         flat: queries so small that weights are nearly equal, where sums lose most.
+        calibrated: codes are those of ``self-calibrated``, whose channels have widths of their own, ``bits`` and a little
+            on average; axis and launch configurations mean nothing to them.
     """
 
     rows: int
@@ -43,6 +45,7 @@ class Case:
     table: bool = False
     ragged: bool = False
     flat: bool = False
+    calibrated: bool = False
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -51,13 +54,20 @@ class Case:
         return found
 
     @property
+    def query_scale(self) -> float:
+        """Standard deviation of the query."""
+        return 0.05 if self.flat else 1.5
+
+    @property
     def shape(self) -> str:
         """Rows, context, heads and channels: ``8x32768 32/8 d128``."""
         return f"{self.rows}x{self.context} {self.heads}/{self.kv_heads} d{self.dim}"
 
     @property
     def format(self) -> str:
-        """Codes, axis of the key scales and tile: ``int4-channel-64``."""
+        """Codes, axis of the key scales and tile: ``int4-channel-64``, ``calibrated2-64``."""
+        if self.calibrated:
+            return f"calibrated{self.bits}-{self.tile}"
         return f"int{self.bits}-{self.axis}-{self.tile}"
 
     @property
@@ -100,6 +110,7 @@ PARITY = (
     Case(2, 16, 1, 128, 4096, window=70),
     Case(2, 8, 8, 96, 4096, window=70),
     Case(2, 12, 3, 80, 4096, window=70),
+    Case(2, 32, 8, 128, 4096, bits=2, calibrated=True),
 )
 """Checked before anything is timed; a format with one red case is not timed at all."""
 
@@ -115,10 +126,10 @@ SHAPES = (
 
 
 def variants(shape: Case) -> tuple[Case, ...]:
-    """Formats that a shape is timed in: 4 bits, and at long contexts of 128 channels 2 bits as well."""
+    """Formats that a shape is timed in: 4 bits, and at long contexts of 128 channels 2 bits and calibrated codes as well."""
     found: tuple[Case, ...] = (shape, replace(shape, axis="token"))
     if shape.dim == 128 and shape.context >= 32768:
-        found += (replace(shape, bits=2, tile=128), replace(shape, bits=2))
+        found += (replace(shape, bits=2, tile=128), replace(shape, bits=2), replace(shape, bits=2, calibrated=True))
     return found
 
 

@@ -66,13 +66,13 @@ def kernels(
 
     where = usable(device)
     cases, parity = selected(only), checked(only)
-    launches = [(case, lookup(case.launch, where)) for case in cases]
+    launches = [(case, lookup(case.launch, where)) for case in cases if not case.calibrated]
     with working() as watch:
         session = begin(where, seed, budget, watch)
         report = TimingReport(machine(session))
         try:
             with pool(workers) as executor:
-                wanted = [*((case, way) for case in parity for way in ways(where)), *launches]
+                wanted = [*((case, way) for case in parity if not case.calibrated for way in ways(where)), *launches]
                 report.uncompiled += compile_ahead(wanted, session, executor)
             time_kernels(cases, check_formats(parity, session, report), session, report)
         finally:  # an interrupted run keeps what it has found
@@ -115,7 +115,8 @@ def tune(
     from fade_kernels_triton.device import gpu_name, overlaps
 
     where = usable(device)
-    cases, parity, overlap = selected(only), checked(only), overlaps(where)
+    cases, parity = ([case for case in chosen if not case.calibrated] for chosen in (selected(only), checked(only)))
+    overlap = overlaps(where)
     launches = [(case, config) for case in cases for config in tried_for(case, where, overlap)]
     tuned = TunedFile(output, gpu_name(where))
     with working() as watch:

@@ -10,33 +10,28 @@ from torch import Tensor
 from fade_core import get_quantizer
 from fade_core.errors import ConfigError
 from fade_core.interfaces import Quantizer
-from fade_core.packed import PackedFormat
+from fade_core.packed import Packed, PackedFormat
+from fade_kernels_triton.bench.calibrated import CalibratedProblem, build_calibrated
 from fade_kernels_triton.bench.cases import Case
 from fade_kernels_triton.decode import decode_attention
 from fade_kernels_triton.launch import DecodeConfig
 from fade_kernels_triton.operands import PackedTier, Window
 
-CALM = 0.05
-"""Scale of queries whose weights are nearly equal."""
-
-LIVELY = 1.5
-"""Scale of other queries."""
-
 
 @dataclass(frozen=True)
-class Problem:
-    """A case's tensors: query ``[B, H_q, Q, D]``, one packed tier, and a window or none."""
+class UniformProblem:
+    """A case of uniform codes: query ``[B, H_q, Q, D]``, one packed tier, and a window or none."""
 
     case: Case
     query: Tensor
     tier: PackedTier
     window: Window | None
 
-    def run(self, config: DecodeConfig) -> Tensor:
-        """Output ``[B, H_q, Q, D]`` of the kernel, launched as ``config`` says."""
+    def run(self, config: DecodeConfig | None) -> Tensor:
+        """Output ``[B, H_q, Q, D]`` of the kernel, launched as ``config`` says, or as a cache would launch it."""
         return decode_attention(self.query, [self.tier], self.window, config=config)[0]
 
-    def again(self) -> Problem:
+    def again(self) -> UniformProblem:
         """The same problem in memory of its own, as another layer's."""
         tier, window = self.tier, self.window
         tier = replace(
@@ -46,7 +41,24 @@ class Problem:
         )
         if window is not None:
             window = replace(window, keys=window.keys.clone(), values=window.values.clone())
-        return Problem(self.case, self.query.clone(), tier, window)
+        return UniformProblem(self.case, self.query.clone(), tier, window)
+
+    def tokens(self, row: int, head: int) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[T, D]`` in float32 that one row and KV head attends to: dequantised, then the window's."""
+        count = int(self.tier.count[row, head])
+        sides = []
+        for side, quantizer in zip((self.tier.keys, self.tier.values), quantizers(self.case), strict=True):
+            if self.tier.table is None:
+                fields = {name: field[row : row + 1, head : head + 1, :count] for name, field in side.items()}
+            else:
+                at = self.tier.table[row, head, :count].long()
+                fields = {name: field[at][None, None] for name, field in side.items()}
+            sides.append(quantizer.decode(Packed(fields, count * self.case.tile, torch.float32))[0, 0])
+        if self.window is not None:
+            kept = int(self.window.length[row])
+            parts = (self.window.keys[row, head, :kept], self.window.values[row, head, :kept])
+            sides = [torch.cat([side, part.float()]) for side, part in zip(sides, parts, strict=True)]
+        return sides[0], sides[1]
 
     @property
     def nbytes(self) -> int:
@@ -64,8 +76,13 @@ def quantizers(case: Case) -> tuple[Quantizer, Quantizer]:
     return keys, get_quantizer("uniform", side="value", axis="token", **options)
 
 
+Problem = UniformProblem | CalibratedProblem
+
+
 def build(case: Case, device: torch.device, seed: int) -> Problem:
     """Random keys about a mean a channel, random values; encoded row by row, which keeps temporaries small."""
+    if case.calibrated:
+        return build_calibrated(case, device, seed)
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -91,13 +108,13 @@ def build(case: Case, device: torch.device, seed: int) -> Problem:
         keys, values = ({name: f.flatten(0, 2)[order] for name, f in side.items()} for side in (keys, values))
         table = order.argsort().view(case.rows, case.kv_heads, tiles).int()
     tier = PackedTier(_format(key_quantizer), _format(value_quantizer), keys, values, count, table)
-    query = normal(case.rows, case.heads, case.queries, case.dim) * (CALM if case.flat else LIVELY)
+    query = normal(case.rows, case.heads, case.queries, case.dim) * case.query_scale
     window = None
     if case.window:
         pair = [normal(case.rows, case.kv_heads, case.window, case.dim).to(case.torch_dtype) for _ in range(2)]
         length = torch.full((case.rows,), case.window, dtype=torch.int32, device=device)
         window = Window(pair[0], pair[1], length)
-    return Problem(case, query.to(case.torch_dtype), tier, window)
+    return UniformProblem(case, query.to(case.torch_dtype), tier, window)
 
 
 def _format(quantizer: Quantizer) -> PackedFormat:

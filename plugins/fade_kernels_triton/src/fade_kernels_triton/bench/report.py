@@ -41,7 +41,7 @@ class Check:
     """One parity check: the case, how the kernel was launched, and the errors or what went wrong."""
 
     case: str
-    config: DecodeConfig
+    config: DecodeConfig | None
     agreement: Agreement | None
     trouble: str = ""
 
@@ -56,7 +56,7 @@ class Check:
         finite = {name: value if math.isfinite(value) else None for name, value in errors.items()}
         return {
             "case": self.case,
-            "config": asdict(self.config),
+            "config": _as_dict(self.config),
             "green": self.green,
             **finite,
             "trouble": self.trouble,
@@ -71,14 +71,14 @@ class Timing:
         case: its name.
         us: microseconds a layer.
         nbytes: of the operands.
-        config: how the kernel was launched.
+        config: how the kernel was launched; ``None`` where nothing can be chosen.
         baseline: bf16 attention of the same shape, in the same run.
     """
 
     case: str
     us: float
     nbytes: int
-    config: DecodeConfig
+    config: DecodeConfig | None
     baseline: Baseline
 
     @property
@@ -100,7 +100,7 @@ class Timing:
             "times_faster": None if self.ratio is None else round(self.ratio, 3),
             "than": self.baseline.best,
             "tb_s": round(self.tb_s, 3),
-            "config": asdict(self.config),
+            "config": _as_dict(self.config),
         }
 
 
@@ -209,7 +209,13 @@ class TuningReport(Report):
         return {**super().to_dict(), "searches": [search.to_dict() for search in self.searches]}
 
 
-def short(config: DecodeConfig) -> str:
+def _as_dict(config: DecodeConfig | None) -> dict[str, Any] | None:
+    return None if config is None else asdict(config)
+
+
+def short(config: DecodeConfig | None) -> str:
     """Warps, stages, residents and flags (overlap, normal codes) in a word: ``w1s3r8o``."""
+    if config is None:
+        return "-"
     flags = "o" * config.overlap + "n" * (not config.subnormal)
     return f"w{config.warps}s{config.stages}r{config.resident}{flags}{f'x{config.registers}' * bool(config.registers)}"

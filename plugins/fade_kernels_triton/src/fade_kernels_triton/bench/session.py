@@ -11,6 +11,7 @@ import torch
 
 from fade_kernels_triton.bench.agreement import agreement
 from fade_kernels_triton.bench.baselines import CONTENDERS, AttendMaker, Baseline, first_line, measure
+from fade_kernels_triton.bench.calibrated import unavailable
 from fade_kernels_triton.bench.cases import Case
 from fade_kernels_triton.bench.problems import Problem, build
 from fade_kernels_triton.bench.report import Check, Note, Report, Timing, TimingReport
@@ -62,7 +63,10 @@ def check_formats(cases: Sequence[Case], session: Session, report: Report) -> di
         if session.budget.spent:
             report.skipped.append(Note(f"parity: {case.name}", OUT_OF_TIME))
             continue
-        for config in ways(session.device):
+        if reason := unavailable(case):
+            report.skipped.append(Note(f"parity: {case.name}", reason))
+            continue
+        for config in (None,) if case.calibrated else ways(session.device):
             try:
                 found = Check(case.name, config, agreement(build(case, session.device, session.seed), config))
             except Exception as error:  # noqa: BLE001 (one case that raises is red and must not hide the others)
@@ -98,6 +102,8 @@ def held_back(case: Case, red: Mapping[str, str], session: Session) -> str:
     """Why ``case`` is not begun; empty if it is."""
     if case.format in red:
         return f"parity is red: {red[case.format]}"
+    if reason := unavailable(case):
+        return reason
     return OUT_OF_TIME if session.budget.spent else ""
 
 
@@ -106,14 +112,14 @@ def layers(problem: Problem) -> list[Problem]:
     return [problem, *(problem.again() for _ in range(layers_for(problem.nbytes) - 1))]
 
 
-def calls(problems: Sequence[Problem], config: DecodeConfig) -> list[Call]:
+def calls(problems: Sequence[Problem], config: DecodeConfig | None) -> list[Call]:
     """A launch a problem."""
     return [partial(problem.run, config) for problem in problems]
 
 
 def _time_case(case: Case, baseline: Baseline, session: Session, report: TimingReport) -> None:
     """Check and time one case as a cache would launch it."""
-    config = lookup(case.launch, session.device)
+    config = None if case.calibrated else lookup(case.launch, session.device)
     try:
         problem = build(case, session.device, session.seed)
         check = Check(case.name, config, agreement(problem, config))

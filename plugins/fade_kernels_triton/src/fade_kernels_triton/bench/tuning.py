@@ -91,18 +91,18 @@ def search(case: Case, configs: Sequence[DecodeConfig], session: Session) -> tup
             troubles[config] = f"{type(error).__name__}: {first_line(error)}"
     if not tried:
         raise RuntimeError(f"no configuration runs; the one in use says {troubles[configs[0]]}")
-    for config in sorted(tried, key=lambda config: tried[config]):
-        check = Check(case.name, config, agreement(problem, config))
+    for chosen in sorted(tried, key=lambda config: tried[config]):
+        check = Check(case.name, chosen, agreement(problem, chosen))
         if check.green:
             break
-        troubles[config] = "what it computes is wrong"
+        troubles[chosen] = "what it computes is wrong"
     else:
         raise RuntimeError("no configuration that runs computes the case right")
     in_use = configs[0]
-    again = [config for config in dict.fromkeys((in_use, check.config)) if config in tried]
+    again = [config for config in dict.fromkeys((in_use, chosen)) if config in tried]
     times = {config: session.timer(calls(problems, config), REPLAYS) for config in again}
-    if times.get(in_use, math.inf) < times[check.config]:
+    if times.get(in_use, math.inf) < times[chosen]:
         kept = Check(case.name, in_use, agreement(problem, in_use))
-        check = kept if kept.green else check
-    best = (check.config, times[check.config])
+        chosen, check = (in_use, kept) if kept.green else (chosen, check)
+    best = (chosen, times[chosen])
     return Search(case.name, case.launch, (in_use, times.get(in_use)), best, tried, troubles), check
