@@ -324,11 +324,11 @@ def test_bench_batch_finds_the_last_batch_that_fits(fade: Callable[..., Result],
     assert found[1]["rows"] > 2 * found[0]["rows"] > 0
     runs = _Runs(random_model("tiny", torch.device("cpu"), torch.float32), configuration(config), 700, 2)
     for one, name in zip(found, (STATIC, FIXED), strict=True):
-        total, held = runs._decoded(name, one["rows"])
+        total, held = runs._decoded(name, one["rows"], 12_000_000)
         assert total is not None
         assert abs(total - one["bytes"]) < 0.02 * total
         assert held == one["held_bytes"] < total <= 12e6
-        assert runs._decoded(name, one["rows"] + 1)[0] > 12e6  # type: ignore[operator]
+        assert runs._decoded(name, one["rows"] + 1, 12_000_000)[0] > 12e6  # type: ignore[operator]
     assert "0 " in fade("bench", "batch", *options[:4], "--limit", 0.001).stdout  # not even the weights
     assert "holds no prompt" in fade("bench", "batch", *options[:2], "--context", 3).stderr
 

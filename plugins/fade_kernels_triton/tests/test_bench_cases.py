@@ -58,7 +58,7 @@ def test_variants_differ_in_their_format_only():
         found = variants(shape)
         assert {case.shape for case in found} == {shape.shape}
         assert len({case.format for case in found}) == len(found) >= 2
-    assert [len(variants(shape)) for shape in SHAPES] == [4, 4, 4, 2, 2, 2, 2]
+    assert [len(variants(shape)) for shape in SHAPES] == [5, 5, 5, 2, 2, 2, 2]
 
 
 def test_cases_are_selected_by_part_of_their_name():
@@ -90,9 +90,11 @@ def test_a_case_knows_what_its_launch_is_looked_up_by(case, monkeypatch, device)
 def test_every_case_is_one_that_the_kernel_takes():
     for case in (*PARITY, *TIMED):
         built = build(case.small, torch.device("cpu"), 0)
+        assert built.query.dtype == case.torch_dtype
+        if case.calibrated:
+            continue
         tier = built.tier
         assert not unsupported_pair(tier.key_format, tier.value_format, case.dim)
-        assert built.query.dtype == case.torch_dtype
         assert (tier.table is not None, built.window is not None) == (case.table, bool(case.window))
 
 

@@ -97,11 +97,13 @@ class _Runs:
         shown = name.partition(",")[0]
         tried, best = set[int](), Batch(shown, 0, 0, 0, row)
         for _ in range(TRIES):
-            total, held = self._decoded(name, rows)
+            total, held = self._decoded(name, rows, limit)
             tried.add(rows)
             advance(1)
             if total is not None and total <= limit:
                 best = Batch(shown, rows, total, held, row) if rows > best.rows else best
+                if limit - total < row:  # what a further row takes of the cache alone
+                    break
                 rows += max(1, (limit - total) // max(row, (total - self.weights) // rows))
             else:
                 over = total - limit if total is not None else row
@@ -124,8 +126,11 @@ class _Runs:
         keys, values = (torch.randn(shape, dtype=self.model.dtype, device=self.device) for _ in range(2))
         return keys, values
 
-    def _decoded(self, name: str, rows: int) -> tuple[int | None, int]:
-        """Most bytes alive in the steps of ``rows`` rows, and the cache's; ``None`` if they did not fit the device."""
+    def _decoded(self, name: str, rows: int, limit: int) -> tuple[int | None, int]:
+        """Most bytes alive in the steps of ``rows`` rows, and the cache's; ``None`` if they did not fit the device.
+
+        No step is taken where cache and weights alone pass ``limit``.
+        """
         try:
             with _Made(self, name, rows) as cache:
                 prompt = self.context - self.steps - 1
@@ -135,6 +140,8 @@ class _Runs:
                         if isinstance(cache, TieredKVCache):
                             cache.tiered[layer].settle()
                 held = live_bytes(cache)
+                if self.weights + held > limit:
+                    return self.weights + held, held
                 gpu = self.device.type == "cuda"  # elsewhere what watches the memory does not see through compiled code
                 how = {"compile_config": compile_config(self.device)} if gpu else {"disable_compile": True}
                 ids = torch.ones((rows, prompt + 1), dtype=torch.long, device=self.device)
