@@ -37,8 +37,8 @@ def candidates(case: Case, overlap: bool) -> Iterator[DecodeConfig]:
         yield DecodeConfig(1, stages, 12, overlap=overlap, registers=168)
     yield DecodeConfig(overlap=overlap, subnormal=False)
     if overlap:
-        yield DecodeConfig()
-        yield DecodeConfig(resident=4)
+        for warps, stages, resident in ((1, 3, 8), (1, 3, 4), (1, 2, 8), (2, 3, 4)):
+            yield DecodeConfig(warps, stages, resident)
 
 
 def tried_for(case: Case, device: torch.device, overlap: bool) -> list[DecodeConfig]:
