@@ -5,14 +5,14 @@
 #
 # Steps: tests check memcheck racecheck kernels tune decode long batch evict; without any, all of them in this order.
 # An H100 or H200 takes a minute or two a step, "tune", "decode" and "batch" five to ten.
-# LIMIT_GB is the memory that "batch" may take (130), FADE_TRITON_PLANES=1 lets the kernel for calibrated codes run.
+# LIMIT_GB is the memory that "batch" may take (130).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 out=${1:?where should the output go?}
 shift
 mkdir -p "$out"
-export PYTHONUNBUFFERED=1 NO_COLOR=1 COLUMNS=160 FADE_TRITON_PLANES=${FADE_TRITON_PLANES:-1}
+export PYTHONUNBUFFERED=1 NO_COLOR=1 COLUMNS=160
 python=${PYTHON:-python}
 fade=("$python" -m fade_core)
 ours='regex=(decode|merge|append|encode|dequantize|mass|planes)_kernel'
