@@ -390,3 +390,12 @@ def test_a_state_that_does_not_fit_is_refused(seed: int) -> None:
     other.load_state_dict(state)
     other.load_state_dict({})
     assert not other.state_dict()
+
+
+@pytest.mark.parametrize(("bits", "dim", "tile"), [(2.1, 128, 64), (2.1, 64, 64), (1.7, 80, 128), (3.3, 256, 64)])
+def test_rows_of_whole_groups_are_what_kernels_read_at_once(bits: float, dim: int, tile: int) -> None:
+    kernels = SelfCalibratedQuantizer(dim, bits, widths=(0, 2, 4), group=16, tile=tile)
+    fine = SelfCalibratedQuantizer(dim, bits, widths=(0, 2, 4), group=1, tile=tile)
+    assert kernels.row % 16 == 0
+    assert fine.row - 16 < kernels.row <= fine.row
+    assert kernels.bits_per_element <= bits

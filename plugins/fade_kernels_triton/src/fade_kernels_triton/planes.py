@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -126,6 +127,7 @@ class Reading:
         groups: most groups of 4 and of 2 bits that a head has; from 3 on even numbers, so that fewer kernels are compiled.
         table: levels as bytes in six words: low ones of levels 8 to 11 and 12 to 15 of the 4-bit codes, their high ones,
             then low and high ones of the four 2-bit levels.
+        spacing: distances between neighbouring levels of the 4-bit and of the 2-bit codes; zeros if not even and about 0.
         aligned: whether no word row of a group, and no channel's words, are cut between two heads' rows.
     """
 
@@ -133,6 +135,7 @@ class Reading:
     steps: tuple[int, int]
     groups: tuple[int, int]
     table: tuple[int, ...]
+    spacing: tuple[float, float]
     aligned: bool
 
 
@@ -157,6 +160,7 @@ def reading_of(layout: PlaneLayout) -> Reading:
             (steps[0], steps[1]),
             (most[0], most[1]),
             _table(layout.levels.get(4, ()), layout.levels.get(2, ())),
+            _spacing(layout.levels.get(4, ()), layout.levels.get(2, ())),
             layout.row % GROUP == 0,
         )
     return _readings[layout]
@@ -171,6 +175,18 @@ def _table(four: tuple[float, ...], two: tuple[float, ...]) -> tuple[int, ...]:
         for part in (numbers & 0xFF, (numbers >> 8) & 0xFF):
             words += (part << torch.arange(0, 32, 8)).sum(1).to(torch.int32).tolist()  # wraps: the bits are what counts
     return tuple(words)
+
+
+def _spacing(four: tuple[float, ...], two: tuple[float, ...]) -> tuple[float, float]:
+    """``Reading.spacing`` of the levels of 4 and of 2 bits; 1 for codes that there are none of."""
+    found = []
+    for levels in (four, two):
+        steps = [after - before for before, after in itertools.pairwise(levels)] or [1.0]
+        middle = levels[0] + levels[-1] if levels else 0.0
+        if max(*steps, min(steps) + abs(middle)) - min(steps) > 1e-6 * max(steps):
+            return 0.0, 0.0
+        found.append(sum(steps) / len(steps))
+    return found[0], found[1]
 
 
 def planes_attention(query: Tensor, tier: PlanesTier, splits: int = 0) -> tuple[Tensor, Tensor]:
@@ -271,7 +287,12 @@ def constants(keys: PlaneLayout, values: PlaneLayout) -> dict[str, Any]:
     found: dict[str, Any] = {"TILE": keys.tile}
     for name, layout in (("KEY", keys), ("VALUE", values)):
         read = reading_of(layout)
-        found |= {f"{name}4": read.groups[0], f"{name}2": read.groups[1], f"{name}_TABLE": read.table}
+        found |= {
+            f"{name}4": read.groups[0],
+            f"{name}2": read.groups[1],
+            f"{name}_TABLE": read.table,
+            f"{name}_SPACING": read.spacing,
+        }
         found |= {f"{name}_ZERO": layout.gain_zero, f"{name}_STEPS": layout.gain_steps, f"{name}_ALIGNED": read.aligned}
     return found
 

@@ -15,7 +15,7 @@ from fade_core.packed import Layout, Packed
 from fade_quant_rotated.calibrate import sketch_of
 from fade_quant_rotated.calibration import GAIN_BITS, Calibration, SideCalibration, load_calibration, plan_of
 from fade_quant_rotated.levels import check_tokens, to_tiles
-from fade_quant_rotated.lloyd_max import gaussian_levels
+from fade_quant_rotated.lloyd_max import Levels
 from fade_quant_rotated.streams import StreamLayout
 
 GAIN_STEPS = 3
@@ -42,6 +42,7 @@ class CalibratedQuantizer(Quantizer):
         side: "key" or "value".
         tile: tokens a tile.
         device: where tokens will be.
+        levels: which levels codes stand for; "uniform" ones take a kernel less work.
     """
 
     kind: ClassVar[str] = "calibrated"
@@ -55,8 +56,9 @@ class CalibratedQuantizer(Quantizer):
         side: Side = "key",
         tile: int = 64,
         device: torch.device | None = None,
+        levels: Levels = "gaussian",
     ) -> None:
-        self.tile, self.side, self.device, self.row = tile, side, device, 0
+        self.tile, self.side, self.device, self.row, self.levels = tile, side, device, 0, levels
         self._adopt(calibration, widths)
 
     def _adopt(self, calibration: SideCalibration, widths: Tensor) -> None:
@@ -80,7 +82,7 @@ class CalibratedQuantizer(Quantizer):
         self.heads, self.head_dim = widths.shape
         self.widths = widths.to(torch.int8)
         word_order: Layout = "token" if self.side == "key" else "channel"
-        self.layout = StreamLayout(widths.long(), self.tile, word_order, self.device, self.row)
+        self.layout = StreamLayout(widths.long(), self.tile, word_order, self.device, self.row, self.levels)
 
     @property
     def bits_per_element(self) -> float:
@@ -170,7 +172,7 @@ class CalibratedQuantizer(Quantizer):
                 self.layout.layout,
                 self.layout.places(),
                 self.layout.group,
-                {width: gaussian_levels(width) for width, _, _ in self.layout.runs},
+                {width: self.layout.levels(width) for width, _, _ in self.layout.runs},
                 self._state["usual"],
                 GAIN_ZERO,
                 GAIN_STEPS,
@@ -229,6 +231,7 @@ class CalibratedConfig(QuantizerConfig):
         side_bits: average bits of this side (keys or values) alone, instead of ``bits``.
         widths: code widths to choose from, 0 included; default: the file's. ``[0, 2, 4]`` suits kernels.
         group: neighbouring channels that share a width; default: the file's. 16 suits kernels.
+        levels: "gaussian" levels have the least error (Lloyd-Max); "uniform" ones, at even distances, suit kernels.
     """
 
     kind: Literal["calibrated"] = "calibrated"
@@ -237,6 +240,7 @@ class CalibratedConfig(QuantizerConfig):
     side_bits: float | None = Field(default=None, gt=0, le=8)
     widths: tuple[int, ...] | None = None
     group: int | None = Field(default=None, ge=1)
+    levels: Levels = "gaussian"
 
     @model_validator(mode="after")
     def _one_knob(self) -> CalibratedConfig:
@@ -281,5 +285,10 @@ class CalibratedConfig(QuantizerConfig):
         group = self.group if self.group is not None else defaults["group"]
         plan = plan_of(calibration, bits, widths, group, context.side if own else None)
         return CalibratedQuantizer(
-            layers[context.layer], plan.widths[context.side][context.layer], context.side, context.tile, context.device
+            layers[context.layer],
+            plan.widths[context.side][context.layer],
+            context.side,
+            context.tile,
+            context.device,
+            self.levels,
         )

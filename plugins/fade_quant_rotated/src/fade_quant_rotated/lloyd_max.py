@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +30,36 @@ def gaussian_levels(bits: int) -> tuple[float, ...]:
             break
     levels = (levels - levels.flip(0)) / 2
     return tuple(levels.tolist())
+
+
+@cache
+def uniform_levels(bits: int) -> tuple[float, ...]:
+    """Levels ``2**bits`` at even distances, ascending and symmetric about 0, of least mean squared error on a unit Gaussian.
+
+    It is 1% more than that of ``gaussian_levels`` at 2 bits and 22% at 4 (Max 1960).
+    """
+    count = 2**bits
+    place = torch.arange(count, dtype=torch.float64) - (count - 1) / 2
+    infinity = torch.tensor([math.inf], dtype=torch.float64)
+
+    def error(step: float) -> float:
+        levels = place * step
+        edges = torch.cat([-infinity, (levels[1:] + levels[:-1]) / 2, infinity])
+        density = torch.exp(-edges.square() / 2) / math.sqrt(2 * math.pi)
+        mass = torch.special.ndtr(edges).diff()
+        return float(1 + 2 * (levels * density.diff()).sum() + (levels.square() * mass).sum())
+
+    low, high = 0.0, 4.0  # one minimum: thirds are cut off until it is found
+    for _ in range(120):
+        left, right = low + (high - low) / 3, high - (high - low) / 3
+        low, high = (low, right) if error(left) < error(right) else (left, high)
+    return tuple((place * ((low + high) / 2)).tolist())
+
+
+Levels = Literal["gaussian", "uniform"]
+"""Which levels codes stand for."""
+
+LEVELS: Mapping[Levels, Callable[[int], tuple[float, ...]]] = {"gaussian": gaussian_levels, "uniform": uniform_levels}
 
 
 @cache

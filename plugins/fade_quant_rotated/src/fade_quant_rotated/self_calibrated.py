@@ -17,6 +17,7 @@ from fade_quant_rotated.calibrate import side_of
 from fade_quant_rotated.calibrated import CalibratedQuantizer
 from fade_quant_rotated.calibration import GAIN_BITS, SideCalibration
 from fade_quant_rotated.levels import check_tokens
+from fade_quant_rotated.lloyd_max import Levels
 from fade_quant_rotated.prompt import moments_of
 from fade_quant_rotated.rotation import Rotation
 from fade_quant_rotated.statistics import LayerMoments
@@ -47,6 +48,7 @@ class SelfCalibratedQuantizer(CalibratedQuantizer):
         group: neighbouring channels that share a width.
         tile: tokens a tile.
         device: where tokens will be.
+        levels: which levels codes stand for; "uniform" ones take a kernel less work.
 
     Raises:
         ConfigError: bits that the widths cannot give, or a group that does not divide ``D``.
@@ -64,7 +66,9 @@ class SelfCalibratedQuantizer(CalibratedQuantizer):
         group: int = 1,
         tile: int = 64,
         device: torch.device | None = None,
+        levels: Levels = "gaussian",
     ) -> None:
+        self.levels = levels
         self.head_dim, self.tile, self.side, self.device = head_dim, tile, side, device
         self.choice, self.group = check_widths(widths), group
         self.row = int((bits - GAIN_BITS / head_dim) * tile * head_dim / WORD_BITS + 1e-9)
@@ -176,12 +180,14 @@ class SelfCalibratedConfig(QuantizerConfig):
         bits: average bits an element of this side (keys or values), the same in all layers. Keys deserve more.
         widths: code widths to choose from, 0 included. ``[0, 2, 4]`` suits kernels.
         group: neighbouring channels that share a width. 16 suits kernels.
+        levels: "gaussian" levels have the least error (Lloyd-Max); "uniform" ones, at even distances, suit kernels.
     """
 
     kind: Literal["self-calibrated"] = "self-calibrated"
     bits: float = Field(default=2.0, gt=0, le=8)  # type: ignore[assignment]
     widths: tuple[int, ...] = WIDTHS
     group: int = Field(default=1, ge=1)
+    levels: Levels = "gaussian"
 
     def build(self, context: QuantizerContext) -> Quantizer:
         try:
@@ -193,6 +199,7 @@ class SelfCalibratedConfig(QuantizerConfig):
                 self.group,
                 context.tile,
                 context.device,
+                self.levels,
             )
         except ConfigError as error:
             raise ConfigError(f"{context.side} quantizer of layer {context.layer}: {error}") from error

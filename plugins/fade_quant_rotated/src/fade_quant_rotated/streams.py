@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fade_core.packed import WORD_BITS, Layout, pack_codes, planes_of, unpack_codes
-from fade_quant_rotated.lloyd_max import edges_on, gaussian_levels, levels_on
+from fade_quant_rotated.lloyd_max import LEVELS, Levels, edges_on, levels_on
 
 
 class StreamLayout:
@@ -24,6 +24,7 @@ class StreamLayout:
         layout: "token" or "channel", the word order of each plane.
         device: where tokens will be.
         row: words of a row, if they are given rather than as many as it takes.
+        levels: which levels codes stand for.
 
     Attributes:
         kept: channels stored, of the head that stores most.
@@ -33,9 +34,16 @@ class StreamLayout:
     """
 
     def __init__(
-        self, widths: Tensor, tile: int, layout: Layout, device: torch.device | None = None, row: int = 0
+        self,
+        widths: Tensor,
+        tile: int,
+        layout: Layout,
+        device: torch.device | None = None,
+        row: int = 0,
+        levels: Levels = "gaussian",
     ) -> None:
         widths = widths.cpu()
+        self.levels = LEVELS[levels]
         self.tile, self.layout, self.heads, self.head_dim = tile, layout, *widths.shape
         self.kept = max(1, int((widths > 0).sum(-1).max()))
         runs: list[tuple[int, int, int]] = []
@@ -90,7 +98,7 @@ class StreamLayout:
         flat = x.permute(0, 2, 3, 1, 4).flatten(3)[..., self.channels]
         out = torch.empty(flat.shape, dtype=torch.int32, device=x.device)
         for width, start, stop in self.runs:
-            edges = edges_on(gaussian_levels(width), x.dtype, x.device)
+            edges = edges_on(self.levels(width), x.dtype, x.device)
             out[..., start:stop] = torch.bucketize(flat[..., start:stop].contiguous(), edges, out_int32=True)
         return out
 
@@ -98,7 +106,7 @@ class StreamLayout:
         """Levels ``[B, H, n, tile, kept]`` of codes ``[B, n, tile, C]``; 0 where a channel is not stored."""
         out = torch.zeros(*codes.shape[:3], self.heads * self.kept, dtype=dtype, device=codes.device)
         for width, start, stop in self.runs:
-            out[..., self.channels[start:stop]] = levels_on(gaussian_levels(width), dtype, codes.device)[
+            out[..., self.channels[start:stop]] = levels_on(self.levels(width), dtype, codes.device)[
                 codes[..., start:stop]
             ]
         result: Tensor = out.unflatten(-1, (self.heads, self.kept)).permute(0, 3, 1, 2, 4)

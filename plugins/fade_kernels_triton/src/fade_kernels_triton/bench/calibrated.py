@@ -76,7 +76,13 @@ def unavailable(case: Case) -> str:
 
 def quantizer(case: Case, side: str, device: torch.device) -> Quantizer:
     """A quantizer of ``KIND`` in the widths that the kernel reads. Raises ``PluginError`` where none brings it."""
-    options = {"bits": case.bits + EXTRA, "widths": [0, 2, 4], "group": 16, "tile": case.tile}
+    options = {
+        "bits": case.bits + EXTRA,
+        "widths": [0, 2, 4],
+        "group": 16,
+        "tile": case.tile,
+        "levels": case.calibrated,
+    }
     found: Quantizer = get_quantizer(KIND, head_dim=case.dim, side=side, device=device, **options)
     return found
 

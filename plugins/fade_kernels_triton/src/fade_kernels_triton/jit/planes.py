@@ -11,7 +11,8 @@ Codes of all heads of a layer lie in one stream of words a tile, which is cut in
 any head's row, and each looks up the tile that it needs.
 
 Keys, values and queries are multiplied as in ``jit/packed.py``: keys and values are the M side, products of a step are summed
-from zero.
+from zero. Levels at even distances (SPACING) are not looked up: codes are multiplied as they lie in the words, and what they
+lack is made up for in the query and in the output.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fade_kernels_triton.jit.codes import SUBNORMAL_UNIT, unit, unpack
 from fade_kernels_triton.jit.decode import LOG2E
 from fade_kernels_triton.jit.levels import look_up2, look_up4
 from fade_kernels_triton.jit.packed import LOWEST, PROBABILITY_SHIFT
@@ -77,6 +79,26 @@ def load_words(CODES, TABLE, place, tiles, first, second, in_second, row, stored
             other = tl.load(TABLE + start + second, mask=stored, other=0).to(tl.int64)
             tile = tl.where(in_second[None, :], other, tile)
     return tl.load(CODES + tile * row + offset, mask=stored, other=0)
+
+
+@triton.jit
+def fields4(words, LEVELS: tl.constexpr, EVEN: tl.constexpr, INTERPRET: tl.constexpr):
+    """Words of 4-bit codes to four fp16 tensors, one a field: levels or, at EVEN distances, codes as ``unpack`` gives them."""
+    if EVEN:
+        fields = unpack(words, 4, True, INTERPRET)
+    else:
+        fields = look_up4(words, LEVELS[0], LEVELS[1], LEVELS[2], LEVELS[3], INTERPRET)
+    return fields
+
+
+@triton.jit
+def fields2(words, LEVELS: tl.constexpr, EVEN: tl.constexpr, INTERPRET: tl.constexpr):
+    """Words of 2-bit codes to eight fp16 tensors, as ``fields4``."""
+    if EVEN:
+        fields = unpack(words, 2, True, INTERPRET)
+    else:
+        fields = look_up2(words, LEVELS[4], LEVELS[5], INTERPRET)
+    return fields
 
 
 @triton.jit
@@ -143,6 +165,8 @@ def planes_kernel(
     VALUE_STEPS: tl.constexpr,
     KEY_TABLE: tl.constexpr,
     VALUE_TABLE: tl.constexpr,
+    KEY_SPACING: tl.constexpr,
+    VALUE_SPACING: tl.constexpr,
     STAGES: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
@@ -155,6 +179,8 @@ def planes_kernel(
     TILES: tl.constexpr = 128 // TILE
     R: tl.constexpr = TILE // 8
     COLUMNS: tl.constexpr = Q_LEN * HEADS
+    EVEN_KEYS: tl.constexpr = KEY_SPACING[0] > 0
+    EVEN_VALUES: tl.constexpr = VALUE_SPACING[0] > 0
 
     column = tl.arange(0, N)
     channel = tl.arange(0, 16)
@@ -182,6 +208,8 @@ def planes_kernel(
     key_place4 = ()
     for k in tl.static_range(KEY4):
         part = load_query(start_of_query, channel + k * 16, k < key_groups4, column, COLUMNS)
+        if EVEN_KEYS:
+            part = part * KEY_SPACING[0]
         largest = tl.maximum(largest, tl.max(tl.abs(part), 0))
         wide4 = wide4 + (part,)
         for half in tl.static_range(2):
@@ -191,17 +219,28 @@ def planes_kernel(
     key_place2 = ()
     for k in tl.static_range(KEY2):
         part = load_query(start_of_query, channel + (key_groups4 + k) * 16, k < key_groups2, column, COLUMNS)
+        if EVEN_KEYS:
+            part = part * KEY_SPACING[1]
         largest = tl.maximum(largest, tl.max(tl.abs(part), 0))
         wide2 = wide2 + (part,)
         key_place2 = key_place2 + (locate(word_row * key_step2 + (key_word2 + k * 16), channel, key_row, GROUP,
                                           KEY_ALIGNED),)  # fmt: skip
     norm = tl.exp2(tl.ceil(tl.log2(tl.maximum(largest, 1.0e-30))))
+    bias = tl.zeros([N], tl.float32)  # what a score lacks: levels lie about 0, codes begin there
     query4 = ()
+    odd_query4 = ()
     for k in tl.static_range(KEY4):
-        query4 = query4 + ((wide4[k] / norm[None, :]).to(tl.float16),)
+        unit_query = (wide4[k] / norm[None, :]).to(tl.float16)
+        query4 = query4 + (unit_query,)
+        odd_query4 = odd_query4 + (
+            (unit_query * 4.0).to(tl.float16),
+        )  # odd fields lie at a quarter of the 2-bit codes' place
+        bias -= 7.5 * tl.sum(unit_query.to(tl.float32), 0)
     query2 = ()
     for k in tl.static_range(KEY2):
-        query2 = query2 + ((wide2[k] / norm[None, :]).to(tl.float16),)
+        unit_query = (wide2[k] / norm[None, :]).to(tl.float16)
+        query2 = query2 + (unit_query,)
+        bias -= 1.5 * tl.sum(unit_query.to(tl.float32), 0)
     scale = norm * (tl.exp2(tl.load(KEY_USUAL + kv_head)) * LOG2E)
     value_place4 = ()
     out4 = ()
@@ -226,6 +265,7 @@ def planes_kernel(
 
     peak = tl.full([N], LOWEST, tl.float32)
     total = tl.zeros([16, N], tl.float32)
+    shared = tl.zeros([16, N], tl.float32)  # weights as they were rounded, summed: all rows alike
     for step in tl.range(start, stop, TILES, num_stages=STAGES):
         # past the end the first tile of the step is read again, and its rows are struck out
         second = tl.where(step + 1 < stop, step + 1, step)
@@ -246,25 +286,30 @@ def planes_kernel(
             score = score + (tl.zeros([16, N], tl.float32),)
         for k in tl.static_range(KEY4):
             stored = k < key_groups4
-            even = look_up4(
+            even = fields4(
                 load_words(KEY_CODES, TABLE, key_place4[2 * k], tiles, step, second, in_second, key_row, stored, TILES,
                            True),
-                KEY_TABLE[0], KEY_TABLE[1], KEY_TABLE[2], KEY_TABLE[3], INTERPRET,
+                KEY_TABLE, EVEN_KEYS, INTERPRET,
             )  # fmt: skip
-            odd = look_up4(
+            odd = fields4(
                 load_words(KEY_CODES, TABLE, key_place4[2 * k + 1], tiles, step, second, in_second, key_row, stored,
                            TILES, True),
-                KEY_TABLE[0], KEY_TABLE[1], KEY_TABLE[2], KEY_TABLE[3], INTERPRET,
+                KEY_TABLE, EVEN_KEYS, INTERPRET,
             )  # fmt: skip
             added = ()
             for j in tl.static_range(4):
-                added = added + (tl.dot(even[j], query4[k], score[2 * j]), tl.dot(odd[j], query4[k], score[2 * j + 1]))
+                if EVEN_KEYS:
+                    added = added + (tl.dot(even[j], query4[k], score[2 * j]),
+                                     tl.dot(odd[j], odd_query4[k], score[2 * j + 1]))  # fmt: skip
+                else:
+                    added = added + (tl.dot(even[j], query4[k], score[2 * j]),
+                                     tl.dot(odd[j], query4[k], score[2 * j + 1]))  # fmt: skip
             score = added
         for k in tl.static_range(KEY2):
-            levels = look_up2(
+            levels = fields2(
                 load_words(KEY_CODES, TABLE, key_place2[k], tiles, step, second, in_second, key_row, k < key_groups2,
                            TILES, True),
-                KEY_TABLE[4], KEY_TABLE[5], INTERPRET,
+                KEY_TABLE, EVEN_KEYS, INTERPRET,
             )  # fmt: skip
             added = ()
             for j in tl.static_range(8):
@@ -278,7 +323,10 @@ def planes_kernel(
         logit = ()
         best = tl.full([16, N], float("-inf"), tl.float32)
         for j in tl.static_range(8):
-            s = score[j] * gains[j][:, None]
+            s = score[j]
+            if EVEN_KEYS:
+                s = s * unit(2, j, True) + bias[None, :]
+            s = s * gains[j][:, None]
             if VALID is not None:
                 s = tl.where((word_row + j * R < live)[:, None], s, float("-inf"))
             best = tl.maximum(best, s)
@@ -290,44 +338,57 @@ def planes_kernel(
         # probabilities, and those times the values' gains
         gains = load_gains(VALUE_GAIN, tile, word_row, TILE, VALUE_ZERO, VALUE_STEPS)
         mass = tl.zeros([16, N], tl.float32)
+        rounded = tl.zeros([16, N], tl.float32)
         weight = ()
+        odd_weight4 = ()
         for j in tl.static_range(8):
             w = tl.exp2(logit[j] * scale[None, :] - (peak * scale)[None, :])
             mass += w
             gain = gains[j] * PROBABILITY_SHIFT
             if present is not None:
                 gain = tl.where(present, gain, 0.0)
-            weight = weight + ((w * gain[:, None]).to(tl.float16),)
+            if EVEN_VALUES:
+                share = (w * (gain * unit(2, j, False))[:, None]).to(tl.float16)
+                rounded = tl.dot(tl.full([16, 16], 1.0 / unit(2, j, False), tl.float16), share, rounded)
+                if j % 2 == 1:
+                    odd_weight4 = odd_weight4 + ((share * 4.0).to(tl.float16),)
+            else:
+                share = (w * gain[:, None]).to(tl.float16)
+                if j % 2 == 1:
+                    odd_weight4 = odd_weight4 + (share,)
+            weight = weight + (share,)
         if present is not None:
             mass = tl.where(present[:, None], mass, 0.0)
         total = total * shrink[None, :] + mass
+        if EVEN_VALUES:
+            shared = shared * shrink[None, :] + rounded
 
         # values
         moved = ()
         for k in tl.static_range(VALUE4):
             stored = k < value_groups4
-            even = look_up4(
+            even = fields4(
                 load_words(VALUE_CODES, TABLE, value_place4[2 * k], tiles, step, second, in_second, value_row, stored,
                            TILES, False),
-                VALUE_TABLE[0], VALUE_TABLE[1], VALUE_TABLE[2], VALUE_TABLE[3], INTERPRET,
+                VALUE_TABLE, EVEN_VALUES, INTERPRET,
             )  # fmt: skip
-            odd = look_up4(
+            odd = fields4(
                 load_words(VALUE_CODES, TABLE, value_place4[2 * k + 1], tiles, step, second, in_second, value_row,
                            stored, TILES, False),
-                VALUE_TABLE[0], VALUE_TABLE[1], VALUE_TABLE[2], VALUE_TABLE[3], INTERPRET,
+                VALUE_TABLE, EVEN_VALUES, INTERPRET,
             )  # fmt: skip
             part = tl.zeros([16, N], tl.float32)
             for j in tl.static_range(4):
                 part = tl.dot(even[j], weight[2 * j], part)
-                part = tl.dot(odd[j], weight[2 * j + 1], part)
+                part = tl.dot(odd[j], odd_weight4[j], part)
             moved = moved + (out4[k] * shrink[None, :] + part,)
         out4 = moved
         moved = ()
         for k in tl.static_range(VALUE2):
-            levels = look_up2(
+            levels = fields2(
                 load_words(VALUE_CODES, TABLE, value_place2[k], tiles, step, second, in_second, value_row,
                            k < value_groups2, TILES, False),
-                VALUE_TABLE[4], VALUE_TABLE[5], INTERPRET,
+                VALUE_TABLE, EVEN_VALUES, INTERPRET,
             )  # fmt: skip
             part = tl.zeros([16, N], tl.float32)
             for j in tl.static_range(8):
@@ -344,10 +405,16 @@ def planes_kernel(
     places = PART + part_column[None, :] * value_kept + channel[:, None]
     held = (column < COLUMNS)[None, :] & (channel < 16)[:, None]
     for k in tl.static_range(VALUE4):
-        tl.store(places + k * 16, out4[k] * inverse[None, :], mask=held & (k < value_groups4))
+        moved = out4[k]
+        if EVEN_VALUES:
+            moved = (moved * SUBNORMAL_UNIT - 7.5 * shared) * VALUE_SPACING[0]
+        tl.store(places + k * 16, moved * inverse[None, :], mask=held & (k < value_groups4))
     for k in tl.static_range(VALUE2):
+        moved = out2[k]
+        if EVEN_VALUES:
+            moved = (moved * SUBNORMAL_UNIT - 1.5 * shared) * VALUE_SPACING[1]
         at = (value_groups4 + k) * 16
-        tl.store(places + at, out2[k] * inverse[None, :], mask=held & (k < value_groups2))
+        tl.store(places + at, moved * inverse[None, :], mask=held & (k < value_groups2))
     for k in tl.range(value_groups4 + value_groups2, value_kept // 16):  # what other heads store
         tl.store(places + k * 16, tl.zeros([16, N], tl.float32), mask=held)
     tl.store(PART_LSE + part_column, lse, mask=column < COLUMNS)
