@@ -5,7 +5,7 @@ import torch
 from oracle import attend64, relative_error, seed, tier_case, window_case
 
 from fade_kernels_triton.decode import Splits, decode_attention
-from fade_kernels_triton.launch import MERGED, merge_options
+from fade_kernels_triton.merge import MERGED, merge_options
 
 TOLERANCE = {torch.float16: 1.5e-3, torch.bfloat16: 6e-3}  # rounding of P and of the output, in units of the dtype
 

@@ -13,7 +13,8 @@ from fade_core.errors import InputError
 from fade_core.packed import PackedFormat
 from fade_kernels_triton.config import lookup
 from fade_kernels_triton.device import interpreted, multiprocessors
-from fade_kernels_triton.launch import DecodeConfig, LaunchCase, merge_options
+from fade_kernels_triton.launch import DecodeConfig, LaunchCase
+from fade_kernels_triton.merge import merge
 from fade_kernels_triton.operands import HEAD_DIMS, MAX_COLUMNS, MAX_QUERIES, MAX_TIERS, PackedTier, Window
 
 WINDOW_BLOCK = 16
@@ -96,7 +97,7 @@ def decode_attention(
         InputError: for shapes, dtypes or combinations that the kernel cannot take; the message says which.
         ConfigError: where the user's own file of launch configurations cannot be read.
     """
-    from fade_kernels_triton.jit.decode import decode_kernel, merge_kernel
+    from fade_kernels_triton.jit.decode import decode_kernel
 
     heads_kv = _check(query, tiers, window, softcap, sliding_window, query_positions)
     rows, heads, q_len, dim = query.shape
@@ -169,23 +170,7 @@ def decode_attention(
         INTERPRET=interpret,
         **options,
     )
-    merging = merge_options(splits.total, padded_dim)
-    merge_kernel[(columns, groups, padded_dim // merging["CHANNELS"])](
-        part,
-        part_lse,
-        s_aux,
-        out,
-        lse,
-        splits.total,
-        heads_kv,
-        *out.stride()[:3],
-        HEADS=group,
-        Q_LEN=q_len,
-        D=dim,
-        PDL=overlap,
-        **merging,
-        **({"launch_pdl": True} if overlap else {}),
-    )
+    merge(part, part_lse, s_aux, out, lse, overlap)
     return out, lse
 
 

@@ -4,12 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MERGED = 4096
-"""Elements of the parts that a program of the merge kernel holds at once."""
-
-NARROWEST = 16
-"""Channels that such a program takes at least."""
-
 
 @dataclass(frozen=True)
 class DecodeConfig:
@@ -70,9 +64,3 @@ class LaunchCase:
         work = self.rows_and_heads * self.context / (other.rows_and_heads * other.context)
         groups = self.rows_and_heads / other.rows_and_heads
         return max(work, 1 / work), max(groups, 1 / groups)
-
-
-def merge_options(splits: int, padded_dim: int) -> dict[str, int]:
-    """Launch options of the merge kernel: all parts at once, in as many programs as that takes: each wait costs."""
-    chunk = min(1 << max(splits - 1, 15).bit_length(), MERGED // NARROWEST)
-    return {"CHUNK": chunk, "CHANNELS": min(padded_dim, MERGED // chunk), "num_warps": 4}

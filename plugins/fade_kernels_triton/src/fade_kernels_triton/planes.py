@@ -15,7 +15,7 @@ from torch import Tensor
 from fade_core.errors import InputError
 from fade_core.interfaces import PlaneLayout
 from fade_kernels_triton.device import interpreted, multiprocessors
-from fade_kernels_triton.launch import merge_options
+from fade_kernels_triton.merge import merge
 from fade_kernels_triton.operands import MAX_COLUMNS, MAX_QUERIES, TILES
 
 WIDTHS = (4, 2)
@@ -181,9 +181,11 @@ def _spacing(four: tuple[float, ...], two: tuple[float, ...]) -> tuple[float, fl
     """``Reading.spacing`` of the levels of 4 and of 2 bits; 1 for codes that there are none of."""
     found = []
     for levels in (four, two):
-        steps = [after - before for before, after in itertools.pairwise(levels)] or [1.0]
-        middle = levels[0] + levels[-1] if levels else 0.0
-        if max(*steps, min(steps) + abs(middle)) - min(steps) > 1e-6 * max(steps):
+        if not levels:
+            found.append(1.0)
+            continue
+        steps = [after - before for before, after in itertools.pairwise(levels)]
+        if max(steps) - min(steps) + abs(levels[0] + levels[-1]) > 1e-6 * max(steps):
             return 0.0, 0.0
         found.append(sum(steps) / len(steps))
     return found[0], found[1]
@@ -206,7 +208,6 @@ def planes_attention(query: Tensor, tier: PlanesTier, splits: int = 0) -> tuple[
     Raises:
         InputError: for shapes that the kernel cannot take; the message says which.
     """
-    from fade_kernels_triton.jit.decode import merge_kernel
     from fade_kernels_triton.jit.planes import planes_kernel
 
     keys, values = tier.key_layout, tier.value_layout
@@ -262,23 +263,7 @@ def planes_attention(query: Tensor, tier: PlanesTier, splits: int = 0) -> tuple[
         INTERPRET=interpreted(),
         **options,
     )
-    padded_dim = max(64, _next_power_of_2(values.kept))
-    merging = merge_options(splits, padded_dim)
-    merge_kernel[(columns, groups, padded_dim // merging["CHANNELS"])](
-        part,
-        part_lse,
-        None,
-        out,
-        lse,
-        splits,
-        heads_kv,
-        *out.stride()[:3],
-        HEADS=group,
-        Q_LEN=q_len,
-        D=values.kept,
-        PDL=False,
-        **merging,
-    )
+    merge(part, part_lse, None, out, lse)
     return out, lse
 
 

@@ -232,9 +232,10 @@ def planes_kernel(
     for k in tl.static_range(KEY4):
         unit_query = (wide4[k] / norm[None, :]).to(tl.float16)
         query4 = query4 + (unit_query,)
-        odd_query4 = odd_query4 + (
-            (unit_query * 4.0).to(tl.float16),
-        )  # odd fields lie at a quarter of the 2-bit codes' place
+        if EVEN_KEYS:  # in odd fields 4-bit codes lie at a quarter of the 2-bit codes' place
+            odd_query4 = odd_query4 + ((unit_query * 4.0).to(tl.float16),)
+        else:
+            odd_query4 = odd_query4 + (unit_query,)
         bias -= 7.5 * tl.sum(unit_query.to(tl.float32), 0)
     query2 = ()
     for k in tl.static_range(KEY2):
@@ -298,12 +299,8 @@ def planes_kernel(
             )  # fmt: skip
             added = ()
             for j in tl.static_range(4):
-                if EVEN_KEYS:
-                    added = added + (tl.dot(even[j], query4[k], score[2 * j]),
-                                     tl.dot(odd[j], odd_query4[k], score[2 * j + 1]))  # fmt: skip
-                else:
-                    added = added + (tl.dot(even[j], query4[k], score[2 * j]),
-                                     tl.dot(odd[j], query4[k], score[2 * j + 1]))  # fmt: skip
+                added = added + (tl.dot(even[j], query4[k], score[2 * j]),
+                                 tl.dot(odd[j], odd_query4[k], score[2 * j + 1]))  # fmt: skip
             score = added
         for k in tl.static_range(KEY2):
             levels = fields2(
