@@ -90,43 +90,46 @@ class PlainEncoding:
 
 @dataclass(frozen=True, eq=False)
 class PlaneLayout:
-    """Where the codes of each channel are, for kernels: channels of several widths in one stream of words a tile.
+    """Codes at even distances about a mean, as planes of 2 bits, for kernels.
 
-    A tile of one head has two fields: ``codes`` int16 ``[row]`` and ``gain`` uint8 ``[tile // 2]``. Word ``w`` of the stream
-    is word ``w % row`` of the tile that head ``w // row`` has (``Quantizer.heads_together``). Width ``b`` has
-    ``R = tile * b // 16`` word rows, and field ``j`` of word row ``r`` is token ``j * R + r``, as in a ``PackedFormat``. In
-    byte ``i`` of ``gain`` token ``i`` has the low half, token ``i + tile // 2`` the high half. Behind ``transform_query`` and
-    before ``transform_output`` a token is ``gain * levels[width][code]``,
-    ``gain = 2 ** ((gain_code - gain_zero) / gain_steps + usual)``.
+    A plane holds two bits of each of 16 neighbouring transformed channels, for all tokens of a tile: ``R = tile / 8`` word
+    rows, field ``j`` of word row ``r`` is token ``j * R + r``, as in a ``PackedFormat`` of 2 bits. A channel of ``2 * n``
+    bits is in ``n`` planes. The planes of all heads of a row are one stream of words a tile: word ``w`` of it is word
+    ``w % row`` of field ``codes`` (int16 ``[row]``) of the tile that head ``w // row`` has (``Quantizer.heads_together``).
+    In byte ``i`` of field ``gain`` (uint8 ``[tile // 2]``) token ``i`` has the low half, token ``i + tile // 2`` the high one.
+
+    Channel ``c`` of a token is ``y[c] = gain * sum((field - 1.5) * scale)`` over the planes that hold the channel, with
+    ``gain = 2 ** ((gain_code - gain_zero) / gain_steps + usual)``, and the token is ``mean + (y * deviation) @ inverse``.
+
+    All tensors are on the tokens' device, contiguous.
 
     Attributes:
         tile: tokens a tile.
-        row: words of the stream that a head's tile holds.
-        layout: "token" for word rows ``[R, C]`` of the ``C`` channels of a width (keys), "channel" for ``[C, R]`` (values).
-        channels: int32 ``[H_kv, kept, 3]`` on the CPU: width of each transformed channel (0: not stored), its first word in
-            the stream, and the words from one word row to the next.
-        group: a divisor of 16, and of ``kept``: each ``group`` channels from a multiple of it on have one width and follow
-            one another in memory.
-        levels: what the codes of each width mean.
-        usual: float32 ``[H_kv]`` on the tokens' device, base-2 logarithm of the gain of code ``gain_zero``.
+        row: words of the stream that a head's tile holds, a multiple of 16.
+        layout: "token" for planes ``[R, 16]`` (keys), "channel" for ``[16, R]`` (values).
+        words: int32 ``[H_kv, P]``, where each plane of a head begins in the stream.
+        channels: int32 ``[H_kv, P]``, its first channel.
+        scales: float32 ``[H_kv, P]``, what one step of its fields is worth; 0 where a head has fewer than ``P`` planes.
+        usual: float32 ``[H_kv]``, base-2 logarithm of the gain of code ``gain_zero``.
         gain_zero: as above.
         gain_steps: gain codes an octave.
+        mean: float32 ``[H_kv, D]``.
+        deviation: float32 ``[H_kv, kept]``.
+        inverse: float16 ``[H_kv, kept, D]``.
     """
 
     tile: int
     row: int
     layout: Layout
+    words: Tensor
     channels: Tensor
-    group: int
-    levels: Mapping[int, tuple[float, ...]]
+    scales: Tensor
     usual: Tensor
     gain_zero: int
     gain_steps: int
-
-    @property
-    def kept(self) -> int:
-        """Channels of a head behind the transform."""
-        return self.channels.shape[1]
+    mean: Tensor
+    deviation: Tensor
+    inverse: Tensor
 
 
 class Quantizer(ABC):
@@ -134,8 +137,8 @@ class Quantizer(ABC):
 
     A quantizer belongs to one layer and one side (keys or values). Attention never needs ``decode``: it asks for
     ``scores`` and ``combine``, which a quantizer may answer without reconstructing a token. Where the packed part is
-    a ``PackedFormat``, ``format`` says which (``planes`` tells of channels of several widths), and a kernel reads the words
-    itself after ``transform_query`` and before ``transform_output``.
+    a ``PackedFormat``, ``format`` says which, and a kernel reads the words itself after ``transform_query`` and before
+    ``transform_output``; ``planes`` tells of channels of several widths.
 
     Attributes:
         kind: the name it is chosen by.

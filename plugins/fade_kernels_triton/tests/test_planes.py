@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-import os
 import re
-import subprocess
-import sys
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -16,16 +11,16 @@ from oracle import relative_error, seed
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fade_core import FadeConfig, FullSegment, create_tiered_cache
+from fade_core import FadeConfig, FullSegment, create_tiered_cache, get_quantizer
 from fade_core.errors import InputError
 from fade_core.fixedstore import TileView
-from fade_core.interfaces import Event, PlaneLayout, Quantizer, TelemetrySink, Tier
+from fade_core.interfaces import Event, Quantizer, TelemetrySink, Tier
 from fade_core.kernels.attention import PackedSegment, decode_attention
 from fade_core.packed import Packed
 from fade_core.quantizers.uniform import UniformQuantizer
 from fade_core.tierstore import TierStore, Tokens
 from fade_kernels_triton.kernel import TritonDecodeAttention
-from fade_kernels_triton.planes import PlanesTier, planes_attention, reading_of, unsupported_planes
+from fade_kernels_triton.planes import PlanesTier, planes_attention, unsupported_planes
 
 calibrated = pytest.importorskip("fade_quant_rotated.calibrated")
 calibration = pytest.importorskip("fade_quant_rotated.calibration")
@@ -33,12 +28,11 @@ water_fill = pytest.importorskip("fade_quant_rotated.allocation").water_fill
 
 KERNEL = TritonDecodeAttention()
 KERNEL_WIDTHS = (0, 2, 4)
-LEVELS = ("gaussian", "uniform")
 
 
 def quantizer(
     heads: int, dim: int, side: str, bits: float, tile: int = 64, widths: tuple[int, ...] = KERNEL_WIDTHS,
-    group: int = 16, device: str = "cpu", levels: str = "gaussian",
+    group: int = 16, device: str = "cpu", levels: str = "uniform",
 ) -> Any:  # fmt: skip
     """A calibrated quantizer of random statistics; heads are of different worth, so that they own different widths."""
     forward, _ = torch.linalg.qr(torch.randn(heads, dim, dim))
@@ -117,25 +111,22 @@ CASES = [  # rows, KV heads, query heads, D, tile, bits of keys and values
 ]
 
 
-@pytest.mark.parametrize("levels", LEVELS)
 @pytest.mark.parametrize(("rows", "heads", "query_heads", "dim", "tile", "key_bits", "value_bits"), CASES)
 def test_parity(
-    rows: int, heads: int, query_heads: int, dim: int, tile: int, key_bits: float, value_bits: float, levels: str,
-    device: str,
+    rows: int, heads: int, query_heads: int, dim: int, tile: int, key_bits: float, value_bits: float, device: str,
 ) -> None:  # fmt: skip
     seed()
-    keys = quantizer(heads, dim, "key", key_bits, tile, device=device, levels=levels)
-    values = quantizer(heads, dim, "value", value_bits, tile, device=device, levels=levels)
+    keys = quantizer(heads, dim, "key", key_bits, tile, device=device)
+    values = quantizer(heads, dim, "value", value_bits, tile, device=device)
     store = store_of(keys, values, torch.full((rows, heads), 3 * tile), device)
     query = torch.randn(rows, query_heads, 1, dim, device=device).half()
     check(query, [packed(store)], dim**-0.5)
 
 
-@pytest.mark.parametrize("levels", LEVELS)
-@pytest.mark.parametrize(("widths", "bits"), [((0, 4), 2.0), ((0, 2), 1.5), ((0, 2), 2.0)])
-def test_one_width_alone(widths: tuple[int, ...], bits: float, levels: str, device: str) -> None:
+@pytest.mark.parametrize(("widths", "bits"), [((0, 4), 2.0), ((0, 2), 1.5), ((0, 2), 2.0), ((0, 2, 6, 8), 3.0)])
+def test_other_even_widths(widths: tuple[int, ...], bits: float, device: str) -> None:
     seed()
-    options: dict[str, Any] = {"widths": widths, "device": device, "levels": levels}
+    options: dict[str, Any] = {"widths": widths, "device": device}
     keys, values = (quantizer(2, 64, side, bits, **options) for side in ("key", "value"))
     store = store_of(keys, values, torch.full((1, 2), 256), device)
     check(torch.randn(1, 6, 1, 64, device=device).half(), [packed(store)], 0.125)
@@ -151,16 +142,15 @@ def test_a_head_without_bits(device: str) -> None:
             torch.ones(2, 64),
         )  # fmt: skip
         widths = torch.tensor([[4] * 16 + [2] * 16 + [0] * 32, [0] * 64])
-        sides.append(calibrated.CalibratedQuantizer(found, widths, side, 64, torch.device(device)))
+        sides.append(calibrated.CalibratedQuantizer(found, widths, side, 64, torch.device(device), "uniform"))
     store = store_of(*sides, torch.full((1, 2), 192), device)
     check(torch.randn(1, 4, 1, 64, device=device).half(), [packed(store)], 0.125)
 
 
-@pytest.mark.parametrize("levels", LEVELS)
 @pytest.mark.parametrize("queries", [1, 3, 8])
-def test_ragged_rows_beside_a_window_and_another_tier(queries: int, levels: str, device: str) -> None:
+def test_ragged_rows_beside_a_window_and_another_tier(queries: int, device: str) -> None:
     seed()
-    keys, values = (quantizer(2, 64, side, 2.1, device=device, levels=levels) for side in ("key", "value"))
+    keys, values = (quantizer(2, 64, side, 2.1, device=device) for side in ("key", "value"))
     counts = torch.tensor([[200, 130], [64, 7], [0, 0]])  # tiles cut short, a head without its sibling's, an empty row
     store = store_of(keys, values, counts, device)
     plain = store_of(
@@ -171,6 +161,20 @@ def test_ragged_rows_beside_a_window_and_another_tier(queries: int, levels: str,
     query = torch.randn(3, 6, queries, 64, device=device).half()
     segments = [packed(store, queries), packed(plain, queries), FullSegment(*window, seen, plain=True)]
     check(query, segments, 0.2, torch.randn(6, device=device))
+    check(query, segments[:1], 0.2, torch.randn(6, device=device))
+
+
+def test_two_such_tiers_beside_a_rotated_one(device: str) -> None:
+    seed()
+    sides = [[quantizer(2, 64, side, bits, device=device) for side in ("key", "value")] for bits in (2.1, 1.2)]
+    rotated = [get_quantizer("rotated", head_dim=64, bits=4, side=side, device=device) for side in ("key", "value")]
+    counts = torch.tensor([[128, 64], [3, 0]])
+    stores = [store_of(*pair, counts, device) for pair in (sides[0], rotated, sides[1])]
+    query = torch.randn(2, 4, 1, 64, device=device).half()
+    segments: list[Any] = [packed(store) for store in stores]
+    if KERNEL.accepts(query, segments, 0.2).reason:  # more tiers than one launch has room for
+        segments = segments[:2]
+    check(query, segments, 0.2)
 
 
 def test_empty_rows_have_no_mass(device: str) -> None:
@@ -199,16 +203,14 @@ def test_tiles_in_place_without_a_table(heads: int, tile: int, splits: int, devi
     query = torch.randn(2, 2 * heads, 1, 64, device=device).half()
     check(query, [PackedSegment(view, mask, plain=True)], 0.125)
     tier = PlanesTier(keys.planes(), values.planes(), *fields, used)
-    inside = keys.transform_query(query.float().view(2, heads, 2, 64)).reshape(2, 2 * heads, 1, -1).contiguous()
-    one, many = planes_attention(inside, tier, 1), planes_attention(inside, tier, splits)
+    one, many = (planes_attention(query, tier, 0.125, splits=n) for n in (1, splits))
     torch.testing.assert_close(one[0], many[0], atol=2e-3, rtol=2e-3)
     torch.testing.assert_close(one[1], many[1], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("levels", LEVELS)
-def test_long_and_flat_attention(levels: str, device: str) -> None:
+def test_long_and_flat_attention(device: str) -> None:
     seed()
-    keys, values = (quantizer(1, 64, side, 2.1, device=device, levels=levels) for side in ("key", "value"))
+    keys, values = (quantizer(1, 64, side, 2.1, device=device) for side in ("key", "value"))
     store = store_of(keys, values, torch.full((1, 1), 64 * 40), device, flat=True)
     check(torch.randn(1, 2, 1, 64, device=device).half() * 0.1, [packed(store)], 0.125)
 
@@ -232,7 +234,8 @@ def tiny_llama(device: str) -> LlamaForCausalLM:
 
 
 def config_of(decode: str, file: str, **more: Any) -> FadeConfig:
-    side = {"kind": "calibrated", "file": file, "side_bits": 2.3, "widths": KERNEL_WIDTHS, "group": 16}
+    options = {"widths": KERNEL_WIDTHS, "group": 16, "levels": "uniform"}
+    side = {"kind": "calibrated", "file": file, "side_bits": 2.3, **options}
     kernel = {"kind": "auto", "decode_attention": decode, "append": "torch", "attention_mass": "torch"}
     fields = {"n_sink": 4, "recent_window": 16, "keys": side, "values": side, "kernel": kernel}
     return FadeConfig.model_validate(fields | more)
@@ -298,19 +301,16 @@ def test_a_cache_of_fixed_size_decodes_as_torch_does(file: str, device: str) -> 
     assert relative_error(found, wanted.double()) < 0.02
 
 
-@pytest.mark.parametrize("widths", [KERNEL_WIDTHS, (0, 2, 3, 4)])
-def test_what_is_learnt_from_a_prompt_is_read_where_its_widths_allow(widths: tuple[int, ...], device: str) -> None:
+@pytest.mark.parametrize("levels", ["uniform", "gaussian"])
+def test_what_is_learnt_from_a_prompt_is_read_where_its_levels_allow(levels: str, device: str) -> None:
     seed()
     model = tiny_llama(device)
     ids = torch.randint(1, 97, (1, 202), device=device)
-    side = {"kind": "self-calibrated", "bits": 2.5, "widths": widths, "group": 16}
+    side = {"kind": "self-calibrated", "bits": 2.5, "widths": KERNEL_WIDTHS, "group": 16, "levels": levels}
     wanted, _ = logits(model, config_of("torch", "", keys=side, values=side), ids, 200)
     found, reasons = logits(model, config_of("triton", "", keys=side, values=side), ids, 200)
     assert relative_error(found, wanted.double()) < 0.02
-    told = (
-        "tier '2.5': the key quantizer 'self-calibrated' has neither a packed format nor planes of one width a channel"
-    )
-    assert reasons == (set() if widths == KERNEL_WIDTHS else {told})
+    assert not reasons if levels == "uniform" else all("levels = 'uniform'" in reason for reason in reasons) and reasons
 
 
 # --- what it refuses ---
@@ -329,14 +329,17 @@ def test_it_refuses_and_says_why(device: str) -> None:
     good = [quantizer(2, 64, side, 2.1, device=device) for side in ("key", "value")]
     assert not reason(*good)
     assert "mean" in reason(*good, softcap=5.0)
-    assert "by 1 (it reads groups of 16" in reason(quantizer(2, 64, "key", 2.1, group=1, device=device), good[1])
-    assert "'calibrated' has neither" in reason(
-        good[0], quantizer(2, 64, "value", 2.1, widths=(0, 2, 3), device=device)
-    )
-    assert "1 bits beside others" in reason(quantizer(2, 64, "key", 1.1, widths=(0, 1, 2), device=device), good[1])
+    for other in (
+        quantizer(2, 64, "key", 2.1, group=1, device=device),
+        quantizer(2, 64, "key", 2.1, widths=(0, 2, 3), device=device),
+        quantizer(2, 64, "key", 2.1, levels="gaussian", device=device),
+    ):
+        assert "'calibrated' has no packed format and no planes" in reason(other, good[1])
     assert "channel-major" in reason(quantizer(2, 64, "value", 2.1, device=device), good[1])
     tall = [quantizer(2, 64, side, 2.1, 32, device=device) for side in ("key", "value")]
     assert "tiles of 32" in reason(*tall)
+    many = quantizer(1, 256, "key", 7.9, widths=(0, 2, 4, 8), device=device).planes()
+    assert "planes a head (it reads up to 32)" in unsupported_planes(many, "key")
     uniform = UniformQuantizer(64, 4, "token", layout="channel")
     assert "no packed format" in reason(good[0], uniform)
 
@@ -346,131 +349,3 @@ def test_a_cache_without_a_format_is_asked_call_by_call(device: str) -> None:
     assert KERNEL.supports(None, 64, where, torch.float16)
     assert "head_dim 72" in KERNEL.supports(None, 72, where, torch.float16).reason
     assert Quantizer.planes(UniformQuantizer(64, 4)) is None
-
-
-def test_other_levels_and_layouts_are_refused() -> None:
-    channels = torch.zeros(1, 32, 3, dtype=torch.int32)
-    channels[..., 0] = torch.tensor([4] * 16 + [2] * 16)
-    channels[0, :, 1] = torch.cat([torch.arange(16), 256 + torch.arange(16)])
-    channels[..., 2] = 16
-    levels = {4: tuple(i - 7.5 for i in range(16)), 2: (-1.0, 0.0, 0.5, 3.0)}
-
-    def layout(**changed: Any) -> PlaneLayout:
-        fields = {"tile": 64, "row": 384, "layout": "token", "channels": channels, "group": 16, "levels": levels}
-        return PlaneLayout(**fields | changed, usual=torch.zeros(1), gain_zero=10, gain_steps=3)
-
-    assert not unsupported_planes(layout(), "key")
-    assert reading_of(layout()).places.tolist() == [[0, 1, 256, 1]]
-    even = {4: levels[4], 2: (-1.5, -0.5, 0.5, 1.5)}
-    assert reading_of(layout()).spacing == (0.0, 0.0)
-    assert reading_of(layout(levels=even)).spacing == (1.0, 1.0)
-    assert reading_of(layout(levels=even | {2: (0.0, 1.0, 2.0, 3.0)})).spacing == (0.0, 0.0)  # not about 0
-    assert "symmetric" in unsupported_planes(layout(levels=levels | {4: tuple(range(16))}), "key")
-    assert "rise" in unsupported_planes(layout(channels=channels.flip(1)), "key")
-
-
-# --- the code for the GPU, without one ---
-def emulate(text: str, *operands: int) -> dict[str, int]:
-    """Run the few PTX instructions that look levels up, on 32-bit registers."""
-    held = {"%laneid": int(torch.randint(32, ()))} | {
-        f"${n}": value & 0xFFFFFFFF for n, value in operands_of(operands).items()
-    }
-
-    def value(name: str) -> int:
-        return held[name] if name in held else int(name, 0)
-
-    for line in text.split(";"):
-        found = re.fullmatch(r"([a-z0-9.]+) (\S+), (.*)", line.strip().lstrip("{").strip())
-        if found is None or found[1].startswith(".reg"):
-            continue
-        op, to, *rest = found[1].split(".")[0], found[2], *found[3].split(", ")
-        a, b, c = (*(value(name) for name in rest), 0, 0)[:3]
-        if op == "prmt":
-            both = a | b << 32
-            assert not c & 0x8888, "the sign-replicating mode is not meant"
-            held[to] = sum((both >> 8 * (c >> 4 * i & 7) & 0xFF) << 8 * i for i in range(4))
-        else:
-            shift = b if op in {"shr", "shl"} else 0
-            done = {
-                "and": a & b, "xor": a ^ b, "not": ~a, "shr": a >> shift, "shl": a << shift, "sub": a - b,
-                "add": a + b, "mul": a * b, "mad": a * b + c, "mov": a,
-            }  # fmt: skip
-            held[to] = done[op] & 0xFFFFFFFF
-    return held
-
-
-def operands_of(operands: tuple[int, ...]) -> dict[int, int]:
-    """The first operand after the outputs is a pair of words, every other one comes twice."""
-    first, *tables = operands
-    outputs = 16 - 4 * len(tables) if len(tables) == 2 else 4
-    found = {outputs: first}
-    for n, table in enumerate(tables):
-        found |= {outputs + 1 + 2 * n: table, outputs + 2 + 2 * n: table}
-    return found
-
-
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-def test_the_ptx_gives_the_level_of_every_code() -> None:
-    from fade_kernels_triton.jit import levels as jit  # the text only: no kernel runs
-
-    layout = quantizer(2, 64, "key", 2.2).planes()
-    table = reading_of(layout).table
-    source = {name: inspect.getsource(getattr(jit, name).fn) for name in ("_prmt4", "_prmt2")}
-    seed()
-    for name, width, tables in (("_prmt4", 4, table[:4]), ("_prmt2", 2, table[4:])):
-        text = re.search(r'"""(\{.*?\})"""', source[name], re.DOTALL)
-        assert text is not None
-        meant = torch.tensor(layout.levels[width]).half()
-        for word in torch.randint(2**32, (300,)).tolist():
-            held = emulate(text[1].strip("{}"), word, *tables)
-            for field in range(16 // width):
-                pair = held[f"${field}"]
-                for half in (0, 1):
-                    code = word >> (16 * half + width * field) & (2**width - 1)
-                    bits = torch.tensor(pair >> 16 * half & 0xFFFF).to(torch.int16).view(torch.float16)
-                    assert bits == meant[code]
-
-
-_COMPILE = """
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-import triton
-from fade_kernels_triton.jit.planes import planes_kernel
-
-names = planes_kernel.arg_names
-pointers = {"QUERY": "*fp32", "KEY_CODES": "*i16", "VALUE_CODES": "*i16", "KEY_USUAL": "*fp32", "VALUE_USUAL": "*fp32",
-            "PART": "*fp32", "PART_LSE": "*fp32"}
-pointers |= {n: "*i32" for n in ("KEY_GAIN", "VALUE_GAIN", "KEY_PLACES", "VALUE_PLACES", "TABLE", "COUNT", "VALID")}
-table = (-1, 17, 33, 1000, 5, 6)
-sizes = []
-for tile, has_table, aligned, space in ((64, True, True, 0.0), (128, False, True, 0.0), (64, True, False, 0.0),
-                                        (64, False, True, 0.5)):
-    constants = dict(HEADS=4, Q_LEN=1, N=8, KEY4=1, KEY2=2, VALUE4=1, VALUE2=2, KEY_ALIGNED=aligned, VALUE_ALIGNED=True,
-                     TILE=tile, KEY_ZERO=10, KEY_STEPS=3, VALUE_ZERO=10, VALUE_STEPS=3, KEY_TABLE=table,
-                     VALUE_TABLE=table, KEY_SPACING=(space, space), VALUE_SPACING=(space, space), STAGES=3,
-                     INTERPRET=False)
-    if not has_table:
-        constants |= dict(TABLE=None, VALID=None)
-    kinds = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
-    divisible = [n for n in names if kinds[n][0] == "*" or n.startswith(("query_stride", "key_", "value_"))]
-    source = ASTSource(planes_kernel, kinds, {(names.index(n),): v for n, v in constants.items()},
-                       {(names.index(n),): [["tt.divisibility", 16]] for n in divisible})
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
-    sizes.append(len(made.asm["cubin"]))
-    if aligned:
-        assert "cp.async" in made.asm["ptx"] and "ldmatrix" in made.asm["ptx"]
-        assert space or "prmt" in made.asm["ptx"]
-print(min(sizes))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-def test_it_compiles_for_hopper_without_one() -> None:
-    """In a process of its own: here Triton may be told to interpret."""
-    done = subprocess.run(
-        [sys.executable, "-c", _COMPILE], env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout) > 1000

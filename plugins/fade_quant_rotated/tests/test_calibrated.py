@@ -16,6 +16,7 @@ from fade_quant_rotated.allocation import WIDTHS, water_fill
 from fade_quant_rotated.calibration import FORMAT, SideCalibration, load_calibration
 from fade_quant_rotated.klt import weighted_klt
 from fade_quant_rotated.lloyd_max import LEVELS, gaussian_distortion, uniform_levels
+from fade_quant_rotated.planes import PlaneStream, fits_planes
 from fade_quant_rotated.streams import StreamLayout
 
 HEADS, DIM, LAYERS = 3, 64, 2
@@ -138,18 +139,35 @@ def test_streams_return_every_code_of_every_width(layout: str, tile: int, seed: 
     assert torch.equal(found, wanted)
 
 
-@pytest.mark.parametrize(("layout", "word"), [("token", 768 + 5 * 48 + 40), ("channel", 768 + 40 * 8 + 5)])
-def test_streams_lie_in_memory_as_documented(layout: str, word: int) -> None:
-    """docs/formats.md: widths 0, 2, 4 in groups of 16; channel 40 of head 1 has 2 bits, those of token 37 are found."""
-    widths = torch.tensor([[4] * 32 + [2] * 16 + [0] * 16, [4] * 16 + [2] * 32 + [0] * 16])
-    stream = StreamLayout(widths, 64, layout)
-    assert (stream.words, stream.row, stream.runs) == (1152, 576, ((4, 0, 48), (2, 48, 96)))
-    codes = torch.zeros(1, 1, 64, 96, dtype=torch.int32)
-    at = int((stream.channels == 1 * stream.kept + 40).nonzero())
-    codes[0, 0, 37, at] = 3
+@pytest.mark.parametrize("layout", ["token", "channel"])
+@pytest.mark.parametrize("tile", [64, 128, 16])
+def test_planes_return_every_code_of_every_width(layout: str, tile: int, seed: int) -> None:
+    groups = torch.tensor([0, 2, 4, 6, 8])[torch.randint(5, (HEADS, DIM // 16))].sort(-1, descending=True)[0]
+    groups[0, 0], groups[1, :] = 4, 0
+    widths = groups.repeat_interleave(16, -1)
+    assert fits_planes(widths) and not fits_planes(widths.roll(1, -1)) and not fits_planes(0 * widths)
+    stream = PlaneStream(widths, tile, layout)
+    top = torch.cat([torch.full((stop - start,), 2**width) for width, start, stop in stream.runs])
+    codes = (torch.rand(2, 4, tile, len(stream.channels)) * top).to(torch.int32)
     rows = stream.pack(codes)
-    assert rows.count_nonzero() == 1
-    assert int(rows[0, word // 576, 0, word % 576]) == 3 << 8
+    assert rows.shape == (2, HEADS, 4, stream.row) and stream.row % 16 == 0
+    assert 0 <= stream.row * HEADS - int(widths.sum()) * tile // 16 < 16 * HEADS
+    assert torch.equal(stream.unpack(rows), codes)
+
+
+@pytest.mark.parametrize(("layout", "word"), [("token", 5 * 16 + 8), ("channel", 8 * 8 + 5)])
+def test_planes_lie_in_memory_as_documented(layout: str, word: int) -> None:
+    """docs/formats.md: widths 0, 2, 4 in groups of 16; channel 8 of head 1 has 4 bits, those of token 37 are found."""
+    widths = torch.tensor([[4] * 32 + [2] * 16 + [0] * 16, [4] * 16 + [2] * 32 + [0] * 16])
+    stream = PlaneStream(widths, 64, layout)
+    assert (stream.words, stream.row, len(stream.planes)) == (1152, 576, 9)
+    codes = torch.zeros(1, 1, 64, 96, dtype=torch.int32)
+    at = int((stream.channels == 1 * stream.kept + 8).nonzero())
+    codes[0, 0, 37, at] = 0b1101
+    rows = stream.pack(codes)
+    assert rows.count_nonzero() == 2
+    high, low = 5 * 128 + word, 6 * 128 + word
+    assert [int(rows[0, w // 576, 0, w % 576]) for w in (high, low)] == [3 << 8, 1 << 8]
 
 
 def test_a_layer_without_bits_stores_gains_only(seed: int) -> None:
@@ -196,46 +214,44 @@ def test_error_on_gaussian_tokens_is_what_water_filling_promised(
     assert bool(((ratio > 0.8) & (ratio < most)).all()), ratio  # a searched gain does a little better than a fixed one
 
 
-@pytest.mark.parametrize("levels", ["gaussian", "uniform"])
 @pytest.mark.parametrize("side", ["key", "value"])
-@pytest.mark.parametrize(("widths", "group"), [((0, 2, 4), 16), ((0, 1, 2, 4), 1)])
-def test_planes_tell_where_every_code_is(side: str, widths: tuple, group: int, levels: str, seed: int) -> None:
+@pytest.mark.parametrize("widths", [(0, 2, 4), (0, 4), (0, 2, 6, 8)])
+def test_planes_tell_what_every_bit_is_worth(side: str, widths: tuple, seed: int) -> None:
     """Tokens read word by word, by the layout alone, are those that the quantizer decodes."""
     found, mean, cov = side_calibration()
-    quantizer = CalibratedQuantizer(found, water_fill(found.worth, 1.7, widths, group), side, levels=levels)
+    quantizer = CalibratedQuantizer(found, water_fill(found.worth, 1.7, widths, 16), side, levels="uniform")
     layout = quantizer.planes()
     assert layout is not None and layout is quantizer.planes()
-    assert layout.group % group == 0
     x = tokens(mean, cov, 1, 128)
     packed = quantizer.encode(x)
     stream = packed.fields["codes"].transpose(1, 2).flatten(2)[0]  # [n, words]: row after row
-    y = torch.zeros(1, HEADS, 128, layout.kept)
+    rows = layout.tile // 8
+    y = torch.zeros(HEADS, 128, layout.deviation.shape[1])
     for head in range(HEADS):
         low = packed.fields["gain"][0, head] & 15
         code = torch.cat([low, packed.fields["gain"][0, head] >> 4], -1).flatten()
         gain = torch.exp2((code.float() - layout.gain_zero) / layout.gain_steps + layout.usual[head])
-        for channel in range(layout.kept):
-            width, word, step = layout.channels[head, channel].tolist()
-            if not width:
-                continue
-            rows = layout.tile * width // 16
-            words = stream[:, word + step * torch.arange(rows)].int()
-            codes = torch.stack([words >> (width * j) & (2**width - 1) for j in range(16 // width)], 1).flatten()
-            y[0, head, :, channel] = torch.tensor(layout.levels[width])[codes] * gain
-    again = quantizer.transform_output(y, torch.ones_like(y[..., :1]))
-    torch.testing.assert_close(again, quantizer.decode(packed), atol=1e-5, rtol=1e-5)
+        for word, channel, scale in zip(layout.words[head], layout.channels[head], layout.scales[head], strict=True):
+            words = stream[:, word : word + rows * 16].int()
+            block = words.unflatten(-1, (rows, 16)) if side == "key" else words.unflatten(-1, (16, rows)).mT
+            fields = torch.stack([block >> 2 * j & 3 for j in range(8)], 1).flatten(0, 2)
+            y[head, :, channel : channel + 16] += (fields - 1.5) * scale * gain[:, None]
+    again = layout.mean[:, None] + (y * layout.deviation[:, None]) @ layout.inverse.float()
+    torch.testing.assert_close(again[None], quantizer.decode(packed), atol=1e-5, rtol=1e-5)
 
 
-def test_planes_are_of_one_state_and_of_one_plane_a_width(seed: int) -> None:
+def test_planes_are_of_one_state_of_uniform_levels_and_even_widths(seed: int) -> None:
     found, _, _ = side_calibration()
-    quantizer = CalibratedQuantizer(found, water_fill(found.worth, 1.7, (0, 2, 4), 16))
+    even = water_fill(found.worth, 1.7, (0, 2, 4), 16)
+    quantizer = CalibratedQuantizer(found, even, levels="uniform")
     before = quantizer.planes()
     quantizer.load_state_dict({**quantizer.state_dict(), "usual": quantizer.state_dict()["usual"] + 1})
     after = quantizer.planes()
     assert before is not None and after is not None
     assert torch.equal(after.usual, before.usual + 1)
-    assert CalibratedQuantizer(found, water_fill(found.worth, 2.0)).planes() is None
-    assert CalibratedQuantizer(found, torch.zeros(HEADS, DIM, dtype=torch.long)).planes() is None
+    assert CalibratedQuantizer(found, even).planes() is None
+    assert CalibratedQuantizer(found, water_fill(found.worth, 2.0), levels="uniform").planes() is None
+    assert CalibratedQuantizer(found, torch.zeros(HEADS, DIM, dtype=torch.long), levels="uniform").planes() is None
 
 
 def test_heads_share_their_bits_unevenly_and_all_are_counted(seed: int) -> None:

@@ -89,11 +89,18 @@ class TritonDecodeAttention(Kernel):
             options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "output_dtype": wide}
             parts.append(decode_attention(query, tiers, window, s_aux=sinks, **options))
             sinks = None
-        for segment in moved:
+        for segment in (s for s in moved if not _has_planes(s)):
             parts.append(_attend_moved(query, segment, scaling, softcap, sinks))
             sinks = None
-        output, lse = parts[0] if len(parts) == 1 else merged(parts)
-        return AttentionOutput(output.to(query.dtype), lse)
+        found = merged(parts) if len(parts) > 1 else parts[0] if parts else None
+        planes = [s for s in moved if _has_planes(s)]
+        for number, segment in enumerate(planes, 1):
+            dtype = query.dtype if number == len(planes) else torch.float32
+            found = planes_attention(query, _planes_tier(segment), scaling, found, sinks, dtype)
+            sinks = None
+        if found is None:  # `accepts` refuses a call without segments
+            raise InputError("decode_attention was given nothing to attend to: no packed tier and no window")
+        return AttentionOutput(found[0].to(query.dtype), found[1])
 
 
 def merged(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -114,11 +121,7 @@ def _attend_moved(
     grouped = (query.float() * scaling).reshape(rows, segment.store.heads, -1, query.shape[-1])
     turned = keys.transform_query(grouped).reshape(rows, heads, queries, -1).contiguous()
     bias = keys.query_bias(grouped)
-    if _has_planes(segment):
-        output, lse = planes_attention(turned, _planes_tier(segment))
-    else:
-        tier = _tier(segment)
-        output, lse = decode_attention(turned, [tier], scaling=1.0, softcap=softcap)
+    output, lse = decode_attention(turned, [_tier(segment)], scaling=1.0, softcap=softcap)
     if bias is not None:
         lse = lse + bias.reshape(lse.shape)
     back = output.reshape(rows, segment.store.heads, -1, output.shape[-1])
@@ -227,7 +230,8 @@ def _unreadable(keys: Quantizer, values: Quantizer, head_dim: int) -> str:
         planes = quantizer.planes()
         if planes is None:
             return (
-                f"the {side} quantizer {quantizer.kind!r} has neither a packed format nor planes of one width a channel"
+                f"the {side} quantizer {quantizer.kind!r} has no packed format and no planes of 2 bits (calibrated codes have "
+                f"planes with widths = [0, 2, 4], group = 16 and levels = 'uniform')"
             )
         if reason := unsupported_planes(planes, side):
             return reason

@@ -1,11 +1,9 @@
-"""Decode attention over a tier whose channels have widths of their own (``PlaneLayout``), in the space of its codes."""
+"""Decode attention over a tier whose codes are planes of 2 bits (``PlaneLayout``), in the space of those planes."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,56 +12,41 @@ from torch import Tensor
 
 from fade_core.errors import InputError
 from fade_core.interfaces import PlaneLayout
-from fade_kernels_triton.device import interpreted, multiprocessors
+from fade_kernels_triton.device import interpreted, multiprocessors, overlaps
+from fade_kernels_triton.launch import DecodeConfig
 from fade_kernels_triton.merge import merge
 from fade_kernels_triton.operands import MAX_COLUMNS, MAX_QUERIES, TILES
 
-WIDTHS = (4, 2)
-"""Widths that are read, the first stored first."""
+PLANE_CHANNELS = 16
+MAX_PLANES = 32
+"""Most planes of a head and side: all of 256 channels of 4 bits."""
 
-GROUP = 16
-"""Channels that share a width."""
-
-MAX_KEPT = 256
-RESIDENT = 8
-"""Programs a multiprocessor that the number of splits aims at."""
+LAUNCH = DecodeConfig(stages=3, resident=8, overlap=True)
+"""How the kernel is launched where launches can overlap; with more than 16 query columns in more warps."""
 
 MAX_SPLITS = 512
 STEP = 128
 """Tokens a step."""
 
-STAGES = 3
+PREFETCHED_STEPS = 16
+"""Up to this many steps a program, its first one is asked for before it is known whether it holds anything."""
 
-
-_refusals: WeakKeyDictionary[PlaneLayout, dict[str, str]] = WeakKeyDictionary()
+BLOCK = 32
+COLUMNS = 16
+"""Channels of the output that a program of ``finish_kernel`` makes, and query columns that it and ``turn_kernel`` take."""
 
 
 def unsupported_planes(layout: PlaneLayout, side: str) -> str:
-    """Why the planes kernel cannot read codes of this layout; empty if it can. Looked at once a layout."""
-    known = _refusals.setdefault(layout, {})
-    if side not in known:
-        known[side] = _refusal(layout, side)
-    return known[side]
-
-
-def _refusal(layout: PlaneLayout, side: str) -> str:
+    """Why the planes kernel cannot read codes of this layout; empty if it can."""
     wanted = "token" if side == "key" else "channel"
-    if unknown := sorted(set(layout.levels) - set(WIDTHS)):
-        return f"{side}s of {', '.join(map(str, unknown))} bits beside others (it reads planes of 4 and of 2)"
-    if layout.group != GROUP:
-        return f"{side}s whose channels share a width by {layout.group} (it reads groups of {GROUP}: group = {GROUP})"
     if layout.layout != wanted:
         return f"{side}s stored {layout.layout}-major (it reads {wanted}-major {side}s)"
     if layout.tile not in TILES:
         return f"tiles of {layout.tile} tokens (it reads 64 or 128)"
-    if layout.kept > MAX_KEPT:
-        return f"{layout.kept} stored channels (it reads up to {MAX_KEPT})"
-    widths = layout.channels[..., 0]
-    if bool((widths.diff(dim=1) > 0).any()):
-        return f"{side}s whose widths rise along the channels (it reads falling ones)"
-    half = torch.tensor(layout.levels.get(4, ())).half()
-    if not torch.equal(half, -half.flip(0)) or bool((half[len(half) // 2 :] <= 0).any()):
-        return f"{side}s of 4 bits whose levels are not symmetric about 0"
+    if layout.row % PLANE_CHANNELS:
+        return f"rows of {layout.row} words (it reads multiples of {PLANE_CHANNELS})"
+    if layout.words.shape[1] > MAX_PLANES:
+        return f"{layout.words.shape[1]} planes a head (it reads up to {MAX_PLANES})"
     return ""
 
 
@@ -72,7 +55,7 @@ class PlanesTier:
     """Packed tokens of one tier whose channels have widths of their own.
 
     Attributes:
-        key_layout, value_layout: where codes are.
+        key_layout, value_layout: where codes are, and what they mean.
         keys, values: fields ``codes`` and ``gain``. With a table, pools ``[pool_tiles, *tile_shape]``; without,
             ``[B, H_kv, max_tiles, *tile_shape]``. Contiguous.
         count: int32 ``[B, H_kv]``, tiles in use, the same for all heads of a row; lives on the device and is read there.
@@ -117,130 +100,119 @@ class PlanesTier:
         return int((self.table if self.table is not None else self.keys["codes"]).shape[2])
 
 
-@dataclass(frozen=True)
-class Reading:
-    """What the kernel is told of one side's codes.
-
-    Attributes:
-        places: int32 ``[H_kv, 4]`` on the tokens' device: first word and number of groups of 4 bits, then of 2 bits.
-        steps: words between word rows of 4 and of 2 bits.
-        groups: most groups of 4 and of 2 bits that a head has; from 3 on even numbers, so that fewer kernels are compiled.
-        table: levels as bytes in six words: low ones of levels 8 to 11 and 12 to 15 of the 4-bit codes, their high ones,
-            then low and high ones of the four 2-bit levels.
-        spacing: distances between neighbouring levels of the 4-bit and of the 2-bit codes; zeros if not even and about 0.
-        aligned: whether no word row of a group, and no channel's words, are cut between two heads' rows.
-    """
-
-    places: Tensor
-    steps: tuple[int, int]
-    groups: tuple[int, int]
-    table: tuple[int, ...]
-    spacing: tuple[float, float]
-    aligned: bool
+_reaches: WeakKeyDictionary[PlaneLayout, Tensor] = WeakKeyDictionary()
 
 
-_readings: WeakKeyDictionary[PlaneLayout, Reading] = WeakKeyDictionary()
+def _reach(layout: PlaneLayout) -> Tensor:
+    """float32 ``[H_kv]``: how long the vectors are at most that a query is multiplied by; made once a layout."""
+    if layout not in _reaches:
+        length = layout.inverse.float().norm(dim=-1) * layout.deviation.abs()  # [H, kept]
+        channels = layout.channels.long()[..., None] + torch.arange(PLANE_CHANNELS, device=length.device)
+        worth = length.gather(1, channels.flatten(1)).view_as(channels) * layout.scales[..., None]
+        _reaches[layout] = worth.amax((1, 2)).contiguous()
+    return _reaches[layout]
 
 
-def reading_of(layout: PlaneLayout) -> Reading:
-    """What the kernel is told of ``layout``; made once a layout, which copies a few numbers to the device."""
-    if layout not in _readings:
-        groups = layout.channels[:, ::GROUP]
-        places, steps, most = [], [], []
-        for width in WIDTHS:
-            there = groups[..., 0] == width
-            counts = there.sum(1)
-            first = groups[..., 1].masked_fill(~there, torch.iinfo(torch.int32).max).amin(1)
-            places += [first.masked_fill(counts == 0, 0), counts]
-            steps.append(int(groups[..., 2][there].max()) if bool(there.any()) else 0)
-            number = int(counts.max())
-            most.append(number if number <= 2 else number + number % 2)
-        _readings[layout] = Reading(
-            torch.stack(places, 1).to(torch.int32).contiguous().to(layout.usual.device),
-            (steps[0], steps[1]),
-            (most[0], most[1]),
-            _table(layout.levels.get(4, ()), layout.levels.get(2, ())),
-            _spacing(layout.levels.get(4, ()), layout.levels.get(2, ())),
-            layout.row % GROUP == 0,
-        )
-    return _readings[layout]
-
-
-@cache
-def _table(four: tuple[float, ...], two: tuple[float, ...]) -> tuple[int, ...]:
-    """``Reading.table`` of the levels of 4 and of 2 bits."""
-    words: list[int] = []
-    for levels in (four[8:] or (0.0,) * 8, two or (0.0,) * 4):
-        numbers = torch.tensor(levels).half().view(torch.int16).view(-1, 4).long()
-        for part in (numbers & 0xFF, (numbers >> 8) & 0xFF):
-            words += (part << torch.arange(0, 32, 8)).sum(1).to(torch.int32).tolist()  # wraps: the bits are what counts
-    return tuple(words)
-
-
-def _spacing(four: tuple[float, ...], two: tuple[float, ...]) -> tuple[float, float]:
-    """``Reading.spacing`` of the levels of 4 and of 2 bits; 1 for codes that there are none of."""
-    found = []
-    for levels in (four, two):
-        if not levels:
-            found.append(1.0)
-            continue
-        steps = [after - before for before, after in itertools.pairwise(levels)]
-        if max(steps) - min(steps) + abs(levels[0] + levels[-1]) > 1e-6 * max(steps):
-            return 0.0, 0.0
-        found.append(sum(steps) / len(steps))
-    return found[0], found[1]
-
-
-def planes_attention(query: Tensor, tier: PlanesTier, splits: int = 0) -> tuple[Tensor, Tensor]:
-    """Attention of transformed query tokens over one tier, in one launch and one merge.
+def planes_attention(
+    query: Tensor,
+    tier: PlanesTier,
+    scaling: float,
+    other: tuple[Tensor, Tensor] | None = None,
+    sinks: Tensor | None = None,
+    output_dtype: torch.dtype | None = None,
+    splits: int = 0,
+    config: DecodeConfig = LAUNCH,
+) -> tuple[Tensor, Tensor]:
+    """Attention over one tier, and beside what else was attended to: four launches, each of which overlaps the one before.
 
     Nothing is read back to the host, so the call can be captured into a CUDA graph.
 
     Args:
-        query: ``[B, H_q, Q, kept]`` as ``transform_query`` gives it, scaled; contiguous along the channels, ``Q`` 1 to 8.
+        query: ``[B, H_q, Q, D]``, contiguous along the channels, ``Q`` from 1 to 8.
         tier: what is stored.
-        splits: programs a row and head; derived from the device by default.
+        scaling: softmax scale.
+        other: output ``[B, H_q, Q, D]``, contiguous along the channels, and natural log-sum-exp ``[B, H_q, Q]`` of
+            attention to other tokens, merged with the tier's.
+        sinks: sink logits ``[H_q]`` that take part in the softmax and have no value.
+        output_dtype: of the output; the query's by default.
+        splits: programs a row and head; derived from the configuration by default.
+        config: launch configuration; codes are always ``subnormal``.
 
     Returns:
-        Output ``[B, H_q, Q, kept]`` in the space of the values' codes, float32, and the natural log-sum-exp of the scores
+        Output ``[B, H_q, Q, D]`` (memory order ``[B, Q, H_q, D]``) and the natural log-sum-exp of the scores, float32
         ``[B, H_q, Q]`` (-inf where nothing is stored).
 
     Raises:
         InputError: for shapes that the kernel cannot take; the message says which.
     """
     from fade_kernels_triton.jit.planes import planes_kernel
+    from fade_kernels_triton.jit.turn import finish_kernel, turn_kernel
 
     keys, values = tier.key_layout, tier.value_layout
-    rows, heads, q_len, kept = query.shape
+    rows, heads, q_len, dim = query.shape
     heads_kv = tier.count.shape[1]
     group, columns = heads // heads_kv, heads // heads_kv * q_len
-    if kept != keys.kept or query.stride(3) != 1 or heads % heads_kv or tier.count.shape[0] != rows:
+    if dim != keys.mean.shape[1] or query.stride(3) != 1 or heads % heads_kv or tier.count.shape[0] != rows:
         raise InputError(
-            f"query {tuple(query.shape)} beside {keys.kept} stored channels of {tuple(tier.count.shape)} rows and KV heads"
+            f"query {tuple(query.shape)} beside keys of {keys.mean.shape[1]} channels and counts of "
+            f"{tuple(tier.count.shape)} rows and KV heads"
         )
     if q_len > MAX_QUERIES or columns > MAX_COLUMNS:
         raise InputError(
             f"{q_len} query tokens, {columns} query columns a KV head (up to {MAX_QUERIES} and {MAX_COLUMNS})"
         )
     groups = rows * heads_kv
-    slots = multiprocessors(query.device) * RESIDENT
+    key_planes, value_planes = keys.words.shape[1], values.words.shape[1]
     steps = -(-tier.max_tiles * keys.tile // STEP)
-    splits = splits or max(1, min(slots // groups, MAX_SPLITS, steps))
+    splits = splits or max(1, min(multiprocessors(query.device) * config.resident // groups, MAX_SPLITS, steps))
     padded = max(8, _next_power_of_2(columns))
-    out = torch.empty(rows, q_len, heads, values.kept, dtype=torch.float32, device=query.device).transpose(1, 2)
-    lse = torch.empty(rows, heads, q_len, dtype=torch.float32, device=query.device)
-    part = torch.empty(groups, splits, columns, values.kept, dtype=torch.float32, device=query.device)
-    part_lse = torch.empty(groups, splits, columns, dtype=torch.float32, device=query.device)
-    options: dict[str, Any] = {"num_warps": min(max(1, padded // 16), 4)}
-    planes_kernel[(splits, groups)](
+    padded_dim = max(64, _next_power_of_2(dim))
+    overlap = config.overlap and overlaps(query.device)
+    launch: dict[str, Any] = {"launch_pdl": True} if overlap else {}
+    registers = {"maxnreg": config.registers} if config.registers and not interpreted() else {}
+    made: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
+    turned = torch.empty(groups, key_planes, padded, PLANE_CHANNELS, dtype=torch.float16, device=query.device)
+    norm, bias = torch.empty(2, groups, padded, **made)
+    part = torch.empty(groups, splits, columns, value_planes * PLANE_CHANNELS, **made)
+    part_lse = torch.empty(groups, splits, columns, **made)
+    merged = torch.empty(rows, heads, q_len, value_planes * PLANE_CHANNELS, **made)
+    merged_lse, lse = torch.empty(2, rows, heads, q_len, **made)
+    out = torch.empty(rows, q_len, heads, dim, dtype=output_dtype or query.dtype, device=query.device).transpose(1, 2)
+    turn_kernel[(key_planes, groups, -(-padded // COLUMNS))](
         query,
+        keys.channels,
+        keys.scales,
+        keys.deviation,
+        keys.inverse,
+        keys.mean,
+        _reach(keys),
+        turned,
+        norm,
+        bias,
+        scaling,
+        heads_kv,
+        keys.deviation.shape[1],
+        padded,
+        *query.stride()[:3],
+        HEADS=group,
+        Q_LEN=q_len,
+        N=min(padded, COLUMNS),
+        D=dim,
+        DP=padded_dim,
+        PDL=overlap,
+        num_warps=4,
+        **launch,
+    )
+    planes_kernel[(splits, groups)](
+        turned,
+        norm,
         tier.keys["codes"],
         tier.keys["gain"].view(torch.int32),
-        reading_of(keys).places,
+        keys.words,
         keys.usual,
         tier.values["codes"],
         tier.values["gain"].view(torch.int32),
-        reading_of(values).places,
+        values.words,
         values.usual,
         tier.table,
         tier.count,
@@ -252,34 +224,63 @@ def planes_attention(query: Tensor, tier: PlanesTier, splits: int = 0) -> tuple[
         splits,
         keys.row,
         values.row,
-        *reading_of(keys).steps,
-        values.kept,
-        *query.stride()[:3],
+        COLUMNS=columns,
+        N=padded,
+        KEY_PLANES=key_planes,
+        VALUE_PLANES=value_planes,
+        TILE=keys.tile,
+        KEY_ZERO=keys.gain_zero,
+        KEY_STEPS=keys.gain_steps,
+        VALUE_ZERO=values.gain_zero,
+        VALUE_STEPS=values.gain_steps,
+        KEY_AHEAD=_ahead(tier, keys, splits) if overlap else 0,
+        VALUE_AHEAD=_ahead(tier, values, splits) if overlap else 0,
+        STAGES=config.stages + 2 * (tier.table is not None),
+        PDL=overlap,
+        INTERPRET=interpreted(),
+        num_warps=min(max(config.warps, padded // 16), 4),
+        **launch,
+        **registers,
+    )
+    merge(part, part_lse, None, merged, merged_lse, overlap)
+    finish_kernel[(-(-dim // BLOCK), groups, -(-padded // COLUMNS))](
+        merged,
+        merged_lse,
+        bias,
+        values.channels,
+        values.scales,
+        values.deviation,
+        values.inverse,
+        values.mean,
+        None if other is None else other[0],
+        None if other is None else other[1],
+        sinks,
+        out,
+        lse,
+        heads_kv,
+        values.deviation.shape[1],
+        padded,
+        *((0, 0, 0) if other is None else other[0].stride()[:3]),
+        *out.stride()[:3],
         HEADS=group,
         Q_LEN=q_len,
-        N=padded,
-        **constants(keys, values),
-        STAGES=STAGES + 2 * (tier.table is not None),
-        INTERPRET=interpreted(),
-        **options,
+        N=COLUMNS,
+        PLANES=value_planes,
+        D=dim,
+        BLOCK=BLOCK,
+        PDL=overlap,
+        num_warps=4,
+        **launch,
     )
-    merge(part, part_lse, None, out, lse)
     return out, lse
 
 
-def constants(keys: PlaneLayout, values: PlaneLayout) -> dict[str, Any]:
-    """What the kernel is compiled for, of two layouts."""
-    found: dict[str, Any] = {"TILE": keys.tile}
-    for name, layout in (("KEY", keys), ("VALUE", values)):
-        read = reading_of(layout)
-        found |= {
-            f"{name}4": read.groups[0],
-            f"{name}2": read.groups[1],
-            f"{name}_TABLE": read.table,
-            f"{name}_SPACING": read.spacing,
-        }
-        found |= {f"{name}_ZERO": layout.gain_zero, f"{name}_STEPS": layout.gain_steps, f"{name}_ALIGNED": read.aligned}
-    return found
+def _ahead(tier: PlanesTier, layout: PlaneLayout, splits: int) -> int:
+    """Bytes of its own first tiles that a program asks for before it waits; in few sizes, as each is compiled for."""
+    tiles = STEP // layout.tile
+    if tier.table is not None or tier.max_tiles > PREFETCHED_STEPS * splits * tiles:
+        return 0
+    return layout.row * 2 * tiles // 1024 * 1024
 
 
 def _next_power_of_2(n: int) -> int:

@@ -16,6 +16,7 @@ from fade_quant_rotated.calibrate import sketch_of
 from fade_quant_rotated.calibration import GAIN_BITS, Calibration, SideCalibration, load_calibration, plan_of
 from fade_quant_rotated.levels import check_tokens, to_tiles
 from fade_quant_rotated.lloyd_max import Levels
+from fade_quant_rotated.planes import PLANE_CHANNELS, PlaneStream, fits_planes
 from fade_quant_rotated.streams import StreamLayout
 
 GAIN_STEPS = 3
@@ -82,7 +83,9 @@ class CalibratedQuantizer(Quantizer):
         self.heads, self.head_dim = widths.shape
         self.widths = widths.to(torch.int8)
         word_order: Layout = "token" if self.side == "key" else "channel"
-        self.layout = StreamLayout(widths.long(), self.tile, word_order, self.device, self.row, self.levels)
+        planes = fits_planes(widths) and self.tile % 8 == 0 and self.row % PLANE_CHANNELS == 0
+        stream = PlaneStream if planes else StreamLayout
+        self.layout = stream(widths.long(), self.tile, word_order, self.device, self.row, self.levels)
 
     @property
     def bits_per_element(self) -> float:
@@ -164,18 +167,20 @@ class CalibratedQuantizer(Quantizer):
         return self.transform_output(total, weights.sum(-1, keepdim=True))
 
     def planes(self) -> PlaneLayout | None:
-        """Where a kernel finds the codes; ``None`` where a width is more than one plane (3, 5, 6 bits) or nothing is stored."""
-        if self._planes is None and self.layout.single_planes:
+        """Where a kernel finds the codes, of even widths in groups of 16 channels and uniform levels; ``None`` for others."""
+        if self._planes is None and isinstance(self.layout, PlaneStream) and self.levels == "uniform":
+            state = self._state
             self._planes = PlaneLayout(
                 self.tile,
                 self.layout.row,
                 self.layout.layout,
-                self.layout.places(),
-                self.layout.group,
-                {width: self.layout.levels(width) for width, _, _ in self.layout.runs},
-                self._state["usual"],
+                *self.layout.table(),
+                state["usual"],
                 GAIN_ZERO,
                 GAIN_STEPS,
+                state["mean"],
+                state["deviation"],
+                state["inverse"],
             )
         return self._planes
 

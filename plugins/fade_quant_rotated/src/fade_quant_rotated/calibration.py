@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -16,7 +17,9 @@ from torch import Tensor
 
 from fade_core.errors import CheckpointError, ConfigError
 from fade_core.interfaces import Side
+from fade_core.packed import WORD_BITS
 from fade_quant_rotated.allocation import check_widths, water_fill
+from fade_quant_rotated.planes import PLANE_BITS, PLANE_CHANNELS
 
 FORMAT = 1
 """Written into files; raised when the meaning of a tensor changes."""
@@ -112,7 +115,10 @@ class Calibration:
         """
         widths = check_widths(widths)
         sides: tuple[Side, ...] = ("key", "value") if side is None else (side,)
-        padding = 16 * (self.num_kv_heads - 1) / (64 * self.num_kv_heads * self.head_dim)
+        heads = self.num_kv_heads
+        planes = group % PLANE_CHANNELS == 0 and not any(width % PLANE_BITS for width in widths)
+        lost = PLANE_CHANNELS * (heads - math.gcd(heads, 8)) if planes else heads - 1  # words of a tile of 64 at most
+        padding = WORD_BITS * lost / (64 * heads * self.head_dim)
         left = bits - GAIN_BITS / self.head_dim - padding
         if not 0 <= left <= widths[-1]:
             raise ConfigError(

@@ -27,6 +27,7 @@ class StreamLayout:
         levels: which levels codes stand for.
 
     Attributes:
+        widths: as given, on the CPU.
         kept: channels stored, of the head that stores most.
         channels: int64 ``[C]``, ``head * kept + channel`` of every stored channel, in stream order.
         runs: ``(width, start, stop)`` of channels of one width, in stream order.
@@ -42,7 +43,7 @@ class StreamLayout:
         row: int = 0,
         levels: Levels = "gaussian",
     ) -> None:
-        widths = widths.cpu()
+        self.widths = widths = widths.cpu()
         self.levels = LEVELS[levels]
         self.tile, self.layout, self.heads, self.head_dim = tile, layout, *widths.shape
         self.kept = max(1, int((widths > 0).sum(-1).max()))
@@ -63,35 +64,6 @@ class StreamLayout:
     def bits_per_element(self) -> float:
         """Stored bits an element of the layer, padding counted."""
         return self.row * WORD_BITS / (self.tile * self.head_dim)
-
-    @property
-    def single_planes(self) -> bool:
-        """Whether every width is one plane, and there is any."""
-        return bool(self.runs) and all(len(planes_of(width)) == 1 for width, _, _ in self.runs)
-
-    def places(self) -> Tensor:
-        """int32 ``[H_kv, kept, 3]`` on the CPU: width, first word and words between word rows, of each channel that is stored.
-
-        For ``single_planes``; zeros elsewhere.
-        """
-        found = torch.zeros(self.heads * self.kept, 3, dtype=torch.int32)
-        at = 0
-        for width, start, stop in self.runs:
-            count, rows = stop - start, self.tile * width // WORD_BITS
-            number = torch.arange(count, dtype=torch.int32)
-            word, step = (at + number, count) if self.layout == "token" else (at + number * rows, 1)
-            channels = self.channels[start:stop].cpu()
-            found[channels, 0], found[channels, 1], found[channels, 2] = width, word, step
-            at += rows * count
-        result: Tensor = found.unflatten(0, (self.heads, self.kept))
-        return result
-
-    @property
-    def group(self) -> int:
-        """Most channels, up to 16, that have one width wherever a multiple of them begins."""
-        widths = self.places()[..., 0]
-        fitting = (group for group in (16, 8, 4, 2) if self.kept % group == 0)
-        return next((g for g in fitting if bool((widths.unflatten(1, (-1, g)).diff() == 0).all())), 1)
 
     def codes(self, x: Tensor) -> Tensor:
         """Nearest levels (int32 ``[B, n, tile, C]``) of unit-variance channels ``[B, H, n, tile, kept]``."""

@@ -1,0 +1,106 @@
+"""A stream that kernels read: planes of 2 bits of 16 channels each, head by head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fade_core.packed import WORD_BITS, Layout, pack_codes, unpack_codes
+from fade_quant_rotated.lloyd_max import Levels
+from fade_quant_rotated.streams import StreamLayout
+
+PLANE_BITS = 2
+PLANE_CHANNELS = 16
+"""Channels of a plane, and words whose rows kernels read at once."""
+
+
+def fits_planes(widths: Tensor) -> bool:
+    """Whether ``widths`` ``[H_kv, D]`` are even, and alike over each 16 channels; some are not 0."""
+    if widths.shape[-1] % PLANE_CHANNELS or not bool(widths.any()):
+        return False
+    groups = widths.unflatten(-1, (-1, PLANE_CHANNELS))
+    return bool((groups % PLANE_BITS == 0).all()) and bool((groups == groups[..., :1]).all())
+
+
+class PlaneStream(StreamLayout):
+    """``StreamLayout`` of widths that ``fits_planes``: stored by head, then by 16 channels, then by two bits, high ones first.
+
+    Attributes:
+        planes: int64 ``[planes, 3]`` on the CPU in stream order: head, first channel, and the shift of its two bits.
+        row: as of ``StreamLayout``, a multiple of 16.
+    """
+
+    def __init__(
+        self,
+        widths: Tensor,
+        tile: int,
+        layout: Layout,
+        device: torch.device | None = None,
+        row: int = 0,
+        levels: Levels = "gaussian",
+    ) -> None:
+        super().__init__(widths, tile, layout, device, row, levels)
+        self.row += -self.row % PLANE_CHANNELS
+        groups = widths.cpu()[:, ::PLANE_CHANNELS].tolist()
+        self.planes = torch.tensor(
+            [
+                (head, number * PLANE_CHANNELS, shift)
+                for head, own in enumerate(groups)
+                for number, width in enumerate(own)
+                for shift in range(width - PLANE_BITS, -1, -PLANE_BITS)
+            ]
+        )
+        place = torch.zeros(self.heads * self.kept, dtype=torch.long)
+        place[self.channels.cpu()] = torch.arange(len(self.channels))
+        first = self.planes[:, 0] * self.kept + self.planes[:, 1]
+        channel = first[:, None] + torch.arange(PLANE_CHANNELS)
+        self._place = place[channel].to(device)  # [planes, 16], among the codes
+        self._shift = self.planes[:, 2:].to(device, torch.int32)
+
+    @property
+    def plane_words(self) -> int:
+        """Words of a plane."""
+        return self.tile * PLANE_BITS * PLANE_CHANNELS // WORD_BITS
+
+    def pack(self, codes: Tensor) -> Tensor:
+        fields = (codes[..., self._place] >> self._shift) & (2**PLANE_BITS - 1)  # [B, n, tile, planes, 16]
+        stream = pack_codes(fields.transpose(2, 3), PLANE_BITS, self.layout).flatten(2)
+        stream = torch.nn.functional.pad(stream, (0, self.row * self.heads - self.words))
+        result: Tensor = stream.unflatten(-1, (self.heads, self.row)).transpose(1, 2).contiguous()
+        return result
+
+    def unpack(self, rows: Tensor) -> Tensor:
+        stream = rows.transpose(1, 2).flatten(2)[..., : self.words]
+        rest = (-1, PLANE_CHANNELS) if self.layout == "token" else (PLANE_CHANNELS, self.tile * PLANE_BITS // WORD_BITS)
+        words = stream.unflatten(-1, (len(self.planes), -1)).unflatten(-1, rest)
+        fields = unpack_codes(words, PLANE_BITS, self.layout, torch.int32)
+        fields = (fields if self.layout == "token" else fields.transpose(-1, -2)).transpose(2, 3) << self._shift
+        out = torch.zeros(*stream.shape[:2], self.tile, len(self.channels), dtype=torch.int32, device=rows.device)
+        for shift in self.planes[:, 2].unique().tolist():
+            there = (self.planes[:, 2] == shift).to(rows.device)
+            out[..., self._place[there].flatten()] |= fields[..., there, :].flatten(3)
+        return out
+
+    def table(self) -> tuple[Tensor, Tensor, Tensor]:
+        """First words and channels (int32) and worths of a step (float32), ``[H_kv, P]``, as ``PlaneLayout`` has them.
+
+        For levels at even distances. What a head lacks to the ``P`` planes of the one that has most is its first plane, or
+        another's, worth 0.
+        """
+        words = torch.arange(len(self.planes), dtype=torch.int32) * self.plane_words
+        step = {width: self.levels(width)[1] - self.levels(width)[0] for width, _, _ in self.runs}
+        most = int(self.planes[:, 0].bincount().max())
+        table = torch.zeros(2, self.heads, most, dtype=torch.int32)
+        scales = torch.zeros(self.heads, most)
+        for head in range(self.heads):
+            there = (self.planes[:, 0] == head).nonzero().flatten().tolist()
+            for at, number in enumerate(there):
+                _, channel, shift = self.planes[number].tolist()
+                width = int(self.widths[head, channel])
+                table[:, head, at] = torch.tensor([int(words[number]), channel])
+                scales[head, at] = step[width] * 2**shift
+            if there:
+                table[:, head, len(there) :] = table[:, head, :1]
+        found = (table[0].contiguous(), table[1].contiguous(), scales)
+        device = self.channels.device
+        return found[0].to(device), found[1].to(device), found[2].to(device)
