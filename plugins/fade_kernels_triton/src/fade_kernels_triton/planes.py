@@ -14,7 +14,6 @@ from fade_core.errors import InputError
 from fade_core.interfaces import PlaneLayout
 from fade_kernels_triton.device import interpreted, multiprocessors, overlaps
 from fade_kernels_triton.launch import DecodeConfig
-from fade_kernels_triton.merge import merge
 from fade_kernels_triton.operands import MAX_COLUMNS, MAX_QUERIES, TILES
 
 PLANE_CHANNELS = 16
@@ -32,8 +31,10 @@ PREFETCHED_STEPS = 16
 """Up to this many steps a program, its first one is asked for before it is known whether it holds anything."""
 
 BLOCK = 32
-COLUMNS = 16
-"""Channels of the output that a program of ``finish_kernel`` makes, and query columns that it and ``turn_kernel`` take."""
+"""Channels of the output that a program of ``finish_kernel`` makes."""
+
+MERGED = 8192
+"""Elements of the parts that it holds at once."""
 
 
 def unsupported_planes(layout: PlaneLayout, side: str) -> str:
@@ -123,7 +124,7 @@ def planes_attention(
     splits: int = 0,
     config: DecodeConfig = LAUNCH,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over one tier, and beside what else was attended to: four launches, each of which overlaps the one before.
+    """Attention over one tier, and beside what else was attended to: three launches, each of which overlaps the one before.
 
     Nothing is read back to the host, so the call can be captured into a CUDA graph.
 
@@ -166,19 +167,17 @@ def planes_attention(
     steps = -(-tier.max_tiles * keys.tile // STEP)
     splits = splits or max(1, min(multiprocessors(query.device) * config.resident // groups, MAX_SPLITS, steps))
     padded = max(8, _next_power_of_2(columns))
-    padded_dim = max(64, _next_power_of_2(dim))
     overlap = config.overlap and overlaps(query.device)
     launch: dict[str, Any] = {"launch_pdl": True} if overlap else {}
     registers = {"maxnreg": config.registers} if config.registers and not interpreted() else {}
     made: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
-    turned = torch.empty(groups, key_planes, padded, PLANE_CHANNELS, dtype=torch.float16, device=query.device)
-    norm, bias = torch.empty(2, groups, padded, **made)
-    part = torch.empty(groups, splits, columns, value_planes * PLANE_CHANNELS, **made)
-    part_lse = torch.empty(groups, splits, columns, **made)
-    merged = torch.empty(rows, heads, q_len, value_planes * PLANE_CHANNELS, **made)
-    merged_lse, lse = torch.empty(2, rows, heads, q_len, **made)
+    turned = torch.empty(groups, columns, key_planes, PLANE_CHANNELS, dtype=torch.float16, device=query.device)
+    norm, bias = torch.empty(2, groups, columns, **made)
+    width = value_planes * PLANE_CHANNELS
+    part, part_lse = torch.empty(groups, splits, columns, width, **made), torch.empty(groups, splits, columns, **made)
+    lse = torch.empty(rows, heads, q_len, **made)
     out = torch.empty(rows, q_len, heads, dim, dtype=output_dtype or query.dtype, device=query.device).transpose(1, 2)
-    turn_kernel[(key_planes, groups, -(-padded // COLUMNS))](
+    turn_kernel[(key_planes, columns, groups)](
         query,
         keys.channels,
         keys.scales,
@@ -192,15 +191,12 @@ def planes_attention(
         scaling,
         heads_kv,
         keys.deviation.shape[1],
-        padded,
         *query.stride()[:3],
         HEADS=group,
-        Q_LEN=q_len,
-        N=min(padded, COLUMNS),
         D=dim,
-        DP=padded_dim,
+        DP=max(64, _next_power_of_2(dim)),
         PDL=overlap,
-        num_warps=4,
+        num_warps=1,
         **launch,
     )
     planes_kernel[(splits, groups)](
@@ -242,10 +238,10 @@ def planes_attention(
         **launch,
         **registers,
     )
-    merge(part, part_lse, None, merged, merged_lse, overlap)
-    finish_kernel[(-(-dim // BLOCK), groups, -(-padded // COLUMNS))](
-        merged,
-        merged_lse,
+    padded_splits, padded_width = _next_power_of_2(splits), _next_power_of_2(width)
+    finish_kernel[(-(-dim // BLOCK), columns, groups)](
+        part,
+        part_lse,
         bias,
         values.channels,
         values.scales,
@@ -257,15 +253,17 @@ def planes_attention(
         sinks,
         out,
         lse,
+        splits,
         heads_kv,
         values.deviation.shape[1],
-        padded,
         *((0, 0, 0) if other is None else other[0].stride()[:3]),
         *out.stride()[:3],
         HEADS=group,
         Q_LEN=q_len,
-        N=COLUMNS,
         PLANES=value_planes,
+        WIDTH=padded_width,
+        SPLITS=padded_splits,
+        CHUNK=min(padded_splits, max(1, MERGED // padded_width)),
         D=dim,
         BLOCK=BLOCK,
         PDL=overlap,

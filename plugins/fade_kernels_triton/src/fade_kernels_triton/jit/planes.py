@@ -1,8 +1,8 @@
 """Attention over one tier whose codes are planes of 2 bits (``PlaneLayout``), in the space of those planes.
 
 Grid ``[splits, B * H_kv]``. The splits of a row and head take its steps in turn; each leaves a normalised output and its base-2
-log-sum-exp, as ``decode_kernel`` does, and ``merge_kernel`` merges them. Queries come from ``turn_kernel``, and
-``finish_kernel`` takes the output back to the model's space (``jit/turn.py``).
+log-sum-exp, as ``decode_kernel`` does, and
+``finish_kernel`` merges them. Queries come from ``turn_kernel`` (``jit/turn.py``).
 
 A step takes 128 tokens, one or two tiles. Row ``t * R + r`` of a plane's block of 16 word rows is word row ``r`` of the
 step's tile ``t``, ``R = tile / 8``; field ``j`` of it is token ``j * R + r``. All planes are alike: a channel of 4 bits has
@@ -187,11 +187,12 @@ def planes_kernel(
     queries = ()
     lacking = tl.zeros([16, N], tl.float32)
     for p in tl.static_range(KEY_PLANES):
-        query = tl.load(TURNED + ((bh * KEY_PLANES + p) * N + column)[None, :] * 16 + channel[:, None])
+        place = ((bh * COLUMNS + column) * KEY_PLANES + p)[None, :] * 16 + channel[:, None]
+        query = tl.load(TURNED + place, mask=(column < COLUMNS)[None, :], other=0.0)
         lacking += query.to(tl.float32)
         queries = queries + (query,)
     bias = tl.sum(lacking, 0) * (-MIDDLE)
-    scale = tl.load(NORM + bh * N + column) * (tl.exp2(usual) * LOG2E)
+    scale = tl.load(NORM + bh * COLUMNS + column, mask=column < COLUMNS, other=1.0) * (tl.exp2(usual) * LOG2E)
 
     out = ()
     for _p in tl.static_range(VALUE_PLANES):
@@ -266,18 +267,30 @@ def planes_kernel(
         total = total * shrink[None, :] + mass
         shared = shared * shrink[None, :] + rounded
 
-        # values
+        # values, two planes at a time: products of one need not wait for those of the other
         moved = ()
-        for p in tl.static_range(VALUE_PLANES):
+        for p in tl.static_range(0, VALUE_PLANES, 2):
             fields = unpack(
                 load_words(VALUE_CODES, TABLE, value_place[p], value_base, heads, step, second, in_second, value_row,
                            TILES, False),
                 2, True, INTERPRET,
             )  # fmt: skip
             part = tl.zeros([16, N], tl.float32)
-            for j in tl.static_range(8):
-                part = tl.dot(fields[j], weight[j], part)
-            moved = moved + (out[p] * shrink[None, :] + part,)
+            if p + 1 < VALUE_PLANES:
+                next_fields = unpack(
+                    load_words(VALUE_CODES, TABLE, value_place[p + 1], value_base, heads, step, second, in_second,
+                               value_row, TILES, False),
+                    2, True, INTERPRET,
+                )  # fmt: skip
+                next_part = tl.zeros([16, N], tl.float32)
+                for j in tl.static_range(8):
+                    part = tl.dot(fields[j], weight[j], part)
+                    next_part = tl.dot(next_fields[j], weight[j], next_part)
+                moved = moved + (out[p] * shrink[None, :] + part, out[p + 1] * shrink[None, :] + next_part)
+            else:
+                for j in tl.static_range(8):
+                    part = tl.dot(fields[j], weight[j], part)
+                moved = moved + (out[p] * shrink[None, :] + part,)
         out = moved
 
     mass = tl.sum(total, 0)

@@ -21,60 +21,56 @@ def turn_kernel(
     scaling,
     kv_heads,
     kept,
-    columns,
     query_stride_b,
     query_stride_h,
     query_stride_q,
     HEADS: tl.constexpr,
-    Q_LEN: tl.constexpr,
-    N: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid ``[planes, B * H_kv, columns / N]``: inner products of N query columns with a step of a plane's channels.
+    """Grid ``[planes, query columns, B * H_kv]``: a query's inner products with what one step of a plane's channels is worth.
 
-    They are divided by a power of two a column that none exceeds, which is written once a row and head, as are the query's
-    inner products with the mean.
+    They are divided by a power of two that none exceeds, which is written once a column, as is the query's inner product with
+    the mean.
     """
     plane = tl.program_id(0)
-    program = tl.program_id(1)
+    column = tl.program_id(1)
+    program = tl.program_id(2)
+    planes = tl.num_programs(0)
+    columns = tl.num_programs(1)
     row = (program // kv_heads).to(tl.int64)
     kv_head = (program % kv_heads).to(tl.int64)
-    planes = tl.num_programs(0)
-    column = tl.program_id(2) * N + tl.arange(0, N)
     channel = tl.arange(0, DP)
     inside = tl.arange(0, 16)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    at = kv_head * planes + plane
-    own = kv_head * kept + tl.load(CHANNELS + at) + inside
-    worth = tl.load(DEVIATION + own) * tl.load(SCALES + at)
+    own = kv_head * kept + tl.load(CHANNELS + kv_head * planes + plane) + inside
+    worth = tl.load(DEVIATION + own) * tl.load(SCALES + kv_head * planes + plane)
     inverse = tl.load(INVERSE + own[:, None] * D + channel[None, :], mask=(channel < D)[None, :], other=0.0)
     mean = tl.load(MEAN + kv_head * D + channel, mask=channel < D, other=0.0)
     reach = tl.load(REACH + kv_head)
     if PDL:
-        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_wait()  # until here only what no launch writes was read
     start = (
-        row * query_stride_b + (kv_head * HEADS + column % HEADS) * query_stride_h + (column // HEADS) * query_stride_q
+        row * query_stride_b + (kv_head * HEADS + column % HEADS) * query_stride_h + column // HEADS * query_stride_q
     )
-    mask = (column < Q_LEN * HEADS)[None, :] & (channel < D)[:, None]
-    query = tl.load(QUERY + start[None, :] + channel[:, None], mask=mask, other=0.0).to(tl.float32) * scaling
+    query = tl.load(QUERY + start + channel, mask=channel < D, other=0.0).to(tl.float32) * scaling
     largest = tl.maximum(tl.sqrt(tl.sum(query * query, 0)) * reach, 1.0e-30)
     bits = (largest.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000  # the exponent, rounded up
     shrink = (0x7F000000 - bits).to(tl.float32, bitcast=True)
-    turned = tl.dot(inverse.to(tl.float32), query, input_precision="ieee") * worth[:, None] * shrink[None, :]
-    places = TURNED + ((program.to(tl.int64) * planes + plane) * columns + column)[None, :] * 16 + inside[:, None]
-    tl.store(places, turned.to(tl.float16))
+    turned = tl.sum(inverse.to(tl.float32) * query[None, :], 1) * worth * shrink
+    at = program.to(tl.int64) * columns + column
+    tl.store(TURNED + (at * planes + plane) * 16 + inside, turned.to(tl.float16))
     if plane == 0:
-        tl.store(NORM + program * columns + column, bits.to(tl.float32, bitcast=True))
-        tl.store(BIAS + program * columns + column, tl.sum(query * mean[:, None], 0))
+        tl.store(NORM + at, bits.to(tl.float32, bitcast=True))
+        tl.store(BIAS + at, tl.sum(query * mean, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def finish_kernel(
-    MERGED,
-    MERGED_LSE,
+    PART,
+    PART_LSE,
     BIAS,
     CHANNELS,
     SCALES,
@@ -86,9 +82,9 @@ def finish_kernel(
     SINK,
     OUT,
     LSE,
+    splits,
     kv_heads,
     kept,
-    columns,
     other_stride_b,
     other_stride_h,
     other_stride_q,
@@ -97,73 +93,90 @@ def finish_kernel(
     out_stride_q,
     HEADS: tl.constexpr,
     Q_LEN: tl.constexpr,
-    N: tl.constexpr,
     PLANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPLITS: tl.constexpr,
+    CHUNK: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid ``[D / BLOCK, B * H_kv, columns / N]``: a tier's merged output to BLOCK channels of the model's, with its mean.
+    """Grid ``[D / BLOCK, query columns, B * H_kv]``: merge what the splits have left of one query column, and bring it back.
 
-    OTHER, an output in the model's space, and the SINK take their shares.
+    The merged output, of PLANES * 16 channels (WIDTH, a power of two, with room), is multiplied by what each is worth in the
+    model's channels, of which a program makes BLOCK; the mean is added. OTHER, an output in the model's space, and the SINK
+    take their shares. SPLITS is the next power of two of ``splits``, of which CHUNK are read at once.
     """
     block = tl.program_id(0)
-    program = tl.program_id(1)
+    column = tl.program_id(1)
+    program = tl.program_id(2)
     row = (program // kv_heads).to(tl.int64)
     kv_head = (program % kv_heads).to(tl.int64)
-    column = tl.program_id(2) * N + tl.arange(0, N)
-    channel = block * BLOCK + tl.arange(0, BLOCK)
-    inside = tl.arange(0, 16)
     head = kv_head * HEADS + column % HEADS
     query = column // HEADS
-    meant = column < HEADS * Q_LEN
+    COLUMNS: tl.constexpr = HEADS * Q_LEN
+    channel = block * BLOCK + tl.arange(0, BLOCK)
     seen = channel < D
-    at = (row * kv_heads * HEADS + head) * Q_LEN + query
+    inside = tl.arange(0, WIDTH)
+    stored = inside < PLANES * 16
+    at = program.to(tl.int64) * COLUMNS + column
+    plane = kv_head * PLANES + inside // 16
+    own = kv_head * kept + tl.load(CHANNELS + plane, mask=stored, other=0) + inside % 16
+    worth = tl.load(DEVIATION + own, mask=stored, other=0.0) * tl.load(SCALES + plane, mask=stored, other=0.0)
+    inverse = tl.load(INVERSE + own[:, None] * D + channel[None, :], mask=stored[:, None] & seen[None, :], other=0.0)
     mean = tl.load(MEAN + kv_head * D + channel, mask=seen, other=0.0)
-    worth = ()
-    inverse = ()
-    for p in tl.static_range(PLANES):
-        own = kv_head * kept + tl.load(CHANNELS + kv_head * PLANES + p) + inside
-        worth = worth + (tl.load(DEVIATION + own) * tl.load(SCALES + kv_head * PLANES + p),)
-        inverse = inverse + (tl.load(INVERSE + own[:, None] * D + channel[None, :], mask=seen[None, :], other=0.0),)
     if PDL:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    lse = tl.load(MERGED_LSE + at, mask=meant, other=float("-inf"))
-    lse += tl.load(BIAS + program * columns + column, mask=meant, other=0.0)
-    out = tl.zeros([N, BLOCK], tl.float32)
-    for p in tl.static_range(PLANES):
-        part = tl.load(MERGED + at[:, None] * (PLANES * 16) + p * 16 + inside[None, :], mask=meant[:, None], other=0.0)
-        out = tl.dot(part * worth[p][None, :], inverse[p].to(tl.float32), out, input_precision="ieee")
-    live = lse > float("-inf")
-    out += tl.where(live[:, None], mean[None, :], 0.0)
-    best = tl.where(live, lse, -1.0e30)
+        tl.extra.cuda.gdc_launch_dependents()  # not before: the next programs would crowd where this layer's end first
+
+    # all parts by their log-sum-exps, base 2
+    bias = tl.load(BIAS + at)
+    split = tl.arange(0, SPLITS)
+    places = PART_LSE + program.to(tl.int64) * splits * COLUMNS + column
+    lses = tl.load(places + split * COLUMNS, mask=split < splits, other=float("-inf"))
+    best = tl.max(lses, 0)
+    live = best > float("-inf")
+    peak = tl.where(live, best, 0.0)
+    mass = tl.sum(tl.exp2(lses - peak), 0)
+    merged = tl.zeros([WIDTH], tl.float32)
+    for first in tl.static_range(0, SPLITS, CHUNK):
+        number = first + tl.arange(0, CHUNK)
+        there = number < splits
+        weight = tl.exp2(tl.load(places + number * COLUMNS, mask=there, other=float("-inf")) - peak)
+        part = tl.load(
+            PART
+            + ((program.to(tl.int64) * splits + number) * COLUMNS + column)[:, None] * (PLANES * 16)
+            + inside[None, :],
+            mask=there[:, None] & stored[None, :],
+            other=0.0,
+        )
+        merged += tl.sum(part * weight[:, None], 0)
+    merged = merged * worth / tl.where(live, mass, 1.0)
+    out = tl.sum(merged[:, None] * inverse.to(tl.float32), 0) + tl.where(live, mean, 0.0)
+    lse = tl.where(live, (peak + tl.log2(tl.where(live, mass, 1.0))) * 0.6931471805599453 + bias, float("-inf"))
+
+    # beside what else was attended to
+    where = (row * kv_heads * HEADS + head) * Q_LEN + query
+    top = lse
     if OTHER is not None:
-        other_lse = tl.load(OTHER_LSE + at, mask=meant, other=float("-inf"))
-        best = tl.maximum(best, other_lse)
+        other_lse = tl.load(OTHER_LSE + where)
+        top = tl.maximum(top, other_lse)
     if SINK is not None:
-        sink = tl.load(SINK + head, mask=meant, other=float("-inf")).to(tl.float32)
-        best = tl.maximum(best, sink)
-    share = tl.exp(lse - best)
-    total = share
-    out = out * share[:, None]
+        sink = tl.load(SINK + head).to(tl.float32)
+        top = tl.maximum(top, sink)
+    top = tl.where(top > float("-inf"), top, 0.0)
+    total = tl.exp(lse - top)
+    out = out * total
     if OTHER is not None:
-        other = row * other_stride_b + head * other_stride_h + query * other_stride_q
-        mask = meant[:, None] & seen[None, :]
-        other_out = tl.load(OTHER + other[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
-        share = tl.exp(other_lse - best)
+        start = OTHER + row * other_stride_b + head * other_stride_h + query * other_stride_q
+        share = tl.exp(other_lse - top)
+        out += tl.load(start + channel, mask=seen, other=0.0).to(tl.float32) * share
         total += share
-        out += other_out * share[:, None]
     if SINK is not None:
-        total += tl.exp(sink - best)
+        total += tl.exp(sink - top)
     any_mass = total > 0
-    out = out * tl.where(any_mass, 1.0 / tl.where(any_mass, total, 1.0), 0.0)[:, None]
-    target = row * out_stride_b + head * out_stride_h + query * out_stride_q
-    tl.store(
-        OUT + target[:, None] + channel[None, :],
-        out.to(OUT.dtype.element_ty),
-        mask=meant[:, None] & seen[None, :],
-    )
+    out = out * tl.where(any_mass, 1.0 / tl.where(any_mass, total, 1.0), 0.0)
+    target = OUT + row * out_stride_b + head * out_stride_h + query * out_stride_q
+    tl.store(target + channel, out.to(OUT.dtype.element_ty), mask=seen)
     if block == 0:
-        lse = tl.where(any_mass, best + tl.log(tl.where(any_mass, total, 1.0)), float("-inf"))
-        tl.store(LSE + at, lse, mask=meant)
+        tl.store(LSE + where, tl.where(any_mass, top + tl.log(tl.where(any_mass, total, 1.0)), float("-inf")))
