@@ -15,7 +15,7 @@ mkdir -p "$out"
 export PYTHONUNBUFFERED=1 NO_COLOR=1 COLUMNS=160
 python=${PYTHON:-python}
 fade=("$python" -m fade_core)
-ours='regex=(decode|merge|append|encode|dequantize|mass|planes)_kernel'
+ours='regex=(decode|merge|append|encode|dequantize|mass|planes|turn|finish)_kernel'
 failed=0
 
 step() { # name, seconds, command...

@@ -50,7 +50,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 DYNAMIC, STATIC = "DynamicCache", "StaticCache, compiled"
 GROWING, FIXED = "FADE", "FADE, compiled"
 CACHES, COMPILED = (DYNAMIC, STATIC, GROWING, FIXED), (STATIC, FIXED)
-OPS = {"append": ("append_kernel",), "attention": ("decode_kernel", "merge_kernel")}
+OPS = {
+    "append": ("append_kernel",),
+    "attention": ("decode_kernel", "merge_kernel", "turn_kernel", "planes_kernel", "finish_kernel"),
+}
 """Names of kernels by what they are for."""
 
 

@@ -64,7 +64,8 @@ def _grid(x: Tensor, low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tens
     """fp16 scale and minimum of the grid over ``[low, high]``, and the nearest codes of ``x`` as floats."""
     top = 2**bits - 1
     minimum = half_below(low.clamp(-FP16_MAX, FP16_MAX))
-    scale = half_above(((high - minimum.float()) / top).clamp(0, FP16_MAX))
+    steps = high.new_full((), top)  # on the device: by a number of the host's CUDA divides inexactly
+    scale = half_above(((high - minimum.float()) / steps).clamp(0, FP16_MAX))
     step = scale.float()
     codes = ((x - minimum.float()) / step.where(step > 0, torch.ones_like(step))).round_().clamp_(0, top)
     return scale, minimum, codes

@@ -28,9 +28,6 @@ MAX_SPLITS = 512
 MAX_WAITED = 16
 """Steps of a program up to which it matters how long its first one is waited for."""
 
-AHEAD = 1
-"""Steps whose tiles a program then asks for at once."""
-
 
 @dataclass(frozen=True)
 class Splits:
@@ -167,7 +164,7 @@ def decode_attention(
         STAGES=config.stages + 2 * any(t.table is not None for t in tiers),
         SOFTCAP=softcap is not None,
         SLIDING=sliding_window is not None,
-        PREFETCH=0 if interpret else _prefetched(first, splits.a),
+        PREFETCH=_prefetches(first, splits.a) and not interpret,
         SUBNORMAL=config.subnormal,
         PDL=overlap,
         INTERPRET=interpret,
@@ -177,11 +174,9 @@ def decode_attention(
     return out, lse
 
 
-def _prefetched(tier: PackedTier | None, splits: int) -> int:
-    """Steps whose tiles programs ask for before they know that they are there: where the wait for them weighs."""
-    if tier is None or tier.table is not None or tier.max_tiles > MAX_WAITED * splits * tier.tiles_per_step:
-        return 0
-    return min(AHEAD, -(-tier.max_tiles // (splits * tier.tiles_per_step)))
+def _prefetches(tier: PackedTier | None, splits: int) -> bool:
+    """Whether programs ask for their first tile before they know that it is there: where the wait for it weighs."""
+    return tier is not None and tier.table is None and tier.max_tiles <= MAX_WAITED * splits * tier.tiles_per_step
 
 
 def _check(

@@ -21,16 +21,16 @@ MAX_PLANES = 32
 """Most planes of a head and side: all of 256 channels of 4 bits."""
 
 LAUNCH = DecodeConfig(stages=3, resident=8, overlap=True)
-"""How the kernel is launched where launches can overlap; with more than 16 query columns in more warps."""
+"""How the kernel is launched; with more than 16 query columns in more warps."""
 
 MAX_SPLITS = 512
 STEP = 128
 """Tokens a step."""
 
-PREFETCHED_STEPS = 16
-"""Up to this many steps a program, its first one is asked for before it is known whether it holds anything."""
+FEW_STEPS = 8
+"""Steps of a program up to which launches overlap, and its first one is asked for before it is known to be there."""
 
-BLOCK = 32
+BLOCK = 64
 """Channels of the output that a program of ``finish_kernel`` makes."""
 
 MERGED = 8192
@@ -124,7 +124,7 @@ def planes_attention(
     splits: int = 0,
     config: DecodeConfig = LAUNCH,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over one tier, and beside what else was attended to: three launches, each of which overlaps the one before.
+    """Attention over one tier, and beside what else was attended to, in three launches.
 
     Nothing is read back to the host, so the call can be captured into a CUDA graph.
 
@@ -167,7 +167,7 @@ def planes_attention(
     steps = -(-tier.max_tiles * keys.tile // STEP)
     splits = splits or max(1, min(multiprocessors(query.device) * config.resident // groups, MAX_SPLITS, steps))
     padded = max(8, _next_power_of_2(columns))
-    overlap = config.overlap and overlaps(query.device)
+    overlap = config.overlap and overlaps(query.device) and steps <= FEW_STEPS * splits
     launch: dict[str, Any] = {"launch_pdl": True} if overlap else {}
     registers = {"maxnreg": config.registers} if config.registers and not interpreted() else {}
     made: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
@@ -229,8 +229,8 @@ def planes_attention(
         KEY_STEPS=keys.gain_steps,
         VALUE_ZERO=values.gain_zero,
         VALUE_STEPS=values.gain_steps,
-        KEY_AHEAD=_ahead(tier, keys, splits) if overlap else 0,
-        VALUE_AHEAD=_ahead(tier, values, splits) if overlap else 0,
+        KEY_AHEAD=_ahead(tier, keys) if overlap else 0,
+        VALUE_AHEAD=_ahead(tier, values) if overlap else 0,
         STAGES=config.stages + 2 * (tier.table is not None),
         PDL=overlap,
         INTERPRET=interpreted(),
@@ -273,12 +273,9 @@ def planes_attention(
     return out, lse
 
 
-def _ahead(tier: PlanesTier, layout: PlaneLayout, splits: int) -> int:
+def _ahead(tier: PlanesTier, layout: PlaneLayout) -> int:
     """Bytes of its own first tiles that a program asks for before it waits; in few sizes, as each is compiled for."""
-    tiles = STEP // layout.tile
-    if tier.table is not None or tier.max_tiles > PREFETCHED_STEPS * splits * tiles:
-        return 0
-    return layout.row * 2 * tiles // 1024 * 1024
+    return 0 if tier.table is not None else layout.row * 2 * (STEP // layout.tile) // 1024 * 1024
 
 
 def _next_power_of_2(n: int) -> int:

@@ -112,7 +112,8 @@ class TokenQuantizer(Quantizer):
         low, high = torch.aminmax(x, dim=-1, keepdim=True)
         top = 2**self.fmt.bits - 1
         minimum = low.clamp(-FP16_MAX, FP16_MAX).half()
-        scale = ((high - minimum.float()) / top).clamp(0, FP16_MAX).half()
+        steps = high.new_full((), top)  # on the device: by a number of the host's CUDA divides inexactly
+        scale = ((high - minimum.float()) / steps).clamp(0, FP16_MAX).half()
         step = scale.float()
         codes = ((x - minimum.float()) / step.where(step > 0, 1)).round_().clamp_(0, top).to(torch.int16)
         return codes, scale.squeeze(-1), minimum.squeeze(-1)

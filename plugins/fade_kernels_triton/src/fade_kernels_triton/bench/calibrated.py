@@ -81,7 +81,7 @@ def quantizer(case: Case, side: str, device: torch.device) -> Quantizer:
         "widths": [0, 2, 4],
         "group": 16,
         "tile": case.tile,
-        "levels": case.calibrated,
+        "levels": "uniform",
     }
     found: Quantizer = get_quantizer(KIND, head_dim=case.dim, side=side, device=device, **options)
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any
 
 import torch
 
@@ -28,8 +28,8 @@ class Case:
         table: tiles lie shuffled in a pool.
         ragged: rows and heads hold from a third of the context to all of it.
         flat: queries so small that weights are nearly equal, where sums lose most.
-        calibrated: codes are those of ``self-calibrated`` with these levels; their channels have widths of their own, ``bits``
-            and a little on average; axis and launch configurations mean nothing to them.
+        calibrated: codes are those of ``self-calibrated``; their channels have widths of their own, ``bits`` and a little on
+            average; axis and launch configurations mean nothing to them.
     """
 
     rows: int
@@ -46,7 +46,7 @@ class Case:
     table: bool = False
     ragged: bool = False
     flat: bool = False
-    calibrated: Literal["", "gaussian", "uniform"] = ""
+    calibrated: bool = False
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -66,9 +66,9 @@ class Case:
 
     @property
     def format(self) -> str:
-        """Codes, axis of the key scales and tile: ``int4-channel-64``, ``calibrated2-uniform-64``."""
+        """Codes, axis of the key scales and tile: ``int4-channel-64``, ``calibrated2-64``."""
         if self.calibrated:
-            return f"calibrated{self.bits}-{self.calibrated}-{self.tile}"
+            return f"calibrated{self.bits}-{self.tile}"
         return f"int{self.bits}-{self.axis}-{self.tile}"
 
     @property
@@ -111,9 +111,10 @@ PARITY = (
     Case(2, 16, 1, 128, 4096, window=70),
     Case(2, 8, 8, 96, 4096, window=70),
     Case(2, 12, 3, 80, 4096, window=70),
-    Case(2, 32, 8, 128, 4096, bits=2, calibrated="gaussian"),
-    Case(2, 32, 8, 128, 4096, bits=2, calibrated="uniform"),
-    Case(1, 32, 8, 128, 32768, bits=2, calibrated="uniform", flat=True),
+    Case(2, 32, 8, 128, 4096, tile=128),
+    Case(2, 32, 8, 128, 4096, bits=2, calibrated=True),
+    Case(2, 32, 8, 128, 4096, bits=2, calibrated=True, tile=128),
+    Case(1, 32, 8, 128, 32768, bits=2, calibrated=True, tile=128, flat=True),
 )
 """Checked before anything is timed; a format with one red case is not timed at all."""
 
@@ -130,11 +131,11 @@ SHAPES = (
 
 def variants(shape: Case) -> tuple[Case, ...]:
     """Formats that a shape is timed in: 4 bits, and at long contexts of 128 channels 2 bits and calibrated codes as well."""
-    found: tuple[Case, ...] = (shape, replace(shape, axis="token"))
+    codes: list[dict[str, Any]] = [{}]
     if shape.dim == 128 and shape.context >= 32768:
-        found += (replace(shape, bits=2, tile=128), replace(shape, bits=2))
-        found += (replace(shape, bits=2, calibrated="gaussian"), replace(shape, bits=2, calibrated="uniform"))
-    return found
+        codes += [{"bits": 2}, {"bits": 2, "calibrated": True}]
+    found = [replace(shape, tile=tile, **fields) for fields in codes for tile in (64, 128)]
+    return (*found, replace(shape, axis="token"))
 
 
 TIMED = tuple(case for shape in SHAPES for case in variants(shape))

@@ -57,16 +57,19 @@ def kernels(
     over many, each with buffers of its own, so that nothing is found in the L2 cache. Exit code 1: parity was red,
     something failed or nothing was timed.
     """
+    from fade_kernels_triton.bench.calibrated import unavailable
     from fade_kernels_triton.bench.cases import checked, selected
     from fade_kernels_triton.bench.compiling import compile_ahead
     from fade_kernels_triton.bench.report import TimingReport
     from fade_kernels_triton.bench.session import check_formats, time_kernels, ways
     from fade_kernels_triton.bench.tables import show_rest, show_timings
     from fade_kernels_triton.config import lookup
+    from fade_kernels_triton.launch import DecodeConfig
 
     where = usable(device)
     cases, parity = selected(only), checked(only)
     launches = [(case, lookup(case.launch, where)) for case in cases if not case.calibrated]
+    launches += [(case, DecodeConfig()) for case in (*parity, *cases) if case.calibrated and not unavailable(case)]
     with working() as watch:
         session = begin(where, seed, budget, watch)
         report = TimingReport(machine(session))

@@ -26,8 +26,15 @@ def workers() -> int:
 
 
 def jobs(wanted: Iterable[Job]) -> list[Job]:
-    """The distinct compilations behind ``wanted``, each on a problem of a few tiles."""
-    return list(dict.fromkeys((case.small, replace(config, resident=2)) for case, config in wanted))
+    """The distinct compilations behind ``wanted``, each on a problem of a few tiles.
+
+    Calibrated cases are run as they are: how many steps a program takes decides what is compiled.
+    """
+    return list(
+        dict.fromkeys(
+            (case, config) if case.calibrated else (case.small, replace(config, resident=2)) for case, config in wanted
+        )
+    )
 
 
 def compile_ahead(wanted: Iterable[Job], session: Session, executor: Executor) -> list[Note]:

@@ -30,6 +30,8 @@ def candidates(case: Case, overlap: bool) -> Iterator[DecodeConfig]:
     for warps, stages in ((1, 3), (1, 2), (1, 4), (2, 3), (2, 2)):
         for resident in (*few, 4, 6, 8, 10, 12) if warps == 1 else (*few[1:2], 3, 4, 6):
             yield DecodeConfig(warps, stages, resident, overlap=overlap)
+    for warps, stages, resident in ((1, 3, 5), (2, 3, 5), (2, 4, 4), (2, 4, 3)):
+        yield DecodeConfig(warps, stages, resident, overlap=overlap)
     for stages in (2, 3):  # as many registers as ten and twelve warps a multiprocessor may take
         yield DecodeConfig(1, stages, 10, overlap=overlap, registers=200)
         yield DecodeConfig(1, stages, 12, overlap=overlap, registers=168)

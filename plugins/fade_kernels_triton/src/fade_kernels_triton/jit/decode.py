@@ -154,12 +154,11 @@ def decode_kernel(
     COLUMNS: tl.constexpr = Q_LEN * HEADS
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    for step in tl.static_range(PREFETCH):
-        tile = (split + step * splits_a) * A_TILES
-        if tile < max_tiles_a and split < splits_a:
+    if PREFETCH:
+        if split * A_TILES < max_tiles_a and split < splits_a:
             prefetch_tile(
-                A_KEY_CODES, A_KEY_META, A_VALUE_CODES, A_VALUE_META, bh * max_tiles_a + tile, A_BITS, A_KEY_CHANNEL,
-                A_TILE, D,
+                A_KEY_CODES, A_KEY_META, A_VALUE_CODES, A_VALUE_META, bh * max_tiles_a + split * A_TILES,
+                A_BITS, A_KEY_CHANNEL, A_TILE, D,
             )  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()  # until here nothing was read and nothing written
