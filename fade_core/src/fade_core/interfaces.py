@@ -101,34 +101,42 @@ class PlaneLayout:
     Channel ``c`` of a token is ``y[c] = gain * sum((field - 1.5) * scale)`` over the planes that hold the channel, with
     ``gain = 2 ** ((gain_code - gain_zero) / gain_steps + usual)``, and the token is ``mean + (y * deviation) @ inverse``.
 
+    The way there: ``y = (token - mean) @ forward / deviation``. The gain code nearest to the root mean square of the stored
+    channels of ``y``, and those ``gain_search`` away from it, are tried for the least squared error weighted by ``worth``.
+
     All tensors are on the tokens' device, contiguous.
 
     Attributes:
         tile: tokens a tile.
         row: words of the stream that a head's tile holds, a multiple of 16.
         layout: "token" for planes ``[R, 16]`` (keys), "channel" for ``[16, R]`` (values).
-        words: int32 ``[H_kv, P]``, where each plane of a head begins in the stream.
-        channels: int32 ``[H_kv, P]``, its first channel.
+        planes: int32 ``[H_kv, P, 4]``: where each plane of a head begins in the stream, its first channel, how far its bits
+            are shifted in the codes of its channels, and the width of those.
         scales: float32 ``[H_kv, P]``, what one step of its fields is worth; 0 where a head has fewer than ``P`` planes.
         usual: float32 ``[H_kv]``, base-2 logarithm of the gain of code ``gain_zero``.
         gain_zero: as above.
         gain_steps: gain codes an octave.
+        gain_search: the first and the last gain code that are tried, from the nearest one.
         mean: float32 ``[H_kv, D]``.
         deviation: float32 ``[H_kv, kept]``.
+        worth: float32 ``[H_kv, kept]``; 0 where a channel is not stored.
+        forward: float16 ``[H_kv, D, kept]``.
         inverse: float16 ``[H_kv, kept, D]``.
     """
 
     tile: int
     row: int
     layout: Layout
-    words: Tensor
-    channels: Tensor
+    planes: Tensor
     scales: Tensor
     usual: Tensor
     gain_zero: int
     gain_steps: int
+    gain_search: tuple[int, int]
     mean: Tensor
     deviation: Tensor
+    worth: Tensor
+    forward: Tensor
     inverse: Tensor
 
 

@@ -231,7 +231,8 @@ def test_planes_tell_what_every_bit_is_worth(side: str, widths: tuple, seed: int
         low = packed.fields["gain"][0, head] & 15
         code = torch.cat([low, packed.fields["gain"][0, head] >> 4], -1).flatten()
         gain = torch.exp2((code.float() - layout.gain_zero) / layout.gain_steps + layout.usual[head])
-        for word, channel, scale in zip(layout.words[head], layout.channels[head], layout.scales[head], strict=True):
+        for (word, channel, shift, width), scale in zip(layout.planes[head], layout.scales[head], strict=True):
+            assert 0 <= shift < width == quantizer.widths[head, channel]
             words = stream[:, word : word + rows * 16].int()
             block = words.unflatten(-1, (rows, 16)) if side == "key" else words.unflatten(-1, (16, rows)).mT
             fields = torch.stack([block >> 2 * j & 3 for j in range(8)], 1).flatten(0, 2)

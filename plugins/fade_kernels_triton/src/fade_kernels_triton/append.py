@@ -13,17 +13,17 @@ from fade_core.interfaces import Kernel, Op, Support
 from fade_core.packed import PackedFormat
 from fade_kernels_triton.device import interpreted, unusable
 from fade_kernels_triton.operands import HEAD_DIMS, TOKEN_DTYPES, unsupported_pair
+from fade_kernels_triton.planes import encoding_of, gains_of, unencodable
 
 BLOCK = 16
 """Window tokens that move together; at most a tile."""
 
 
 class TritonAppend(Kernel):
-    """``append`` for uniform codes of 2 and 4 bits: the formats that the Triton decode kernel reads.
+    """``append`` for what the Triton decode kernel reads: uniform codes of 2 and 4 bits, and planes of 2 bits.
 
-    Codes and metadata are those of the torch quantizer on a CPU, bit by bit. (On a GPU torch divides by a constant through
-    its reciprocal, so that a scale on the edge between two fp16 numbers may come out one step apart.) Behind a rotation,
-    whose products are summed in another order, they may be one step apart where a number lies on an edge.
+    Uniform codes and their metadata are those of the torch quantizer, bit by bit. Behind a rotation or a calibrated
+    transform, whose products are summed in another order, they may be one step apart where a number lies on an edge.
     """
 
     name: ClassVar[str] = "triton"
@@ -31,9 +31,9 @@ class TritonAppend(Kernel):
     priority: ClassVar[int] = -10 if interpreted() else 10
 
     def supports(self, format: PackedFormat | None, head_dim: int, device: torch.device, dtype: torch.dtype) -> Support:
-        reason = (
-            unusable(device) or _unsupported(head_dim, dtype) or unsupported_pair(format, _values(format), head_dim)
-        )
+        reason = unusable(device) or _unsupported(head_dim, dtype)
+        if format is not None:  # without one there may be planes: `accepts` will see
+            reason = reason or unsupported_pair(format, _values(format), head_dim)
         return Support(not reason, reason)
 
     def accepts(self, keys: Tensor, values: Tensor, held: FixedBuffers, rule: AppendRule) -> Support:
@@ -48,13 +48,16 @@ class TritonAppend(Kernel):
         """
         if refused := _refusal(keys, values, held, rule):
             raise InputError(f"the Triton append kernel does not take this call: {refused}")
+        keys, values = (t if t.stride(3) == 1 else t.contiguous() for t in (keys, values))
+        fmt, value_fmt = rule.tier.keys.format, rule.tier.values.format
+        if fmt is None or value_fmt is None:
+            _append_planes(keys, values, held, rule)
+            return
+        key_plain, value_plain = (q.plain_encoding(keys.device) for q in (rule.tier.keys, rule.tier.values))
+        if key_plain is None or value_plain is None:  # `accepts` refuses it
+            raise InputError(f"the quantizers of tier {rule.tier.name!r} have ways of their own to encode")
         from fade_kernels_triton.jit.append import append_kernel
 
-        fmt, value_fmt = rule.tier.keys.format, rule.tier.values.format
-        key_plain, value_plain = (q.plain_encoding(keys.device) for q in (rule.tier.keys, rule.tier.values))
-        if fmt is None or value_fmt is None or key_plain is None or value_plain is None:
-            raise InputError(f"tier {rule.tier.name!r} has no packed format")
-        keys, values = (t if t.stride(3) == 1 else t.contiguous() for t in (keys, values))
         rows, heads, capacity, dim = held.keys.shape
         append_kernel[(rows * heads,)](
             keys,
@@ -91,9 +94,55 @@ class TritonAppend(Kernel):
         )
 
 
-def _values(keys: PackedFormat | None) -> PackedFormat | None:
+def _append_planes(keys: Tensor, values: Tensor, held: FixedBuffers, rule: AppendRule) -> None:
+    """The launch for tiers of planes."""
+    from fade_kernels_triton.jit.appendplanes import append_planes_kernel
+
+    key_layout, value_layout = rule.tier.keys.planes(), rule.tier.values.planes()
+    if key_layout is None or value_layout is None:
+        raise InputError(f"tier {rule.tier.name!r} has no planes")
+    rows, heads, capacity, dim = held.keys.shape
+    append_planes_kernel[(rows * heads,)](
+        keys,
+        values,
+        held.keys,
+        held.values,
+        held.key_fields["codes"],
+        held.key_fields["gain"],
+        held.value_fields["codes"],
+        held.value_fields["gain"],
+        held.lengths,
+        held.used,
+        held.counters,
+        *encoding_of(key_layout),
+        *encoding_of(value_layout),
+        heads,
+        capacity,
+        held.key_fields["codes"].shape[2],
+        rule.threshold,
+        rule.n_sink,
+        key_layout.worth.shape[1],
+        value_layout.worth.shape[1],
+        key_layout.row,
+        value_layout.row,
+        *keys.stride()[:2],
+        *values.stride()[:2],
+        KEY_PLANES=key_layout.planes.shape[1],
+        VALUE_PLANES=value_layout.planes.shape[1],
+        KEY_GAINS=gains_of(key_layout),
+        VALUE_GAINS=gains_of(value_layout),
+        TILE=key_layout.tile,
+        BLOCK=BLOCK,
+        ZERO=rule.on_nonfinite == "zero",
+        D=dim,
+        DP=max(16, 1 << (dim - 1).bit_length()),
+        num_warps=4,
+    )
+
+
+def _values(keys: PackedFormat) -> PackedFormat:
     """The values' format that goes with keys of this one; what they really are is seen call by call."""
-    return None if keys is None else PackedFormat(keys.bits, keys.head_dim, keys.tile, "token", layout="channel")
+    return PackedFormat(keys.bits, keys.head_dim, keys.tile, "token", layout="channel")
 
 
 def _unsupported(head_dim: int, dtype: torch.dtype) -> str:
@@ -104,19 +153,27 @@ def _unsupported(head_dim: int, dtype: torch.dtype) -> str:
     return ""
 
 
-def _refusal(keys: Tensor, values: Tensor, held: FixedBuffers, rule: AppendRule) -> str:
-    """Why the kernel cannot take this call; empty if it can."""
-    dim = held.keys.shape[3]
-    if reason := _unsupported(dim, held.keys.dtype) or unsupported_pair(
-        rule.tier.keys.format, rule.tier.values.format, dim
-    ):
+def _unwritable(held: FixedBuffers, rule: AppendRule) -> str:
+    """Why the kernel cannot encode what this tier holds; empty if it can."""
+    sides = (("key", rule.tier.keys, held.keys), ("value", rule.tier.values, held.values))
+    if all(quantizer.format is None for _, quantizer, _ in sides):
+        return next(filter(None, (unencodable(quantizer, side, window) for side, quantizer, window in sides)), "")
+    if reason := unsupported_pair(rule.tier.keys.format, rule.tier.values.format, held.keys.shape[3]):
         return reason
-    for quantizer in (rule.tier.keys, rule.tier.values):
-        plain, fmt = quantizer.plain_encoding(held.keys.device), quantizer.format
+    for _, quantizer, window in sides:
+        plain, fmt = quantizer.plain_encoding(window.device), quantizer.format
         if plain is None or fmt is None:
             return f"quantizer {quantizer.kind!r} has a way of its own to encode"
         if plain.rotation is not None and (fmt.axis != "token" or fmt.tile * fmt.bits < 256):
             return f"a rotation before {fmt.bits}-bit codes with a scale a {fmt.axis}, tile {fmt.tile}"
+    return ""
+
+
+def _refusal(keys: Tensor, values: Tensor, held: FixedBuffers, rule: AppendRule) -> str:
+    """Why the kernel cannot take this call; empty if it can."""
+    dim = held.keys.shape[3]
+    if reason := _unsupported(dim, held.keys.dtype) or _unwritable(held, rule):
+        return reason
     if keys.shape[2] != 1 or keys.dtype != held.keys.dtype or values.dtype != held.values.dtype:
         return f"{keys.shape[2]} tokens of {keys.dtype} for a window of {held.keys.dtype} (it takes one, of the same)"
     if held.values.shape != held.keys.shape:

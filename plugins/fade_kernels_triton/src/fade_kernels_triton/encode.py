@@ -12,10 +12,11 @@ from fade_core.interfaces import Kernel, Op, Quantizer, Support
 from fade_core.packed import Packed, PackedFormat
 from fade_kernels_triton.device import interpreted, unusable
 from fade_kernels_triton.operands import HEAD_DIMS, PACKED_BITS, TILES, TOKEN_DTYPES
+from fade_kernels_triton.planes import encoding_of, gains_of, unencodable
 
 
 class TritonEncode(Kernel):
-    """``encode`` for uniform codes of 2 and 4 bits with one scale a token or a channel of a tile, rotated or not.
+    """``encode`` for uniform codes of 2 and 4 bits with one scale a token or a channel of a tile, and for planes of 2 bits.
 
     Codes and metadata are those of the quantizer itself, bit by bit, with the exceptions that ``TritonAppend`` names.
     """
@@ -28,7 +29,8 @@ class TritonEncode(Kernel):
         reason = unusable(device)
         if not reason and dtype not in TOKEN_DTYPES:
             reason = f"{dtype} (it takes {', '.join(map(str, TOKEN_DTYPES))})"
-        reason = reason or unsupported(format)
+        if format is not None:  # without one there may be planes: `accepts` will see
+            reason = reason or unsupported(format)
         return Support(not reason, reason)
 
     def accepts(self, quantizer: Quantizer, tokens: Tensor) -> Support:
@@ -39,7 +41,7 @@ class TritonEncode(Kernel):
         """What ``quantizer.encode(tokens)`` gives.
 
         Args:
-            quantizer: of uniform codes.
+            quantizer: of uniform codes or of planes.
             tokens: ``[B, H_kv, T, D]`` of any strides.
 
         Raises:
@@ -47,12 +49,14 @@ class TritonEncode(Kernel):
         """
         if refused := _refusal(quantizer, tokens):
             raise InputError(f"the Triton encode kernel does not take this call: {refused}")
+        tokens = tokens if tokens.stride(3) == 1 else tokens.contiguous()
+        fmt, plain = quantizer.format, quantizer.plain_encoding(tokens.device)
+        if fmt is None:
+            return _encode_planes(quantizer, tokens)
+        if plain is None:  # `accepts` refuses it
+            raise InputError(f"quantizer {quantizer.kind!r} has a way of its own to encode")
         from fade_kernels_triton.jit.encode import encode_kernel
 
-        fmt, plain = quantizer.format, quantizer.plain_encoding(tokens.device)
-        if fmt is None or plain is None:
-            raise InputError(f"quantizer {quantizer.kind!r} has no packed format")
-        tokens = tokens if tokens.stride(3) == 1 else tokens.contiguous()
         rows, heads, length, dim = tokens.shape
         tiles = -(-length // fmt.tile)
         fields = {
@@ -79,6 +83,43 @@ class TritonEncode(Kernel):
         return Packed(fields, length, tokens.dtype)
 
 
+def _encode_planes(quantizer: Quantizer, tokens: Tensor) -> Packed:
+    """The launch for quantizers of planes."""
+    from fade_kernels_triton.jit.encodeplanes import encode_planes_kernel
+
+    layout = quantizer.planes()
+    if layout is None:
+        raise InputError(f"quantizer {quantizer.kind!r} has no planes")
+    rows, heads, length, dim = tokens.shape
+    tiles = -(-length // layout.tile)
+    codes = torch.zeros(
+        rows, heads, tiles, layout.row, dtype=torch.int16, device=tokens.device
+    )  # the end may stay empty
+    gain = torch.empty(rows, heads, tiles, layout.tile // 2, dtype=torch.uint8, device=tokens.device)
+    zero, steps, first, tries = gains_of(layout)
+    encode_planes_kernel[(tiles, rows * heads)](
+        tokens,
+        codes,
+        gain,
+        *encoding_of(layout),
+        heads,
+        length,
+        layout.worth.shape[1],
+        layout.row,
+        *tokens.stride()[:3],
+        PLANES=layout.planes.shape[1],
+        TRANSPOSED=layout.layout == "channel",
+        ZERO=zero,
+        STEPS=steps,
+        FROM=first,
+        TRIES=tries,
+        TILE=layout.tile,
+        D=dim,
+        num_warps=4,
+    )
+    return Packed({"codes": codes, "gain": gain}, length, tokens.dtype)
+
+
 def unsupported(fmt: PackedFormat | None) -> str:
     """Why the kernel cannot write this format; empty if it can."""
     if fmt is None:
@@ -96,13 +137,17 @@ def unsupported(fmt: PackedFormat | None) -> str:
 
 def _refusal(quantizer: Quantizer, tokens: Tensor) -> str:
     """Why the kernel cannot take this call; empty if it can."""
+    if tokens.dim() != 4 or not tokens.shape[2] or tokens.dtype not in TOKEN_DTYPES:
+        return f"{tokens.dtype} {tuple(tokens.shape)} (it takes [B, H_kv, T >= 1, D])"
     fmt, plain = quantizer.format, quantizer.plain_encoding(tokens.device)
+    if fmt is None and (layout := quantizer.planes()) is not None:
+        return unencodable(quantizer, "key" if layout.layout == "token" else "value", tokens)
     if reason := unsupported(fmt):
         return reason
     if fmt is None or plain is None:
         return f"quantizer {quantizer.kind!r} has a way of its own to encode"
     if plain.rotation is not None and (fmt.axis != "token" or fmt.tile * fmt.bits < 256):
         return f"a rotation before {fmt.bits}-bit codes with a scale a {fmt.axis}, tile {fmt.tile}"
-    if tokens.dim() != 4 or not tokens.shape[2] or tokens.shape[3] != fmt.head_dim or tokens.dtype not in TOKEN_DTYPES:
+    if tokens.shape[3] != fmt.head_dim:
         return f"{tokens.dtype} {tuple(tokens.shape)} (it takes [B, H_kv, T >= 1, {fmt.head_dim}])"
     return ""

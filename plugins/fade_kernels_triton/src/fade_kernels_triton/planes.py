@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fade_core.errors import InputError
-from fade_core.interfaces import PlaneLayout
+from fade_core.interfaces import PlaneLayout, Quantizer
 from fade_kernels_triton.device import interpreted, multiprocessors, overlaps
 from fade_kernels_triton.launch import DecodeConfig
 from fade_kernels_triton.operands import MAX_COLUMNS, MAX_QUERIES, TILES
@@ -46,9 +46,40 @@ def unsupported_planes(layout: PlaneLayout, side: str) -> str:
         return f"tiles of {layout.tile} tokens (it reads 64 or 128)"
     if layout.row % PLANE_CHANNELS:
         return f"rows of {layout.row} words (it reads multiples of {PLANE_CHANNELS})"
-    if layout.words.shape[1] > MAX_PLANES:
-        return f"{layout.words.shape[1]} planes a head (it reads up to {MAX_PLANES})"
+    if layout.planes.shape[1] > MAX_PLANES:
+        return f"{layout.planes.shape[1]} planes a head (it reads up to {MAX_PLANES})"
     return ""
+
+
+def unencodable(quantizer: Quantizer, side: str, tokens: Tensor) -> str:
+    """Why ``tokens`` ``[B, H_kv, T, D]`` cannot be encoded to the planes of ``quantizer``; empty if they can."""
+    layout = quantizer.planes()
+    if layout is None:
+        return f"quantizer {quantizer.kind!r} has a way of its own to encode"
+    if reason := unsupported_planes(layout, side):
+        return reason
+    if tokens.shape[1] != layout.mean.shape[0] or tokens.shape[3] != layout.mean.shape[1] or tokens.shape[3] % 16:
+        return f"tokens {tuple(tokens.shape)} (it takes [B, {layout.mean.shape[0]}, T, {layout.mean.shape[1]}])"
+    return ""
+
+
+def encoding_of(layout: PlaneLayout) -> tuple[Tensor, ...]:
+    """What kernels that encode read of ``layout``, in the order in which they take it."""
+    return (
+        layout.planes,
+        layout.scales,
+        layout.worth,
+        layout.mean,
+        layout.forward,
+        layout.deviation,
+        layout.usual,
+    )
+
+
+def gains_of(layout: PlaneLayout) -> tuple[int, int, int, int]:
+    """What such kernels are compiled for: the gain code worth 1, codes an octave, the first one tried, and how many are."""
+    first, last = layout.gain_search
+    return layout.gain_zero, layout.gain_steps, first, last - first + 1
 
 
 @dataclass(frozen=True)
@@ -108,7 +139,7 @@ def _reach(layout: PlaneLayout) -> Tensor:
     """float32 ``[H_kv]``: how long the vectors are at most that a query is multiplied by; made once a layout."""
     if layout not in _reaches:
         length = layout.inverse.float().norm(dim=-1) * layout.deviation.abs()  # [H, kept]
-        channels = layout.channels.long()[..., None] + torch.arange(PLANE_CHANNELS, device=length.device)
+        channels = layout.planes[..., 1:2].long() + torch.arange(PLANE_CHANNELS, device=length.device)
         worth = length.gather(1, channels.flatten(1)).view_as(channels) * layout.scales[..., None]
         _reaches[layout] = worth.amax((1, 2)).contiguous()
     return _reaches[layout]
@@ -163,7 +194,7 @@ def planes_attention(
             f"{q_len} query tokens, {columns} query columns a KV head (up to {MAX_QUERIES} and {MAX_COLUMNS})"
         )
     groups = rows * heads_kv
-    key_planes, value_planes = keys.words.shape[1], values.words.shape[1]
+    key_planes, value_planes = keys.planes.shape[1], values.planes.shape[1]
     steps = -(-tier.max_tiles * keys.tile // STEP)
     splits = splits or max(1, min(multiprocessors(query.device) * config.resident // groups, MAX_SPLITS, steps))
     padded = max(8, _next_power_of_2(columns))
@@ -179,7 +210,7 @@ def planes_attention(
     out = torch.empty(rows, q_len, heads, dim, dtype=output_dtype or query.dtype, device=query.device).transpose(1, 2)
     turn_kernel[(key_planes, columns, groups)](
         query,
-        keys.channels,
+        keys.planes,
         keys.scales,
         keys.deviation,
         keys.inverse,
@@ -204,11 +235,11 @@ def planes_attention(
         norm,
         tier.keys["codes"],
         tier.keys["gain"].view(torch.int32),
-        keys.words,
+        keys.planes,
         keys.usual,
         tier.values["codes"],
         tier.values["gain"].view(torch.int32),
-        values.words,
+        values.planes,
         values.usual,
         tier.table,
         tier.count,
@@ -243,7 +274,7 @@ def planes_attention(
         part,
         part_lse,
         bias,
-        values.channels,
+        values.planes,
         values.scales,
         values.deviation,
         values.inverse,

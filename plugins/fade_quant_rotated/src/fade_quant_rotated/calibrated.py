@@ -178,8 +178,11 @@ class CalibratedQuantizer(Quantizer):
                 state["usual"],
                 GAIN_ZERO,
                 GAIN_STEPS,
+                (GAIN_SEARCH[0], GAIN_SEARCH[-1]),
                 state["mean"],
                 state["deviation"],
+                state["worth"],
+                state["forward"],
                 state["inverse"],
             )
         return self._planes

@@ -81,26 +81,22 @@ class PlaneStream(StreamLayout):
             out[..., self._place[there].flatten()] |= fields[..., there, :].flatten(3)
         return out
 
-    def table(self) -> tuple[Tensor, Tensor, Tensor]:
-        """First words and channels (int32) and worths of a step (float32), ``[H_kv, P]``, as ``PlaneLayout`` has them.
+    def table(self) -> tuple[Tensor, Tensor]:
+        """``planes`` and ``scales`` as ``PlaneLayout`` has them, for levels at even distances.
 
-        For levels at even distances. What a head lacks to the ``P`` planes of the one that has most is its first plane, or
-        another's, worth 0.
+        What a head lacks to the ``P`` planes of the one that has most is its first plane again, or another's, worth 0.
         """
-        words = torch.arange(len(self.planes), dtype=torch.int32) * self.plane_words
-        step = {width: self.levels(width)[1] - self.levels(width)[0] for width, _, _ in self.runs}
-        most = int(self.planes[:, 0].bincount().max())
-        table = torch.zeros(2, self.heads, most, dtype=torch.int32)
-        scales = torch.zeros(self.heads, most)
-        for head in range(self.heads):
-            there = (self.planes[:, 0] == head).nonzero().flatten().tolist()
-            for at, number in enumerate(there):
-                _, channel, shift = self.planes[number].tolist()
-                width = int(self.widths[head, channel])
-                table[:, head, at] = torch.tensor([int(words[number]), channel])
-                scales[head, at] = step[width] * 2**shift
-            if there:
-                table[:, head, len(there) :] = table[:, head, :1]
-        found = (table[0].contiguous(), table[1].contiguous(), scales)
-        device = self.channels.device
-        return found[0].to(device), found[1].to(device), found[2].to(device)
+        head, channel, shift = self.planes.unbind(1)
+        width = self.widths[head, channel]
+        word = torch.arange(len(self.planes)) * self.plane_words
+        step = torch.zeros(int(width.max()) + 1)
+        for own, _, _ in self.runs:
+            step[own] = self.levels(own)[1] - self.levels(own)[0]
+        counts = head.bincount(minlength=self.heads)
+        first = counts.cumsum(0) - counts
+        place = torch.arange(int(counts.max()))
+        there = place < counts[:, None]
+        number = torch.where(there, first[:, None] + place, (first * (counts > 0))[:, None])  # [H, P]
+        planes = torch.stack([word, channel, shift, width], 1).to(torch.int32)[number]
+        scales = (step[width] * torch.exp2(shift.float()))[number] * there
+        return planes.to(self.channels.device).contiguous(), scales.to(self.channels.device)

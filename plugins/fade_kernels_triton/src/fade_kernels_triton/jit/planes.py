@@ -104,11 +104,11 @@ def planes_kernel(
     NORM,
     KEY_CODES,
     KEY_GAIN,
-    KEY_WORDS,
+    KEY_TABLE,
     KEY_USUAL,
     VALUE_CODES,
     VALUE_GAIN,
-    VALUE_WORDS,
+    VALUE_TABLE,
     VALUE_USUAL,
     TABLE,
     COUNT,
@@ -161,7 +161,7 @@ def planes_kernel(
     # where the words of each plane are
     key_place = ()
     for p in tl.static_range(KEY_PLANES):
-        lead = tl.multiple_of(tl.load(KEY_WORDS + kv_head * KEY_PLANES + p) + word_row * 16, 16)
+        lead = tl.multiple_of(tl.load(KEY_TABLE + (kv_head * KEY_PLANES + p) * 4) + word_row * 16, 16)
         head = lead // key_row
         offset = tl.multiple_of(lead % key_row, 16)
         if TABLE is None:
@@ -171,7 +171,7 @@ def planes_kernel(
             key_place = key_place + ((head, offset[:, None] + channel[None, :]),)
     value_place = ()
     for p in tl.static_range(VALUE_PLANES):
-        lead = tl.multiple_of(tl.load(VALUE_WORDS + kv_head * VALUE_PLANES + p) + channel * R, R)
+        lead = tl.multiple_of(tl.load(VALUE_TABLE + (kv_head * VALUE_PLANES + p) * 4) + channel * R, R)
         head = lead // value_row
         offset = tl.multiple_of(lead % value_row, R)
         if TABLE is None:

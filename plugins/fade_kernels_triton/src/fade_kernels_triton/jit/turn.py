@@ -9,7 +9,7 @@ import triton.language as tl
 @triton.jit
 def turn_kernel(
     QUERY,
-    CHANNELS,
+    TABLE,
     SCALES,
     DEVIATION,
     INVERSE,
@@ -45,7 +45,7 @@ def turn_kernel(
     inside = tl.arange(0, 16)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    own = kv_head * kept + tl.load(CHANNELS + kv_head * planes + plane) + inside
+    own = kv_head * kept + tl.load(TABLE + (kv_head * planes + plane) * 4 + 1) + inside
     worth = tl.load(DEVIATION + own) * tl.load(SCALES + kv_head * planes + plane)
     inverse = tl.load(INVERSE + own[:, None] * D + channel[None, :], mask=(channel < D)[None, :], other=0.0)
     mean = tl.load(MEAN + kv_head * D + channel, mask=channel < D, other=0.0)
@@ -72,7 +72,7 @@ def finish_kernel(
     PART,
     PART_LSE,
     BIAS,
-    CHANNELS,
+    TABLE,
     SCALES,
     DEVIATION,
     INVERSE,
@@ -121,7 +121,7 @@ def finish_kernel(
     stored = inside < PLANES * 16
     at = program.to(tl.int64) * COLUMNS + column
     plane = kv_head * PLANES + inside // 16
-    own = kv_head * kept + tl.load(CHANNELS + plane, mask=stored, other=0) + inside % 16
+    own = kv_head * kept + tl.load(TABLE + plane * 4 + 1, mask=stored, other=0) + inside % 16
     worth = tl.load(DEVIATION + own, mask=stored, other=0.0) * tl.load(SCALES + plane, mask=stored, other=0.0)
     inverse = tl.load(INVERSE + own[:, None] * D + channel[None, :], mask=stored[:, None] & seen[None, :], other=0.0)
     mean = tl.load(MEAN + kv_head * D + channel, mask=seen, other=0.0)

@@ -1,0 +1,197 @@
+"""Encoding to planes of 2 bits (``PlaneLayout``): one tile for ``append``, and the kernel that encodes all tiles of a prompt.
+
+The transformed channels of a tile are made three times, 16 at a time: for the tokens' size, for the error of each gain that
+is tried, and for the codes. They are never all there at once.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fade_kernels_triton.jit.encode import ROUND
+
+
+@triton.jit
+def transformed(TOKENS, MEAN, FORWARD, DEVIATION, channel, first, last, stride, kept, TILE: tl.constexpr,
+                D: tl.constexpr):  # fmt: skip
+    """16 channels from ``channel`` on of the tokens ``first .. first + TILE``, float32 ``[TILE, 16]``.
+
+    Tokens are ``stride`` elements apart; those past ``last`` are ``last`` once more.
+    """
+    token = TOKENS + tl.minimum(first + tl.arange(0, TILE), last).to(tl.int64) * stride
+    some = tl.arange(0, 16)
+    y = tl.zeros([TILE, 16], tl.float32)
+    for start in tl.range(0, D, 16):
+        part = start + some
+        left = tl.load(token[:, None] + part[None, :]).to(tl.float32) - tl.load(MEAN + part)[None, :]
+        right = tl.load(FORWARD + part[:, None] * kept + (channel + some)[None, :]).to(tl.float32)
+        y = tl.dot(left, right, y, input_precision="ieee")
+    return y / tl.load(DEVIATION + channel + some)[None, :]
+
+
+@triton.jit
+def nearest(y, step, top):
+    """Nearest codes ``0 .. top``, as floats, of ``y`` to levels ``step`` apart about 0."""
+    middle = top * 0.5
+    code = y / step + middle
+    code = tl.minimum(tl.maximum(code, -1.0), top + 1.0)
+    return tl.minimum(tl.maximum((code + ROUND) - ROUND, 0.0), top)
+
+
+@triton.jit
+def gain_of(code, usual, ZERO: tl.constexpr, STEPS: tl.constexpr):
+    """Gains of gain codes (floats)."""
+    return tl.exp2((code - ZERO) * (1.0 / STEPS) + usual)
+
+
+@triton.jit
+def encode_planes(
+    TOKENS,
+    CODES,
+    GAIN,
+    TABLE,
+    SCALES,
+    WORTH,
+    MEAN,
+    FORWARD,
+    DEVIATION,
+    USUAL,
+    kv_head,
+    first,
+    last,
+    stride,
+    kept,
+    row,
+    head_stride,
+    PLANES: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    ZERO: tl.constexpr,
+    STEPS: tl.constexpr,
+    FROM: tl.constexpr,
+    TRIES: tl.constexpr,
+    TILE: tl.constexpr,
+    D: tl.constexpr,
+):
+    """Encode tokens ``first .. first + TILE`` of one head into one tile.
+
+    Args:
+        TOKENS: of the row and head.
+        CODES: where head 0's row of the tile begins; those of other heads are ``head_stride`` further each.
+        GAIN: of the row, head and tile.
+        TABLE, SCALES, WORTH, MEAN, FORWARD, DEVIATION, USUAL: as ``PlaneLayout`` has them.
+        row: words of a head's row.
+    """
+    R: tl.constexpr = TILE // 8
+    TOP: tl.constexpr = 15.0  # the largest gain code
+    token = tl.arange(0, TILE)
+    some = tl.arange(0, 16)
+    TABLE += kv_head * PLANES * 4
+    SCALES += kv_head * PLANES
+    WORTH += kv_head * kept
+    MEAN += kv_head * D
+    FORWARD += kv_head * D * kept
+    DEVIATION += kv_head * kept
+    usual = tl.load(USUAL + kv_head)
+
+    size = tl.zeros([TILE], tl.float32)
+    count = tl.zeros([16], tl.float32)
+    for p in tl.range(0, PLANES):
+        if (tl.load(TABLE + p * 4 + 2) == 0) & (tl.load(SCALES + p) > 0):  # one plane of each channel
+            channel = tl.load(TABLE + p * 4 + 1)
+            stored = tl.where(tl.load(WORTH + channel + some) > 0, 1.0, 0.0)
+            y = transformed(TOKENS, MEAN, FORWARD, DEVIATION, channel, first, last, stride, kept, TILE, D)
+            size += tl.sum(y * y * stored[None, :], 1)
+            count += stored
+    size = size / tl.maximum(tl.sum(count, 0), 1.0)
+    own = (tl.log2(tl.sqrt(tl.maximum(size, 1.0e-30))) - usual) * STEPS + ZERO
+    own = (own + ROUND) - ROUND
+
+    errors = ()
+    for _i in tl.static_range(TRIES):
+        errors = errors + (tl.zeros([TILE], tl.float32),)
+    for p in tl.range(0, PLANES):
+        scale = tl.load(SCALES + p)
+        if (tl.load(TABLE + p * 4 + 2) == 0) & (scale > 0):
+            channel = tl.load(TABLE + p * 4 + 1)
+            top = ((1 << tl.load(TABLE + p * 4 + 3)) - 1).to(tl.float32)
+            worth = tl.load(WORTH + channel + some)
+            y = transformed(TOKENS, MEAN, FORWARD, DEVIATION, channel, first, last, stride, kept, TILE, D)
+            more = ()
+            for i in tl.static_range(TRIES):
+                code = tl.minimum(tl.maximum(own + (FROM + i), 0.0), TOP)
+                step = (gain_of(code, usual, ZERO, STEPS) * scale)[:, None]
+                missed = (nearest(y, step, top) - top * 0.5) * step - y
+                more = more + (errors[i] + tl.sum(missed * missed * worth[None, :], 1),)
+            errors = more
+    best = errors[0]
+    chosen = tl.minimum(tl.maximum(own + FROM, 0.0), TOP)
+    for i in tl.static_range(1, TRIES):
+        better = errors[i] < best
+        chosen = tl.where(better, tl.minimum(tl.maximum(own + (FROM + i), 0.0), TOP), chosen)
+        best = tl.where(better, errors[i], best)
+
+    half = token // (TILE // 2)
+    both = tl.sum(tl.reshape(chosen.to(tl.int32) << (4 * half), [2, TILE // 2]), 0)
+    tl.store(GAIN + tl.arange(0, TILE // 2), both.to(tl.uint8))
+    gain = gain_of(chosen, usual, ZERO, STEPS)
+    word_row = tl.arange(0, R)
+    for p in tl.range(0, PLANES):
+        scale = tl.load(SCALES + p)
+        if scale > 0:
+            word = tl.load(TABLE + p * 4)
+            channel = tl.load(TABLE + p * 4 + 1)
+            shift = tl.load(TABLE + p * 4 + 2)
+            top = ((1 << tl.load(TABLE + p * 4 + 3)) - 1).to(tl.float32)
+            y = transformed(TOKENS, MEAN, FORWARD, DEVIATION, channel, first, last, stride, kept, TILE, D)
+            step = scale / (1 << shift).to(tl.float32)
+            code = nearest(y, (gain * step)[:, None], top).to(tl.int32)
+            field = ((code >> shift) & 3) << (2 * (token // R))[:, None]
+            words = tl.sum(tl.reshape(field, [8, R, 16]), 0)
+            if TRANSPOSED:
+                where = word + some[None, :] * R + word_row[:, None]
+            else:
+                where = word + word_row[:, None] * 16 + some[None, :]
+            tl.store(CODES + (where // row).to(tl.int64) * head_stride + where % row, words.to(tl.int16))
+
+
+@triton.jit(do_not_specialize=["length"])
+def encode_planes_kernel(
+    TOKENS,
+    CODES,
+    GAIN,
+    TABLE,
+    SCALES,
+    WORTH,
+    MEAN,
+    FORWARD,
+    DEVIATION,
+    USUAL,
+    heads,
+    length,
+    kept,
+    row,
+    stride_b,
+    stride_h,
+    stride_t,
+    PLANES: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    ZERO: tl.constexpr,
+    STEPS: tl.constexpr,
+    FROM: tl.constexpr,
+    TRIES: tl.constexpr,
+    TILE: tl.constexpr,
+    D: tl.constexpr,
+):
+    """Grid ``[tiles, B * H_kv]``: a tile of ``[B, H_kv, length, D]`` each."""
+    tile = tl.program_id(0)
+    program = tl.program_id(1)
+    tiles = tl.num_programs(0)
+    batch_row = (program // heads).to(tl.int64)  # a division of 64 bits takes hundreds of cycles
+    head = (program % heads).to(tl.int64)
+    encode_planes(
+        TOKENS + batch_row * stride_b + head * stride_h, CODES + (batch_row * heads * tiles + tile) * row,
+        GAIN + (program.to(tl.int64) * tiles + tile) * (TILE // 2), TABLE, SCALES, WORTH, MEAN, FORWARD, DEVIATION, USUAL,
+        head, tile * TILE, length - 1, stride_t, kept, row, (tiles * row).to(tl.int64), PLANES, TRANSPOSED, ZERO, STEPS,
+        FROM, TRIES, TILE, D,
+    )  # fmt: skip
