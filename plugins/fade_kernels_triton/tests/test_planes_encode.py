@@ -115,7 +115,7 @@ def problem(heads: int, dim: int, tile: int, dtype: torch.dtype, device: str) ->
 
 @pytest.mark.parametrize(
     ("heads", "dim", "tile", "dtype"),
-    [(2, 64, 64, torch.float16), (1, 128, 128, torch.bfloat16), (8, 80, 64, torch.float32)],
+    [(2, 64, 64, torch.float16), (1, 128, 128, torch.bfloat16), (4, 80, 64, torch.float32)],
 )
 def test_tiles_that_leave_the_window(heads: int, dim: int, tile: int, dtype: torch.dtype, device: str) -> None:
     seed()

@@ -1,4 +1,4 @@
-"""The merge of what the splits of each row and head have left, behind every kernel that splits its work."""
+"""The merge of what the splits of each row and head have left behind ``decode_kernel``."""
 
 from __future__ import annotations
 

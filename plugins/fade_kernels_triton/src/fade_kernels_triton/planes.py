@@ -117,6 +117,8 @@ class PlanesTier:
                     raise InputError(f"{side} field {name!r} is {field.dtype} {tuple(field.shape)}")
                 if not field.is_contiguous():
                     raise InputError(f"{side} field {name!r} of shape {tuple(field.shape)} is not contiguous")
+            if self.table is None and fields["codes"][0].numel() >= 2**31:
+                raise InputError(f"{side} codes of one row are {fields['codes'][0].numel()} words (up to {2**31 - 1})")
         if self.key_layout.tile != self.value_layout.tile:
             raise InputError(
                 f"keys in tiles of {self.key_layout.tile} tokens beside values in tiles of {self.value_layout.tile}"
