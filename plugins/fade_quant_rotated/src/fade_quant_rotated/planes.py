@@ -64,10 +64,7 @@ class PlaneStream(StreamLayout):
 
     def pack(self, codes: Tensor) -> Tensor:
         fields = (codes[..., self._place] >> self._shift) & (2**PLANE_BITS - 1)  # [B, n, tile, planes, 16]
-        stream = pack_codes(fields.transpose(2, 3), PLANE_BITS, self.layout).flatten(2)
-        stream = torch.nn.functional.pad(stream, (0, self.row * self.heads - self.words))
-        result: Tensor = stream.unflatten(-1, (self.heads, self.row)).transpose(1, 2).contiguous()
-        return result
+        return self.cut(pack_codes(fields.transpose(2, 3), PLANE_BITS, self.layout).flatten(2))
 
     def unpack(self, rows: Tensor) -> Tensor:
         stream = rows.transpose(1, 2).flatten(2)[..., : self.words]

@@ -18,12 +18,10 @@ from fade_quant_rotated.calibrated import CalibratedQuantizer
 from fade_quant_rotated.calibration import GAIN_BITS, SideCalibration
 from fade_quant_rotated.levels import check_tokens
 from fade_quant_rotated.lloyd_max import Levels
+from fade_quant_rotated.planes import PLANE_CHANNELS
 from fade_quant_rotated.prompt import moments_of
 from fade_quant_rotated.rotation import Rotation
 from fade_quant_rotated.statistics import LayerMoments
-
-KERNEL_GROUP = 16
-"""Channels of one width that kernels read at once, and words whose rows they read at once."""
 
 TOKENS_A_CHANNEL = 1
 """Fewest tokens a channel, outside the sinks, that are learnt from; ``shrunk`` makes up for their number."""
@@ -72,8 +70,10 @@ class SelfCalibratedQuantizer(CalibratedQuantizer):
         self.head_dim, self.tile, self.side, self.device = head_dim, tile, side, device
         self.choice, self.group = check_widths(widths), group
         self.row = int((bits - GAIN_BITS / head_dim) * tile * head_dim / WORD_BITS + 1e-9)
-        if group % KERNEL_GROUP == 0:  # whole groups leave the rest unused, and kernels read rows of whole ones at once
-            self.row -= self.row % KERNEL_GROUP
+        if (
+            group % PLANE_CHANNELS == 0
+        ):  # whole groups leave the rest unused, and kernels read rows of whole ones at once
+            self.row -= self.row % PLANE_CHANNELS
         if bits * head_dim < GAIN_BITS or self.channel_bits > self.choice[-1]:
             raise ConfigError(
                 f"bits={bits:g} an element cannot be had: gains take {GAIN_BITS / head_dim:.3f}, and the codes have "

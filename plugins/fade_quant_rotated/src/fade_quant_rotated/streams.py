@@ -93,7 +93,11 @@ class StreamLayout:
                 below -= plane
                 part = (codes[..., start:stop] >> below) & ((1 << plane) - 1)
                 parts.append(pack_codes(part, plane, self.layout).flatten(-2))
-        stream = torch.nn.functional.pad(torch.cat(parts, -1), (0, self.row * self.heads - self.words))
+        return self.cut(torch.cat(parts, -1))
+
+    def cut(self, stream: Tensor) -> Tensor:
+        """Rows ``[B, H, n, row]`` of streams ``[B, n, words]``."""
+        stream = torch.nn.functional.pad(stream, (0, self.row * self.heads - self.words))
         result: Tensor = stream.unflatten(-1, (self.heads, self.row)).transpose(1, 2).contiguous()
         return result
 

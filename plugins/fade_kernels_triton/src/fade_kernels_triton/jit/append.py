@@ -44,6 +44,30 @@ def write_token(NEW, WINDOW, slot, COUNTERS, ZERO: tl.constexpr, D: tl.constexpr
     tl.store(WINDOW + slot * D + channel, x, mask=channel < D)
 
 
+@triton.jit
+def close_gaps(
+    keys, values, first, length, TILE: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr
+):  # fmt: skip
+    """Close the gap that an encoded tile leaves in both windows; the length after it."""
+    tl.debug_barrier()
+    close_gap(keys, first, length, TILE, BLOCK, D, DP)
+    close_gap(values, first, length, TILE, BLOCK, D, DP)
+    return length - TILE
+
+
+@triton.jit
+def write_tokens(
+    KEY, VALUE, keys, values, LENGTHS, COUNTERS, bh, length, capacity, ZERO: tl.constexpr, D: tl.constexpr,
+    DP: tl.constexpr,
+):  # fmt: skip
+    """Write the new key and value of row and head ``bh`` behind its window, and what has become of length and counters."""
+    slot = tl.minimum(length, capacity - 1)
+    write_token(KEY, keys, slot, COUNTERS, ZERO, D, DP)
+    write_token(VALUE, values, slot, COUNTERS, ZERO, D, DP)
+    tl.store(LENGTHS + bh, length + 1)
+    tl.atomic_add(COUNTERS, 1, mask=bh == 0)
+
+
 @triton.jit(do_not_specialize=["capacity", "max_tiles", "threshold", "n_sink"])
 def append_kernel(
     KEYS,
@@ -100,13 +124,9 @@ def append_kernel(
             values, VALUE_ROTATION, VALUE_CODES + tile * (TILE * VALUE_BITS // 16 * D), VALUE_META + tile * TILE, n_sink,
             length - 1, D, VALUE_BITS, False, True, VALUE_OUTWARD, TILE, D, DP,
         )  # fmt: skip
-        tl.debug_barrier()
-        close_gap(keys, n_sink, length, TILE, BLOCK, D, DP)
-        close_gap(values, n_sink, length, TILE, BLOCK, D, DP)
-        length = length - TILE
+        length = close_gaps(keys, values, n_sink, length, TILE, BLOCK, D, DP)
         tl.store(USED + bh, used + 1)
-    slot = tl.minimum(length, capacity - 1)
-    write_token(KEYS + row * key_stride_b + head * key_stride_h, keys, slot, COUNTERS, ZERO, D, DP)
-    write_token(VALUES + row * value_stride_b + head * value_stride_h, values, slot, COUNTERS, ZERO, D, DP)
-    tl.store(LENGTHS + bh, length + 1)
-    tl.atomic_add(COUNTERS, 1, mask=bh == 0)
+    write_tokens(
+        KEYS + row * key_stride_b + head * key_stride_h, VALUES + row * value_stride_b + head * value_stride_h, keys, values,
+        LENGTHS, COUNTERS, bh, length, capacity, ZERO, D, DP,
+    )  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fade_kernels_triton.jit.append import close_gap, write_token
+from fade_kernels_triton.jit.append import close_gaps, write_tokens
 from fade_kernels_triton.jit.encodeplanes import encode_planes
 
 
@@ -87,13 +87,9 @@ def append_planes_kernel(
             (max_tiles * value_row).to(tl.int64), VALUE_PLANES, True, VALUE_GAINS[0], VALUE_GAINS[1], VALUE_GAINS[2],
             VALUE_GAINS[3], TILE, D,
         )  # fmt: skip
-        tl.debug_barrier()
-        close_gap(keys, n_sink, length, TILE, BLOCK, D, DP)
-        close_gap(values, n_sink, length, TILE, BLOCK, D, DP)
-        length = length - TILE
+        length = close_gaps(keys, values, n_sink, length, TILE, BLOCK, D, DP)
         tl.store(USED + bh, used + 1)
-    slot = tl.minimum(length, capacity - 1)
-    write_token(KEYS + row * key_stride_b + head * key_stride_h, keys, slot, COUNTERS, ZERO, D, DP)
-    write_token(VALUES + row * value_stride_b + head * value_stride_h, values, slot, COUNTERS, ZERO, D, DP)
-    tl.store(LENGTHS + bh, length + 1)
-    tl.atomic_add(COUNTERS, 1, mask=bh == 0)
+    write_tokens(
+        KEYS + row * key_stride_b + head * key_stride_h, VALUES + row * value_stride_b + head * value_stride_h, keys, values,
+        LENGTHS, COUNTERS, bh, length, capacity, ZERO, D, DP,
+    )  # fmt: skip

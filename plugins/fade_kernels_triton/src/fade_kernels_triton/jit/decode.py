@@ -31,13 +31,18 @@ def load_query(QUERY, row, kv_head, stride_b, stride_h, stride_q, HEADS: tl.cons
 
 
 @triton.jit
+def power_above(x):
+    """The least power of two that is not below ``x >= 0`` (float32; of 1e-30, if that is more), and its inverse."""
+    bits = (tl.maximum(x, 1.0e-30).to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000  # the exponent, rounded up
+    return bits.to(tl.float32, bitcast=True), (0x7F000000 - bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def normalise(query):
     """fp16 query columns divided by a power of two each, so that all are at most 1, and that power ``[N]``."""
     wide = query.to(tl.float32)
-    largest = tl.maximum(tl.max(tl.abs(wide), 0), 1.0e-30)
-    bits = (largest.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000  # the exponent, rounded up
-    inverse = (0x7F000000 - bits).to(tl.float32, bitcast=True)
-    return (wide * inverse[None, :]).to(tl.float16), bits.to(tl.float32, bitcast=True)
+    power, inverse = power_above(tl.max(tl.abs(wide), 0))
+    return (wide * inverse[None, :]).to(tl.float16), power
 
 
 @triton.jit

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fade_kernels_triton.jit.decode import LN2, power_above
+
 
 @triton.jit
 def turn_kernel(
@@ -56,14 +58,12 @@ def turn_kernel(
         row * query_stride_b + (kv_head * HEADS + column % HEADS) * query_stride_h + column // HEADS * query_stride_q
     )
     query = tl.load(QUERY + start + channel, mask=channel < D, other=0.0).to(tl.float32) * scaling
-    largest = tl.maximum(tl.sqrt(tl.sum(query * query, 0)) * reach, 1.0e-30)
-    bits = (largest.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000  # the exponent, rounded up
-    shrink = (0x7F000000 - bits).to(tl.float32, bitcast=True)
+    power, shrink = power_above(tl.sqrt(tl.sum(query * query, 0)) * reach)
     turned = tl.sum(inverse.to(tl.float32) * query[None, :], 1) * worth * shrink
     at = program.to(tl.int64) * columns + column
     tl.store(TURNED + (at * planes + plane) * 16 + inside, turned.to(tl.float16))
     if plane == 0:
-        tl.store(NORM + at, bits.to(tl.float32, bitcast=True))
+        tl.store(NORM + at, power)
         tl.store(BIAS + at, tl.sum(query * mean, 0))
 
 
@@ -153,7 +153,7 @@ def finish_kernel(
         merged += tl.sum(part * weight[:, None], 0)
     merged = merged * worth / tl.where(live, mass, 1.0)
     out = tl.sum(merged[:, None] * inverse.to(tl.float32), 0) + tl.where(live, mean, 0.0)
-    lse = tl.where(live, (peak + tl.log2(tl.where(live, mass, 1.0))) * 0.6931471805599453 + bias, float("-inf"))
+    lse = tl.where(live, (peak + tl.log2(tl.where(live, mass, 1.0))) * LN2 + bias, float("-inf"))
 
     # beside what else was attended to
     where = (row * kv_heads * HEADS + head) * Q_LEN + query
