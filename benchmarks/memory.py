@@ -15,8 +15,8 @@ import torch
 from transformers import DynamicCache
 
 from fade_core import FadeConfig, create_tiered_cache, load_model
-from fade_core.attention import fade_attention
-from fade_core.memory import PeakTracker, live_bytes
+from fade_core.cache.attention import fade_attention
+from fade_core.support.memory import PeakTracker, live_bytes
 from fade_core.texts import passages
 
 

@@ -22,7 +22,7 @@ from fade_core import create_tiered_cache, list_plugins, load_model
 from fade_core.eval.decode import prefill
 from fade_core.eval.haystack import ask, judge, needle_prompts
 from fade_core.eval.kl import exact_runs, follow, summarise
-from fade_core.loading import exact_cache
+from fade_core.models.loading import exact_cache
 from fade_core.texts import passages
 
 REPEAT = "\n\nRepeat the previous context exactly.\n\n"

@@ -20,10 +20,10 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from fade_core import FadeConfig, Quantizer, TieredKVCache
+from fade_core.cache.layer import TieredLayer
 from fade_core.interfaces import QuantizerContext
-from fade_core.layer import TieredLayer
 from fade_core.packed import Packed
-from fade_core.tierstore import TierStore
+from fade_core.storage.tier_store import TierStore
 
 DENSE = "dense_reference"
 

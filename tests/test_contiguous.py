@@ -14,14 +14,14 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from fade_core import FadeConfig, TieredKVCache, create_tiered_cache, hookimpl
-from fade_core.attention import fade_attention
+from fade_core.cache.attention import fade_attention
+from fade_core.cache.layer import TieredLayer
+from fade_core.cache.manual import apply_tier_assignment_per_sequence
 from fade_core.errors import CheckpointError, ConfigError, UnsupportedModelError
 from fade_core.interfaces import Event, Kernel, TelemetrySink
-from fade_core.kernels.attention import FullSegment, PackedSegment, TorchDecodeAttention
-from fade_core.layer import TieredLayer
-from fade_core.manual import apply_tier_assignment_per_sequence
-from fade_core.memory import live_bytes
+from fade_core.ops.attention import FullSegment, PackedSegment, TorchDecodeAttention
 from fade_core.plugins import Registry, use_registry
+from fade_core.support.memory import live_bytes
 from fade_core.testing import check_rope
 
 SINKS, WINDOW, TILE = 3, 16, 16
@@ -227,8 +227,8 @@ def _without_tiles(layer: TieredLayer) -> Tensor:
 
 def test_what_lies_behind_every_hole_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of two tiles: some are moved, later ones are left to the quantizer."""
-    monkeypatch.setattr("fade_core.kernels.attention.READ_AT_ONCE", 2 * TILE)
-    monkeypatch.setattr("fade_core.layer.READ_AT_ONCE", TILE + 3)
+    monkeypatch.setattr("fade_core.ops.attention.READ_AT_ONCE", 2 * TILE)
+    monkeypatch.setattr("fade_core.cache.layer.READ_AT_ONCE", TILE + 3)
     model = tiny("llama", fresh_seed(), num_hidden_layers=1)
     for queries in (3, 40):
         cache = filled(model, contiguous(**TOKENS), prompt(fresh_seed(), 200))

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from fade_core import FadeConfig, TieredKVCache, create_tiered_cache
-from fade_core.layer import TieredLayer
-from fade_core.memory import live_bytes
+from fade_core.cache.layer import TieredLayer
+from fade_core.support.memory import live_bytes
 
 SINKS, WINDOW, TILE, EVERY = 3, 16, 16, 8
 POLICIES = ("position", "h2o", "ema")

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fade_core import FadeConfig, TieredKVCache, create_tiered_cache
 from fade_core.errors import InputError, NonFiniteError
-from fade_core.evictingstore import EvictingStore
-from fade_core.memory import live_bytes
+from fade_core.storage.evictingstore import EvictingStore
+from fade_core.support.memory import live_bytes
 
 TOKENS = {"kind": "uniform", "axis": "token"}
 EVICTING = {

@@ -12,9 +12,9 @@ from tinymodels import fresh_seed
 from transformers import PreTrainedModel
 
 from fade_core import TieredKVCache, create_tiered_cache
+from fade_core.cache.fixed import FixedLayer
 from fade_core.errors import UnsupportedModelError
-from fade_core.fixed import FixedLayer
-from fade_core.memory import live_bytes
+from fade_core.support.memory import live_bytes
 
 REFUSED = {  # transformers' own sliding window of fixed size takes no tokens back and keeps its rows
     ("gemma3_text", mode) for mode in ("prompt_lookup", "assisted", "early_exit", "contrastive", "rows_by_hand")

@@ -14,14 +14,14 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from fade_core import FadeConfig, Tier
+from fade_core.cache.layer import TieredLayer
+from fade_core.cache.layer_plan import LayerPlan
+from fade_core.cache.memory_report import measure
+from fade_core.cache.rows import join_layer, shift
+from fade_core.eviction.attention_tracker import AttentionTracker
+from fade_core.eviction.ladder import Ladder, tokens_of
 from fade_core.interfaces import QuantizerContext
-from fade_core.ladder import Ladder, tokens_of
-from fade_core.layer import TieredLayer
-from fade_core.layerplan import LayerPlan
-from fade_core.memory import live_bytes
-from fade_core.report import measure
-from fade_core.rows import join_layer, shift
-from fade_core.tracker import AttentionTracker
+from fade_core.support.memory import live_bytes
 
 HEADS, DIM, SINKS, WINDOW, TILE = 2, 16, 3, 16, 16
 SHORT = {"n_sink": SINKS, "recent_window": WINDOW, "tile": TILE}

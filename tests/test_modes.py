@@ -14,7 +14,7 @@ from tinymodels import fresh_seed, tiny
 from transformers import DynamicCache, PreTrainedModel
 
 from fade_core import FadeConfig, TieredKVCache, create_tiered_cache
-from fade_core.layer import TieredLayer
+from fade_core.cache.layer import TieredLayer
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},

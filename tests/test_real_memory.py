@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from fade_core import FadeConfig, create_tiered_cache, load_model
 from fade_core.eval import divergence
-from fade_core.memory import live_bytes
+from fade_core.support.memory import live_bytes
 from fade_core.texts import passages
 
 pytestmark = pytest.mark.real_model

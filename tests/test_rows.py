@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from fade_core import FadeConfig, TieredKVCache, create_tiered_cache
 from fade_core.errors import InputError
-from fade_core.memory import live_bytes
+from fade_core.support.memory import live_bytes
 
 SHORT = {"n_sink": 4, "recent_window": 16, "tile": 16}
 RUNGS = [{"tier": "int4", "capacity": 0.3}, {"tier": "int2"}]

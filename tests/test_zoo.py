@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel, T5Config, T5ForCondition
 
 from fade_core import FadeConfig, TieredKVCache, create_tiered_cache
 from fade_core.errors import ConfigError, UnsupportedModelError
-from fade_core.memory import live_bytes
+from fade_core.support.memory import live_bytes
 
 _LINEAR = {
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],

@@ -25,10 +25,10 @@ from transformers import (
 )
 
 from fade_core import FadeConfig, TieredKVCache, create_tiered_cache
+from fade_core.builtin.telemetry import Collector, attach_telemetry
 from fade_core.errors import ConfigError, InputError, NonFiniteError, UnsupportedModelError
-from fade_core.incoming import FiniteCheck
-from fade_core.memory import live_bytes
-from fade_core.telemetry import Collector, attach_telemetry
+from fade_core.support.checks import FiniteCheck
+from fade_core.support.memory import live_bytes
 
 SMALL: dict[str, Any] = {"n_sink": 2, "recent_window": 16, "tile": 16}
 CONFIGS: dict[str, dict[str, Any]] = {

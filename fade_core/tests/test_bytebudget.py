@@ -9,10 +9,10 @@ import torch
 from tiny import fresh_seed, tiny_llama
 
 from fade_core import FadeConfig, create_tiered_cache
-from fade_core.bytebudget import layer_budgets
 from fade_core.errors import ConfigError, InputError
-from fade_core.memory import live_bytes
-from fade_core.validation import bytes_of
+from fade_core.eviction.byte_budget import layer_budgets
+from fade_core.support.memory import live_bytes
+from fade_core.support.validation import bytes_of
 
 LAYERS = 3
 SHORT = {"n_sink": 2, "recent_window": 16, "tile": 16}

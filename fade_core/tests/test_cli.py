@@ -14,6 +14,7 @@ from tiny import byte_tokenizer, save_tiny, tiny_llama
 from typer.testing import CliRunner, Result
 
 from fade_core import FadeConfig, create_tiered_cache
+from fade_core.cache.named_caches import configuration
 from fade_core.cli import demo as demo_module
 from fade_core.cli.app import build_app
 from fade_core.cli.console import size
@@ -23,11 +24,10 @@ from fade_core.cli.prompts import chat_ids, document_ids
 from fade_core.cli.streaming import TokenWatch
 from fade_core.errors import ConfigError, InputError
 from fade_core.eval import contenders
-from fade_core.eval.caches import configuration
-from fade_core.hookspecs import hookimpl
-from fade_core.loading import exact_cache
-from fade_core.memory import live_bytes
+from fade_core.models.loading import exact_cache
 from fade_core.plugins import Registry, use_registry
+from fade_core.plugins.hookspecs import hookimpl
+from fade_core.support.memory import live_bytes
 
 TEXT = "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in my purse. " * 4
 
@@ -334,7 +334,7 @@ def test_bench_batch_finds_the_last_batch_that_fits(fade: Callable[..., Result],
 
 
 def test_step_times_restore_the_models_attention() -> None:
-    from fade_core.eval.caches import tiered_factory
+    from fade_core.cache.named_caches import tiered_factory
     from fade_core.eval.speed import step_times
 
     model = tiny_llama()
@@ -364,7 +364,7 @@ def test_inspect_predicts_what_is_held(fade: Callable[..., Result], folder: Path
 
 
 def test_inspect_counts_what_is_evicted(folder: Path, evicting: Path) -> None:
-    from fade_core.loading import load_skeleton
+    from fade_core.models.loading import load_skeleton
 
     skeleton = load_skeleton(folder)
     assert next(skeleton.parameters()).device.type == "meta"

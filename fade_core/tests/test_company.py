@@ -13,7 +13,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from fade_core import FadeConfig, TieredKVCache, create_tiered_cache
 from fade_core.interfaces import EvictionPolicy, LayerView, PolicyConfig
-from fade_core.memory import live_bytes
+from fade_core.support.memory import live_bytes
 
 END, STEPS = 255, 45
 SHORT = {"n_sink": 4, "recent_window": 16, "tile": 16}

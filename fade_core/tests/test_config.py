@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from plugin_maker import provider
 
 from fade_core import FadeConfig, PolicyConfig, TierConfig
-from fade_core.configfile import read_table, write_table
+from fade_core.builtin.policies.h2o import H2OConfig
+from fade_core.builtin.policies.position import PositionConfig
+from fade_core.builtin.quantizers.uniform import UniformConfig
+from fade_core.config.files import read_table, write_table
+from fade_core.config.flat_spelling import NAMES
 from fade_core.errors import ConfigError, PluginError, UnknownComponentError
-from fade_core.flat import NAMES
 from fade_core.plugins import Registry, use_registry
-from fade_core.policies.h2o import H2OConfig
-from fade_core.policies.position import PositionConfig
-from fade_core.quantizers.uniform import UniformConfig
 
 FORMATS = ("toml", "yaml", "yml", "json")
 

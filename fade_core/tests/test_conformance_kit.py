@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fade_core.builtin.quantizers.uniform import UniformConfig, UniformQuantizer
+from fade_core.builtin.telemetry import Collector
 from fade_core.errors import CheckpointError, ConfigError, FadeError, InputError
-from fade_core.hookspecs import hookimpl
 from fade_core.interfaces import (
     Event,
     EvictionPolicy,
@@ -25,12 +26,11 @@ from fade_core.interfaces import (
     Support,
     TelemetrySink,
 )
-from fade_core.kernels.append import TorchAppend
-from fade_core.kernels.attention import AttentionOutput, FullSegment, PackedSegment, decode_attention
+from fade_core.ops.append import TorchAppend
+from fade_core.ops.attention import AttentionOutput, FullSegment, PackedSegment, decode_attention
 from fade_core.packed import Packed, PackedFormat
 from fade_core.plugins import Registry, use_registry
-from fade_core.quantizers.uniform import UniformConfig, UniformQuantizer
-from fade_core.telemetry import Collector
+from fade_core.plugins.hookspecs import hookimpl
 from fade_core.testing import (
     check_component,
     check_kernel,

@@ -13,12 +13,13 @@ import pytest
 import torch
 from tiny import fresh_seed, tiny_llama
 
-from fade_core import FadeConfig, flat, hookspecs
+from fade_core import FadeConfig
+from fade_core.builtin.quantizers.uniform import UniformConfig
 from fade_core.config import LayerOverride
+from fade_core.config import flat_spelling as flat
+from fade_core.config.kernel_selection import OPS
 from fade_core.eval.quality import QualityRow
-from fade_core.kernels.selection import OPS
-from fade_core.plugins import Registry, use_registry
-from fade_core.quantizers.uniform import UniformConfig
+from fade_core.plugins import Registry, hookspecs, use_registry
 
 DOCS = Path(__file__).parents[2] / "docs"
 CONFIGURATION = (DOCS / "configuration.md").read_text()

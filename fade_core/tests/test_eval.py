@@ -12,14 +12,14 @@ from tiny import byte_tokenizer, fresh_seed, tiny_llama
 from torch import Tensor
 from transformers import DynamicCache
 
+from fade_core.cache.named_caches import configuration
 from fade_core.errors import ConfigError, FadeError, InputError
 from fade_core.eval import divergence, exact_runs, needle, perplexity
-from fade_core.eval.caches import configuration
 from fade_core.eval.haystack import needle_prompts
 from fade_core.eval.results import standard_error
 from fade_core.eval.tasks import EvalOptions, EvalTask, eval_task
-from fade_core.hookspecs import hookimpl
 from fade_core.plugins import Registry, use_registry
+from fade_core.plugins.hookspecs import hookimpl
 
 
 class ScaledValues(DynamicCache):

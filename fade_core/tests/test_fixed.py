@@ -12,15 +12,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fade_core import FadeConfig, Tier, TieredKVCache, create_tiered_cache
+from fade_core.builtin.quantizers.uniform import UniformQuantizer
+from fade_core.cache.fixed import FixedLayer
+from fade_core.cache.fixedplan import bucket
 from fade_core.errors import CheckpointError, InputError, NonFiniteError
-from fade_core.fixed import FixedLayer
-from fade_core.fixedplan import bucket
-from fade_core.fixedstore import TileView
-from fade_core.kernels.append import LOGICAL, NONFINITE, ODD_MASK, AppendRule, FixedBuffers, append
-from fade_core.kernels.attention import decode_attention
-from fade_core.memory import live_bytes
-from fade_core.quantizers.uniform import UniformQuantizer
-from fade_core.step import step_segments
+from fade_core.ops.append import LOGICAL, NONFINITE, ODD_MASK, AppendRule, FixedBuffers, append
+from fade_core.ops.attention import decode_attention
+from fade_core.ops.step import step_segments
+from fade_core.storage.fixedstore import TileView
+from fade_core.support.memory import live_bytes
 
 TILE, SINK, RECENT = 16, 3, 8
 CONFIG = FadeConfig(n_sink=SINK, recent_window=RECENT, tile=TILE, keys={"kind": "uniform", "axis": "channel"})

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny import fresh_seed
 
+from fade_core.builtin.quantizers.full import FullQuantizer
 from fade_core.errors import InputError
-from fade_core.quantizers.full import FullQuantizer
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from fade_core import FadeConfig, TieredKVCache, create_tiered_cache
+from fade_core.builtin.quantizers.uniform import UniformConfig, UniformQuantizer
 from fade_core.interfaces import EvictionPolicy, LayerView, PolicyConfig, Quantizer, QuantizerConfig, QuantizerContext
 from fade_core.packed import Packed
-from fade_core.quantizers.uniform import UniformConfig, UniformQuantizer
 from fade_core.testing import check_quantizer
 
 

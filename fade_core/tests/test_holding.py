@@ -11,7 +11,7 @@ from tiny import fresh_seed, tiny_llama
 
 from fade_core import FadeConfig, create_tiered_cache
 from fade_core.errors import InputError, UnsupportedModelError
-from fade_core.memory import live_bytes
+from fade_core.support.memory import live_bytes
 
 LADDER = {
     "n_sink": 2,

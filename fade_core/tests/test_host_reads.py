@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fade_core import FadeConfig, create_tiered_cache
-from fade_core.layer import TieredLayer
+from fade_core.cache.layer import TieredLayer
 
 SHORT = {"n_sink": 3, "recent_window": 16, "tile": 16}
 AGED = {"kind": "position", "budget": 300}

@@ -8,8 +8,8 @@ from tiny import fresh_seed, tiny_llama
 from torch import Tensor
 
 from fade_core import FadeConfig, create_tiered_cache, get_quantizer
+from fade_core.builtin.quantizers.kivi import BITS, KiviConfig, KiviQuantizer
 from fade_core.errors import ConfigError
-from fade_core.quantizers.kivi import BITS, KiviConfig, KiviQuantizer
 from fade_core.testing import check_quantizer
 
 

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fade_core.builtin.quantizers.full import FullQuantizer
+from fade_core.eviction.ladder import UNBOUNDED, Ladder, describe, in_tiles, lowest, tokens_of, whole
 from fade_core.interfaces import Tier
-from fade_core.ladder import UNBOUNDED, Ladder, describe, in_tiles, lowest, tokens_of, whole
-from fade_core.quantizers.full import FullQuantizer
-from fade_core.validation import Capacity
+from fade_core.support.validation import Capacity
 
 CAPACITIES = st.one_of(st.integers(1, 400), st.floats(0.01, 1.0), st.just("rest"))
 BUDGETS = st.one_of(st.none(), st.integers(20, 500), st.floats(0.05, 1.0))

@@ -11,10 +11,10 @@ import torch
 from tiny import save_tiny, tiny_llama
 from transformers import DynamicCache
 
-from fade_core import loading
 from fade_core.errors import InputError
-from fade_core.loading import context_length, exact_cache, hidden_progress_bars, load_model
-from fade_core.wheels import SMOLLM2
+from fade_core.models import loading
+from fade_core.models.loading import context_length, exact_cache, hidden_progress_bars, load_model
+from fade_core.models.wheels import SMOLLM2
 
 
 def test_a_folder_gives_model_and_tokenizer(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from fade_core import (
     forward_with_tracking,
     reassign_tiers,
 )
+from fade_core.builtin.telemetry import Collector, attach_telemetry
 from fade_core.errors import InputError
-from fade_core.telemetry import Collector, attach_telemetry
 
 SMALL: dict[str, Any] = {"n_sink": 2, "recent_window": 16, "tile": 16}
 TOKENWISE: dict[str, Any] = {"kind": "uniform", "bits": 4, "axis": "token"}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from fade_core.memory import CachePeak, PeakTracker, live_bytes, live_storages
+from fade_core.support.memory import CachePeak, PeakTracker, live_bytes, live_storages
 
 KIB = 1024
 

@@ -17,9 +17,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fade_core import FadeConfig, TieredKVCache, create_tiered_cache, reassign_tiers
-from fade_core.attention import fade_attention
-from fade_core.handle import Handle
-from fade_core.memory import CachePeak, PeakTracker, live_bytes
+from fade_core.cache.attention import fade_attention
+from fade_core.cache.handle import Handle
+from fade_core.support.memory import CachePeak, PeakTracker, live_bytes
 
 SMALL: dict[str, Any] = {"n_sink": 2, "recent_window": 16, "tile": 16}
 TOKENWISE: dict[str, Any] = {"kind": "uniform", "bits": 4, "axis": "token"}

@@ -9,9 +9,11 @@ import torch
 from tiny import fresh_seed
 from torch import Tensor
 
+from fade_core.builtin.quantizers.full import FullQuantizer
+from fade_core.builtin.quantizers.uniform import UniformQuantizer
 from fade_core.interfaces import Quantizer, Tier
-from fade_core.kernels import attention
-from fade_core.kernels.attention import (
+from fade_core.ops import attention
+from fade_core.ops.attention import (
     AttentionOutput,
     FullSegment,
     PackedSegment,
@@ -21,10 +23,8 @@ from fade_core.kernels.attention import (
     attention_mass,
     decode_attention,
 )
-from fade_core.quantizers.full import FullQuantizer
-from fade_core.quantizers.uniform import UniformQuantizer
-from fade_core.tierstore import TierStore, Tokens
-from fade_core.window import Window
+from fade_core.storage.tier_store import TierStore, Tokens
+from fade_core.storage.window import Window
 
 TILE, DIM, VALUE_DIM, KV_HEADS, BATCH = 16, 24, 40, 2, 3
 CPU = torch.device("cpu")

@@ -14,11 +14,11 @@ from plugin_maker import POLICY_SOURCE, Site, plugin, policy_config, provider
 
 import fade_core
 from fade_core import FadeConfig, Kernel, KernelConfig, PolicyConfig, get_policy, get_quantizer, hookimpl, list_plugins
+from fade_core.config.kernel_selection import KernelSelection, choose_kernel
 from fade_core.errors import ConfigError, PluginError, UnknownComponentError
 from fade_core.interfaces import Op, Support, TelemetrySink, TelemetrySinkConfig
-from fade_core.kernels.selection import KernelSelection, choose_kernel
-from fade_core.plugin import PluginInfo
 from fade_core.plugins import GROUPS, Registry, default_registry, use_registry
+from fade_core.plugins.record import PluginInfo
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ from tiny import fresh_seed
 
 from fade_core import EvictionPolicy, LayerView, get_policy
 from fade_core.errors import ConfigError, InputError
-from fade_core.tracker import AttentionTracker
+from fade_core.eviction.attention_tracker import AttentionTracker
 
 SHAPES = [(1, 1, 1, 1), (2, 3, 17, 5), (3, 2, 40, 40)]
 """Rows, KV heads, tokens, queries."""

@@ -7,8 +7,8 @@ import torch
 from tiny import fresh_seed
 from torch import Tensor
 
-from fade_core.memory import live_bytes
-from fade_core.pool import TilePool
+from fade_core.storage.pool import TilePool
+from fade_core.support.memory import live_bytes
 
 SHAPES = {"k.codes": ((3, 2), torch.int16), "k.meta": ((2,), torch.int32), "v.raw": ((4,), torch.bfloat16)}
 

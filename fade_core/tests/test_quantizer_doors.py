@@ -9,6 +9,8 @@ import torch
 from tiny import fresh_seed, tiny_llama
 
 from fade_core import FadeConfig, attach_telemetry, create_tiered_cache
+from fade_core.builtin.policies.h2o import H2OPolicy
+from fade_core.builtin.quantizers.uniform import UniformConfig, UniformQuantizer
 from fade_core.errors import CheckpointError
 from fade_core.interfaces import (
     Event,
@@ -20,8 +22,6 @@ from fade_core.interfaces import (
     QuantizerContext,
     TelemetrySink,
 )
-from fade_core.policies.h2o import H2OPolicy
-from fade_core.quantizers.uniform import UniformConfig, UniformQuantizer
 
 
 class PickyConfig(QuantizerConfig):

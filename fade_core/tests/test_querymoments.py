@@ -7,7 +7,7 @@ import torch
 from tiny import fresh_seed
 from torch import Tensor
 
-from fade_core.querymoments import QueryMoments
+from fade_core.eviction.query_moments import QueryMoments
 
 B, H, D = 3, 4, 6
 

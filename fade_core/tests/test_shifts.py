@@ -9,11 +9,11 @@ import torch
 from tiny import fresh_seed
 from torch import Tensor
 
+from fade_core.builtin.quantizers.uniform import UniformConfig
 from fade_core.interfaces import QuantizerContext, RopeScheme, Tier
-from fade_core.quantizers.uniform import UniformConfig
-from fade_core.shifts import Shift, Shifts, holes_after
-from fade_core.tierstore import TierStore, Tokens
-from fade_core.window import Window
+from fade_core.storage.repositioning import Shift, Shifts, holes_after
+from fade_core.storage.tier_store import TierStore, Tokens
+from fade_core.storage.window import Window
 
 DIM, TILE, HEADS = 16, 16, 2
 

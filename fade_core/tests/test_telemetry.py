@@ -13,9 +13,9 @@ from families import feed, greedy
 from tiny import fresh_seed, tiny_llama
 
 from fade_core import FadeConfig, JsonlExporter, TieredKVCache, attach_telemetry, create_tiered_cache
+from fade_core.builtin.telemetry import Collector
 from fade_core.errors import ConfigError, InputError
 from fade_core.interfaces import Event, TelemetrySink
-from fade_core.telemetry import Collector
 
 SMALL: dict[str, Any] = {"n_sink": 2, "recent_window": 16, "tile": 16}
 TOKENWISE: dict[str, Any] = {"kind": "uniform", "bits": 4, "axis": "token"}

@@ -9,11 +9,11 @@ import torch
 from tiny import fresh_seed
 from torch import Tensor
 
+from fade_core.builtin.quantizers.full import FullQuantizer
+from fade_core.builtin.quantizers.uniform import UniformQuantizer
 from fade_core.interfaces import Quantizer, Tier
-from fade_core.memory import live_bytes
-from fade_core.quantizers.full import FullQuantizer
-from fade_core.quantizers.uniform import UniformQuantizer
-from fade_core.tierstore import TierStore, Tokens
+from fade_core.storage.tier_store import TierStore, Tokens
+from fade_core.support.memory import live_bytes
 
 TILE, DIM = 16, 8
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ from tiny import fresh_seed
 from torch import Tensor
 
 from fade_core.errors import ConfigError
-from fade_core.tracker import STATISTICS, AttentionTracker
+from fade_core.eviction.attention_tracker import STATISTICS, AttentionTracker
 
 B, H, Q, T = 2, 3, 7, 11
 

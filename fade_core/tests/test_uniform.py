@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from tiny import fresh_seed
 from torch import Tensor
 
+from fade_core.builtin.quantizers.full import FullQuantizer
+from fade_core.builtin.quantizers.uniform import BITS, UniformConfig, UniformQuantizer
 from fade_core.errors import ConfigError, InputError
 from fade_core.interfaces import QuantizerContext
 from fade_core.packed import Packed, unpack_meta
-from fade_core.quantizers.full import FullQuantizer
-from fade_core.quantizers.uniform import BITS, UniformConfig, UniformQuantizer
 
 PACKED_BITS = [bits for bits in BITS if bits < 16]
 AXES = ["token", "channel"]

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from fade_core.errors import InputError
-from fade_core.loading import load_model
-from fade_core.wheels import GEMMA3, SMOLLM2, WHEEL_MODELS, WheelModel
+from fade_core.models.loading import load_model
+from fade_core.models.wheels import GEMMA3, SMOLLM2, WHEEL_MODELS, WheelModel
 
 WHOLE = bytes(range(256)) * 9
 CUTS = (0, 700, 701, len(WHOLE))

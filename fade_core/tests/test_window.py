@@ -9,8 +9,8 @@ import torch
 from tiny import fresh_seed
 from torch import Tensor
 
-from fade_core.memory import live_bytes
-from fade_core.window import Window
+from fade_core.storage.window import Window
+from fade_core.support.memory import live_bytes
 
 HEADS, KEY, VALUE = 2, 4, 6
 

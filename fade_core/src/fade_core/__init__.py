@@ -12,11 +12,16 @@ from typing import TYPE_CHECKING, Any
 from fade_core._version import __version__
 
 if TYPE_CHECKING:
+    from fade_core.builtin.telemetry import JsonlExporter, attach_telemetry
     from fade_core.cache import TieredKVCache, create_tiered_cache
-    from fade_core.components import AnyPolicy, get_policy, get_quantizer
+    from fade_core.cache.manual import (
+        apply_tier_assignment,
+        apply_tier_assignment_per_sequence,
+        forward_with_tracking,
+        reassign_tiers,
+    )
     from fade_core.config import FadeConfig
-    from fade_core.fixedstore import TileView
-    from fade_core.hookspecs import hookimpl
+    from fade_core.eviction.attention_tracker import AttentionTracker
     from fade_core.interfaces import (
         EvictionPolicy,
         Kernel,
@@ -32,25 +37,20 @@ if TYPE_CHECKING:
         Tier,
         TierConfig,
     )
-    from fade_core.kernels.append import AppendRule, FixedBuffers, append
-    from fade_core.kernels.attention import AttentionOutput, FullSegment, PackedSegment, attention_mass
-    from fade_core.loading import load_model
-    from fade_core.manual import (
-        apply_tier_assignment,
-        apply_tier_assignment_per_sequence,
-        forward_with_tracking,
-        reassign_tiers,
-    )
+    from fade_core.models.loading import load_model
+    from fade_core.ops.append import AppendRule, FixedBuffers, append
+    from fade_core.ops.attention import AttentionOutput, FullSegment, PackedSegment, attention_mass
     from fade_core.plugins import list_plugins
-    from fade_core.telemetry import JsonlExporter, attach_telemetry
-    from fade_core.tracker import AttentionTracker
+    from fade_core.plugins.hookspecs import hookimpl
+    from fade_core.plugins.resolve import AnyPolicy, get_policy, get_quantizer
+    from fade_core.storage.fixedstore import TileView
 
 _HOME = {
     **dict.fromkeys(("TieredKVCache", "create_tiered_cache"), "cache"),
-    **dict.fromkeys(("AnyPolicy", "get_policy", "get_quantizer"), "components"),
+    **dict.fromkeys(("AnyPolicy", "get_policy", "get_quantizer"), "plugins.resolve"),
     "FadeConfig": "config",
-    "TileView": "fixedstore",
-    "hookimpl": "hookspecs",
+    "TileView": "storage.fixedstore",
+    "hookimpl": "plugins.hookspecs",
     **dict.fromkeys(
         (
             "EvictionPolicy",
@@ -69,9 +69,9 @@ _HOME = {
         ),
         "interfaces",
     ),
-    **dict.fromkeys(("AppendRule", "FixedBuffers", "append"), "kernels.append"),
-    **dict.fromkeys(("AttentionOutput", "FullSegment", "PackedSegment", "attention_mass"), "kernels.attention"),
-    "load_model": "loading",
+    **dict.fromkeys(("AppendRule", "FixedBuffers", "append"), "ops.append"),
+    **dict.fromkeys(("AttentionOutput", "FullSegment", "PackedSegment", "attention_mass"), "ops.attention"),
+    "load_model": "models.loading",
     **dict.fromkeys(
         (
             "apply_tier_assignment",
@@ -79,11 +79,11 @@ _HOME = {
             "forward_with_tracking",
             "reassign_tiers",
         ),
-        "manual",
+        "cache.manual",
     ),
     "list_plugins": "plugins",
-    **dict.fromkeys(("JsonlExporter", "attach_telemetry"), "telemetry"),
-    "AttentionTracker": "tracker",
+    **dict.fromkeys(("JsonlExporter", "attach_telemetry"), "builtin.telemetry"),
+    "AttentionTracker": "eviction.attention_tracker",
 }
 """Public name to the module that defines it."""
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fade_core.builtin.quantizers.uniform import UniformQuantizer
 from fade_core.packed import Packed, PackedFormat
-from fade_core.quantizers.uniform import UniformQuantizer
 from fade_kernels_triton.operands import PackedTier, Window
 
 

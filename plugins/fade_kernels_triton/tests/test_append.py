@@ -14,10 +14,10 @@ from oracle import seed
 from torch import Tensor
 
 from fade_core import AppendRule, FixedBuffers, Tier, append
+from fade_core.builtin.quantizers.uniform import UniformQuantizer
 from fade_core.errors import InputError
 from fade_core.interfaces import PlainEncoding
 from fade_core.packed import Packed, pack_meta, unpack_codes, unpack_meta
-from fade_core.quantizers.uniform import UniformQuantizer
 from fade_kernels_triton.append import TritonAppend
 
 SINK, RECENT = 4, 24

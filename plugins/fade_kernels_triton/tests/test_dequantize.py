@@ -9,9 +9,9 @@ from test_encode import CASES
 from test_fixed_cache import model
 
 from fade_core import FadeConfig, create_tiered_cache
+from fade_core.builtin.quantizers.uniform import UniformQuantizer
 from fade_core.errors import InputError
 from fade_core.packed import Packed
-from fade_core.quantizers.uniform import UniformQuantizer
 from fade_core.testing import check_kernel
 from fade_kernels_triton.dequantize import TritonDequantize
 

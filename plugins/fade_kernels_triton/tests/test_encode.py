@@ -9,10 +9,10 @@ from test_append import Turned
 from test_fixed_cache import model
 
 from fade_core import FadeConfig, create_tiered_cache
+from fade_core.builtin.quantizers.kivi import KiviQuantizer
+from fade_core.builtin.quantizers.uniform import UniformQuantizer
 from fade_core.errors import InputError
 from fade_core.packed import unpack_codes, unpack_meta
-from fade_core.quantizers.kivi import KiviQuantizer
-from fade_core.quantizers.uniform import UniformQuantizer
 from fade_core.testing import check_kernel
 from fade_kernels_triton.encode import TritonEncode
 

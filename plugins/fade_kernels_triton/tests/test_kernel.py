@@ -6,13 +6,13 @@ from oracle import relative_error, seed
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fade_core import FadeConfig, FullSegment, create_tiered_cache
+from fade_core.builtin.quantizers.uniform import UniformQuantizer
 from fade_core.errors import InputError
 from fade_core.interfaces import Event, TelemetrySink, Tier
-from fade_core.kernels.attention import PackedSegment, decode_attention
+from fade_core.ops.attention import PackedSegment, decode_attention
 from fade_core.packed import Packed, PackedFormat
-from fade_core.quantizers.uniform import UniformQuantizer
+from fade_core.storage.tier_store import TierStore, Tokens
 from fade_core.testing import check_kernel
-from fade_core.tierstore import TierStore, Tokens
 from fade_kernels_triton.kernel import TritonDecodeAttention, merged
 
 KERNEL = TritonDecodeAttention()

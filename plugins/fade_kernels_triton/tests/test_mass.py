@@ -13,12 +13,12 @@ from test_fixed_cache import model
 from torch import Tensor
 
 from fade_core import FadeConfig, FullSegment, PackedSegment, Tier, create_tiered_cache
+from fade_core.builtin.quantizers.uniform import UniformQuantizer
 from fade_core.errors import InputError
-from fade_core.kernels.attention import attention_mass, decode_attention
+from fade_core.ops.attention import attention_mass, decode_attention
 from fade_core.packed import Packed
-from fade_core.quantizers.uniform import UniformQuantizer
+from fade_core.storage.tier_store import TierStore, Tokens
 from fade_core.testing import check_kernel
-from fade_core.tierstore import TierStore, Tokens
 from fade_kernels_triton.mass import TritonAttentionMass
 
 CASES = [

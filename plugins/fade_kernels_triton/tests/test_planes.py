@@ -12,13 +12,13 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fade_core import FadeConfig, FullSegment, create_tiered_cache, get_quantizer
+from fade_core.builtin.quantizers.uniform import UniformQuantizer
 from fade_core.errors import InputError
-from fade_core.fixedstore import TileView
 from fade_core.interfaces import Event, Quantizer, TelemetrySink, Tier
-from fade_core.kernels.attention import PackedSegment, decode_attention
+from fade_core.ops.attention import PackedSegment, decode_attention
 from fade_core.packed import Packed
-from fade_core.quantizers.uniform import UniformQuantizer
-from fade_core.tierstore import TierStore, Tokens
+from fade_core.storage.fixedstore import TileView
+from fade_core.storage.tier_store import TierStore, Tokens
 from fade_kernels_triton.kernel import TritonDecodeAttention
 from fade_kernels_triton.planes import PlanesTier, planes_attention, unsupported_planes
 

@@ -15,10 +15,10 @@ from test_planes import quantizer
 from torch import Tensor
 
 from fade_core import AppendRule, FixedBuffers, append
+from fade_core.builtin.quantizers.uniform import UniformQuantizer
 from fade_core.errors import InputError
 from fade_core.interfaces import Tier
 from fade_core.packed import Packed
-from fade_core.quantizers.uniform import UniformQuantizer
 from fade_kernels_triton.append import TritonAppend
 from fade_kernels_triton.encode import TritonEncode
 

@@ -41,7 +41,7 @@ def bench(
     """Time decode steps of the exact cache and of each configuration, interleaved in one run."""
     if context.invoked_subcommand is not None:
         return
-    from fade_core.eval.caches import factory_of
+    from fade_core.cache.named_caches import factory_of
     from fade_core.eval.contenders import peers as all_peers
     from fade_core.eval.contenders import refusal
     from fade_core.eval.speed import step_times

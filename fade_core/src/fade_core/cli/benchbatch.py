@@ -23,10 +23,10 @@ def batch(
     """Find the largest batch that decodes within a limit, with StaticCache and with FADE's compiled cache."""
     import torch
 
+    from fade_core.cache.named_caches import configuration
     from fade_core.eval.batches import largest_batches
-    from fade_core.eval.caches import configuration
     from fade_core.eval.generating import random_model
-    from fade_core.loading import resolve_device
+    from fade_core.models.loading import resolve_device
 
     where = resolve_device(device)
     chosen = configuration(config).with_overrides(kernel={"kind": kernel})

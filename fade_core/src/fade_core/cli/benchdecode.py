@@ -43,9 +43,9 @@ def decode(
     """
     import torch
 
-    from fade_core.eval.caches import configuration
+    from fade_core.cache.named_caches import configuration
     from fade_core.eval.generating import generate_times, random_model
-    from fade_core.loading import resolve_device
+    from fade_core.models.loading import resolve_device
 
     where = resolve_device(device)
     settings = configuration(config)

@@ -20,8 +20,8 @@ def show(
     format: Annotated[Literal["toml", "yaml", "json"], typer.Option(help="Format to print.")] = "toml",
 ) -> None:
     """Print a configuration with every default spelled out."""
-    from fade_core.configfile import render_table
-    from fade_core.eval.caches import configuration
+    from fade_core.cache.named_caches import configuration
+    from fade_core.config.files import render_table
 
     out.out(render_table(configuration(config).to_dict(), format), highlight=False, end="")
 

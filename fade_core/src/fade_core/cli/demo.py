@@ -18,8 +18,8 @@ from fade_core.errors import FadeError, InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fade_core.cache.named_caches import CacheFactory
     from fade_core.cli.picture import TierPicture
-    from fade_core.eval.caches import CacheFactory
     from fade_core.eval.kl import ExactRun
 
 CHECKED = 256
@@ -66,9 +66,9 @@ def demo(
     Prints for each cache the bytes it really held, the peak, the speed, how far its next-token distributions are from
     those of the exact cache, and its answer; draws which tokens live in which tier.
     """
+    from fade_core.cache.named_caches import tiered_factory
     from fade_core.cli.picture import draw
     from fade_core.cli.prompts import document_ids
-    from fade_core.eval.caches import tiered_factory
 
     text, asked = _subject(document, question)
     caches = named_caches(config)
@@ -114,11 +114,11 @@ class _Runner:
         """The exact cache's line, and its run over its own answer and a text that follows."""
         import torch
 
-        from fade_core.eval.caches import opened
+        from fade_core.cache.named_caches import opened
         from fade_core.eval.kl import follow_exact, run_exact
         from fade_core.eval.speed import decode_rate
         from fade_core.eval.tokens import token_rows
-        from fade_core.loading import exact_cache
+        from fade_core.models.loading import exact_cache
 
         prompt = self.ids.shape[1]
         with opened(exact_cache, self.model) as cache:
@@ -134,7 +134,7 @@ class _Runner:
 
     def compressed(self, factory: CacheFactory, run: ExactRun, advance: Advance) -> tuple[Shown, TierPicture]:
         """A compressed cache's line and picture."""
-        from fade_core.eval.caches import opened
+        from fade_core.cache.named_caches import opened
         from fade_core.eval.kl import compare, follow
         from fade_core.eval.speed import decode_rate
 
@@ -151,7 +151,7 @@ class _Runner:
     def _answer(self, cache: Any) -> _Answer:
         from fade_core.cli.picture import TierPicture
         from fade_core.cli.streaming import TokenWatch
-        from fade_core.memory import PeakTracker, live_bytes
+        from fade_core.support.memory import PeakTracker, live_bytes
 
         peak = PeakTracker(self.model.device)
         watch = TokenWatch(on_first=peak.stop)  # tracking slows every operation; the answer is timed
@@ -202,7 +202,7 @@ def _subject(document: Path | None, question: str | None) -> tuple[str, str]:
 
 def _limit(model: Any, prompt_tokens: int | None, max_new_tokens: int) -> int | None:
     """Most prompt tokens that fit the model's context beside the answer and the steps that are compared."""
-    from fade_core.loading import context_length
+    from fade_core.models.loading import context_length
 
     context = context_length(model)
     if context is None:

@@ -12,7 +12,7 @@ from fade_core.cli import quality, sensitivity
 from fade_core.cli.console import errors, out, print_json, rows, table, working
 from fade_core.cli.options import EXACT, Device, Dtype, Json, Model, TextFiles, named_caches, open_model, read_texts
 from fade_core.errors import UnknownComponentError
-from fade_core.validation import did_you_mean
+from fade_core.support.validation import did_you_mean
 
 
 class TaskGroup(TyperGroup):

@@ -27,10 +27,10 @@ def generate(
     json: Json = False,
 ) -> None:
     """Generate text with a compressed cache; the text streams to stdout, the report goes to stderr."""
+    from fade_core.cache.named_caches import factory_of, opened
     from fade_core.cli.options import named_caches
     from fade_core.cli.prompts import chat_ids
     from fade_core.cli.streaming import TokenWatch
-    from fade_core.eval.caches import factory_of, opened
 
     text = _prompt(prompt, file)
     cache_like = EXACT if config == EXACT else named_caches([config])[Path(config).stem]
@@ -100,7 +100,7 @@ def _rounded(value: object) -> object:
 
 
 def _report(cache: Any, model: Any, watch: Any, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
-    from fade_core.memory import live_bytes
+    from fade_core.support.memory import live_bytes
 
     held = live_bytes(cache, exclude=model)
     found: dict[str, Any] = {

@@ -13,10 +13,10 @@ import typer
 from fade_core.cli.console import out, print_json, rows, size, table, working
 from fade_core.cli.options import Cache, Json, Model
 from fade_core.errors import CheckpointError, InputError
-from fade_core.geometry import head_channels, kv_heads
+from fade_core.models.geometry import head_channels, kv_heads
 
 if TYPE_CHECKING:
-    from fade_core.layer import TieredLayer
+    from fade_core.cache.layer import TieredLayer
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ def inspect(
         _show_snapshot(read_snapshot(snapshot), json)
         return
     from fade_core.cache import create_tiered_cache
-    from fade_core.eval.caches import configuration
-    from fade_core.loading import load_skeleton
+    from fade_core.cache.named_caches import configuration
+    from fade_core.models.loading import load_skeleton
 
     wanted = configuration(config)
     with working(f"reading the config of {model}"):
@@ -181,7 +181,7 @@ def _show_snapshot(found: dict[str, Any], as_json: bool) -> None:
     plain.append(("bytes", size(found["bytes"])))
     plain += [(f"  {name}", size(held)) for name, held in found["parts"].items()]
     out.print(rows(table("saved cache", "what", ""), plain))
-    from fade_core.configfile import render_table
+    from fade_core.config.files import render_table
 
     out.out(render_table(found["config"], "yaml"), highlight=False, end="")
 

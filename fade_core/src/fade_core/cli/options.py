@@ -11,7 +11,7 @@ from fade_core.cli.console import working
 from fade_core.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
-    from fade_core.eval.caches import CacheLike
+    from fade_core.cache.named_caches import CacheLike
 
 Model = Annotated[
     str,
@@ -39,7 +39,7 @@ EXACT = "exact"
 def open_model(name: str, dtype: str, device: str) -> tuple[Any, Any]:
     """Model and tokenizer, with a progress bar. Errors as ``load_model``."""
     with working(f"loading {name}"):
-        from fade_core.loading import load_model
+        from fade_core.models.loading import load_model
 
         return load_model(name, dtype=dtype, device=device)
 
@@ -50,7 +50,7 @@ def named_caches(names: list[str]) -> dict[str, CacheLike]:
     Raises:
         ConfigError: if one is unknown, unreadable or named twice.
     """
-    from fade_core.eval.caches import configuration
+    from fade_core.cache.named_caches import configuration
 
     found: dict[str, CacheLike] = {}
     for name in names:

@@ -45,10 +45,10 @@ def kernel_support(device: str = "auto", head_dim: int = 128) -> list[dict[str, 
     """For every kernel that is installed, whether it would run 4-bit keys of the safe preset here."""
     import torch
 
+    from fade_core.builtin.quantizers.uniform import UniformConfig
+    from fade_core.config.kernel_selection import OPS
     from fade_core.interfaces import QuantizerContext
-    from fade_core.kernels.selection import OPS
     from fade_core.plugins import default_registry
-    from fade_core.quantizers.uniform import UniformConfig
 
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32

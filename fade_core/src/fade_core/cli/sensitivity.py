@@ -40,8 +40,8 @@ def sensitivity(
     Ranks the layers by the divergence that each causes, and tries the worst ones with more bits: what that brings is
     printed with the lines that do it.
     """
+    from fade_core.cache.named_caches import configuration
     from fade_core.cli.layerplot import draw
-    from fade_core.eval.caches import configuration
     from fade_core.eval.finer import as_toml, finer_layers
     from fade_core.eval.kl import divergence
     from fade_core.eval.sensitivity import sensitivity as measure

@@ -22,7 +22,7 @@ from fade_core.eval.generating import FIXED, STATIC, compile_config
 from fade_core.eval.progress import Progress, Units
 from fade_core.eval.results import EvalResult
 from fade_core.eval.tokens import check_counts
-from fade_core.memory import PeakTracker, live_bytes
+from fade_core.support.memory import PeakTracker, live_bytes
 
 CHUNK = 1024
 """Tokens that a layer is filled with at once."""

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from fade_core.eval.caches import opened
+from fade_core.cache.named_caches import opened
 from fade_core.eval.decode import prefill
-from fade_core.loading import exact_cache
-from fade_core.memory import live_bytes
+from fade_core.models.loading import exact_cache
+from fade_core.support.memory import live_bytes
 
 
 def packed_bits(cache: Any, model: Any, rows: int) -> float:

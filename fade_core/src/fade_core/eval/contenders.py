@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from fade_core.cache.named_caches import CacheFactory, CacheLike, factory_of, opened, tiered_factory
 from fade_core.config import FadeConfig
 from fade_core.errors import ConfigError, FadeError
-from fade_core.eval.caches import CacheFactory, CacheLike, factory_of, opened, tiered_factory
 from fade_core.eval.decode import feed, prefill
-from fade_core.loading import quantized_cache
+from fade_core.models.loading import quantized_cache
 from fade_core.plugins import default_registry
-from fade_core.validation import did_you_mean
+from fade_core.support.validation import did_you_mean
 
 Source = Literal["recipe", "configuration", "peer"]
 

@@ -6,12 +6,12 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from fade_core.cache.named_caches import opened, tiered_factory
 from fade_core.config import FadeConfig
 from fade_core.errors import ConfigError
-from fade_core.eval.caches import opened, tiered_factory
-from fade_core.geometry import kv_heads
 from fade_core.interfaces import QuantizerConfig, QuantizerContext, Side
-from fade_core.validation import Capacity
+from fade_core.models.geometry import kv_heads
+from fade_core.support.validation import Capacity
 
 WIDEST = 8
 """Most bits that a finer layer is given."""

@@ -33,7 +33,7 @@ from fade_core.errors import InputError
 from fade_core.eval.progress import Progress, Units
 from fade_core.eval.results import EvalResult
 from fade_core.eval.tokens import check_counts
-from fade_core.memory import live_bytes
+from fade_core.support.memory import live_bytes
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": {

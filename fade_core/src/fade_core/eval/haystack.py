@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fade_core.cache.named_caches import CacheFactory, CacheLike, factory_of, opened
 from fade_core.errors import InputError
-from fade_core.eval.caches import CacheFactory, CacheLike, factory_of, opened
 from fade_core.eval.decode import feed, greedy, prefill
 from fade_core.eval.progress import Progress, Units
 from fade_core.eval.results import EvalResult, HeldBytes, mean
 from fade_core.eval.tokens import check_counts, encode, evaluation_texts
-from fade_core.loading import exact_cache
-from fade_core.memory import live_bytes
+from fade_core.models.loading import exact_cache
+from fade_core.support.memory import live_bytes
 
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 _CITIES = (

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fade_core.eval.caches import CacheFactory, CacheLike, factory_of, opened
+from fade_core.cache.named_caches import CacheFactory, CacheLike, factory_of, opened
 from fade_core.eval.decode import feed, prefill
 from fade_core.eval.progress import Progress, Units
 from fade_core.eval.results import EvalResult, HeldBytes, mean, standard_error
 from fade_core.eval.tokens import Texts, check_counts, token_rows
-from fade_core.loading import exact_cache
-from fade_core.memory import live_bytes
+from fade_core.models.loading import exact_cache
+from fade_core.support.memory import live_bytes
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from fade_core.cache.named_caches import opened
 from fade_core.errors import ConfigError
 from fade_core.eval.bits import packed_bits
-from fade_core.eval.caches import opened
 from fade_core.eval.contenders import Contender, excuse, refusal
 from fade_core.eval.decode import prefill
 from fade_core.eval.haystack import Needle, NeedleResult, ask, judge, needle_prompts
@@ -19,7 +19,7 @@ from fade_core.eval.kl import ExactRun, Steps, follow, run_exact, summarise, tex
 from fade_core.eval.progress import Progress, Units
 from fade_core.eval.results import EvalResult
 from fade_core.eval.tokens import Texts, check_counts
-from fade_core.loading import exact_cache
+from fade_core.models.loading import exact_cache
 
 NEEDLE_UNITS = 64
 """Steps that one needle counts for in the progress."""

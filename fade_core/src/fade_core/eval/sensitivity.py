@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fade_core.cache.named_caches import opened, tiered_factory
 from fade_core.config import FadeConfig
 from fade_core.errors import InputError
-from fade_core.eval.caches import opened, tiered_factory
 from fade_core.eval.kl import DivergenceResult, Steps, compare, run_exact, summarise, text_batches
 from fade_core.eval.progress import Progress, Units
 from fade_core.eval.results import EvalResult

@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from fade_core.cache.named_caches import CacheLike
 from fade_core.errors import InputError, PluginError
-from fade_core.eval.caches import CacheLike
 from fade_core.eval.haystack import needle
 from fade_core.eval.kl import divergence
 from fade_core.eval.likelihood import perplexity

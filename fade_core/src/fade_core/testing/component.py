@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from fade_core.components import resolve
 from fade_core.errors import ConfigError, InputError
 from fade_core.plugins import default_registry
+from fade_core.plugins.resolve import resolve
 from fade_core.testing.checks import CheckReport, CheckResult, Suite, fresh_seed
 from fade_core.testing.kernel import KERNEL_CHECKS, check_kernel
 from fade_core.testing.policy import POLICY_CHECKS, check_policy
@@ -129,7 +129,7 @@ def _check(
 def _model_config(model: str | None) -> Any:
     if model is None:
         return None
-    from fade_core.loading import load_skeleton
+    from fade_core.models.loading import load_skeleton
 
     return load_skeleton(model).config
 

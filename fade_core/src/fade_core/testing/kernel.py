@@ -9,10 +9,11 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from fade_core.builtin.quantizers.uniform import UniformConfig
 from fade_core.errors import InputError
 from fade_core.interfaces import Kernel, Op, Quantizer, QuantizerContext, RopeScheme, Support, Tier
-from fade_core.kernels.append import AppendRule, FixedBuffers, append
-from fade_core.kernels.attention import (
+from fade_core.ops.append import AppendRule, FixedBuffers, append
+from fade_core.ops.attention import (
     AttentionOutput,
     FullSegment,
     PackedSegment,
@@ -22,8 +23,8 @@ from fade_core.kernels.attention import (
 )
 from fade_core.packed import Packed, unpack_meta
 from fade_core.plugins import default_registry
-from fade_core.quantizers.uniform import UniformConfig
-from fade_core.shifts import Shift
+from fade_core.storage.repositioning import Shift
+from fade_core.storage.tier_store import TierStore, Tokens
 from fade_core.testing.checks import (
     CheckResult,
     NotApplicableError,
@@ -33,7 +34,6 @@ from fade_core.testing.checks import (
     require_equal,
     unchanged,
 )
-from fade_core.tierstore import TierStore, Tokens
 
 ATTENTION: tuple[Op, ...] = ("decode_attention", "attention_mass")
 CHECKED_OPS: tuple[Op, ...] = (*ATTENTION, "append", "encode", "dequantize")

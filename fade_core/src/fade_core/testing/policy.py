@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fade_core.components import resolve
 from fade_core.errors import InputError
+from fade_core.eviction.attention_tracker import QUERY_STATISTICS, STATISTICS
 from fade_core.interfaces import EvictionPolicy, LayerView, PolicyConfig
+from fade_core.plugins.resolve import resolve
 from fade_core.testing.checks import (
     CheckResult,
     NotApplicableError,
@@ -24,7 +25,6 @@ from fade_core.testing.checks import (
     shuffled,
     unchanged,
 )
-from fade_core.tracker import QUERY_STATISTICS, STATISTICS
 
 _SHAPES = ((1, 1, 1, 8), (2, 3, 37, 16), (3, 2, 130, 64))
 

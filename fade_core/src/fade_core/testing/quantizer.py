@@ -9,10 +9,10 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from fade_core.components import resolve
 from fade_core.errors import CheckpointError, ConfigError, InputError
 from fade_core.interfaces import Quantizer, QuantizerConfig, QuantizerContext, Side
 from fade_core.packed import Packed, PackedFormat, planes_of, unpack_codes, unpack_meta
+from fade_core.plugins.resolve import resolve
 from fade_core.testing.checks import (
     CheckFailedError,
     CheckResult,

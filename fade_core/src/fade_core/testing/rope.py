@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fade_core.components import resolve
 from fade_core.errors import InputError
 from fade_core.interfaces import RopeConfig, RopeScheme
+from fade_core.plugins.resolve import resolve
 from fade_core.testing.checks import (
     CheckResult,
     Suite,

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from fade_core.components import resolve
 from fade_core.errors import FadeError, InputError
 from fade_core.interfaces import Event, TelemetrySink, TelemetrySinkConfig
+from fade_core.plugins.resolve import resolve
 from fade_core.testing.checks import CheckFailedError, CheckResult, Suite, fresh_seed, require
 
 KINDS = ("encode", "demote", "evict", "reassign", "fallback", "rollback")

@@ -1,0 +1,1 @@
+"""Who stays: the ladder, byte budgets, ranking, assignment by hand, and the statistics that policies read."""

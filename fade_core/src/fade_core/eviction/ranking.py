@@ -1,0 +1,214 @@
+"""Who stays and where: tokens are scored, and what is over capacity goes down the ladder or away."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fade_core.errors import InputError
+from fade_core.eviction.ladder import in_tiles, lowest
+from fade_core.eviction.view import Contents
+from fade_core.interfaces import LayerView
+from fade_core.storage.tier_store import TierStore, Tokens
+from fade_core.support.transfer import sent
+
+
+def rank(held: Contents, rows: Tensor) -> tuple[int, int]:
+    """Score every token and move what is over capacity down the ladder.
+
+    Args:
+        held: the layer's tokens.
+        rows: bool ``[B]`` (CPU) of the rows that are ranked.
+
+    Returns:
+        tokens that were demoted, and evicted, summed over rows and heads.
+    """
+    ladder = held.plan.ladder
+    scores, room = _rooms(held)
+    above = torch.zeros((held.rows, held.heads), dtype=torch.long)
+    moved = evicted = 0
+    for i, store in enumerate(held.stores):
+        over = ladder.overflow(store.lengths, i, above, held.lengths, held.window.lengths, room) * rows[:, None]
+        if bool(over.any()):
+            if scores is None:
+                scores = _scores(held)[0]
+            last, before = i + 1 == len(held.stores), store.lengths
+            tokens = store.split(_choose(store, scores[i], over), decode=not last)
+            gone = int((before - store.lengths).sum())
+            if tokens is not None:
+                held.stores[i + 1].append(tokens)
+                moved += gone
+                scores = None  # the lower tier has other slots now
+            else:
+                evicted += gone
+        above = above + store.lengths
+    return moved, evicted
+
+
+def pour(
+    held: Contents,
+    moving: Tokens,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    observed: Mapping[str, Tensor],
+    due: Tensor,
+    count: Tensor,
+) -> int:
+    """Place the prompt's tokens directly: the best into the first tier, the next into the second, and so on.
+
+    Args:
+        held: the layer's tokens; nothing is packed yet.
+        moving: the tokens that leave the window.
+        keys: all tokens of the prompt and the window, left-aligned, ``[B, H_kv, T, D]``.
+        values: likewise.
+        positions: their logical positions, int64 ``[B, 1, T]``.
+        observed: their statistics, float32 ``[B, H_kv, T]`` a name.
+        due: tokens of each row that leave, int64 ``[B]`` on the CPU.
+        count: tokens of each row, likewise.
+
+    Returns:
+        tokens that found no place, summed over rows and heads.
+    """
+    ladder, policy = held.plan.ladder, held.plan.policy
+    lengths, window = held.lengths, count - due
+    heads, width = keys.shape[1], moving.keys.shape[2]
+    slots = torch.arange(width, device=held.device)
+    live = (slots < sent(due[:, None], held.device))[:, None].expand(-1, heads, -1)
+    available, room = moving.counts, None
+    if policy.positional:
+        scores = slots.float().expand_as(live)
+    else:
+        total = torch.arange(keys.shape[2], device=held.device)
+        real = (total < sent(count[:, None], held.device))[:, None]
+        where = positions.expand(-1, heads, -1).masked_fill(~real, -1)
+        view = LayerView(
+            where,
+            held.logical,
+            held.index,
+            held.plan.num_layers,
+            dict(observed),
+            keys.float,
+            values.float,
+            lengths,
+            held.query_statistics(),
+        )
+        every = _checked(held, policy.score(view), where.shape)
+        scores = every[:, :, ladder.n_sink : ladder.n_sink + width]
+        if held.plan.allocates:
+            competing = torch.full_like(every, -torch.inf)
+            competing[:, :, ladder.n_sink : ladder.n_sink + width] = scores.masked_fill(~live, -torch.inf)
+            room = _allocated(held, view, competing, ladder.packed_budget(lengths, window), available)
+    takes = ladder.fill(available if room is not None else due, lengths, window, room)
+    rank = torch.argsort(
+        torch.argsort(scores.masked_fill(~live, -torch.inf), dim=-1, descending=True, stable=True), dim=-1
+    )
+    upper = torch.zeros_like(available)
+    for store, taken in zip(held.stores, takes, strict=True):
+        take = taken if taken.dim() == 2 else taken[:, None].expand(-1, heads)
+        lower, upper = upper, upper + take
+        if not bool(take.any()):
+            continue
+        bounds = sent(lower, held.device)[..., None], sent(upper, held.device)[..., None]
+        chosen = (rank >= bounds[0]) & (rank < bounds[1]) & live
+        index = torch.argsort(~chosen, dim=-1, stable=True)[..., : int(take.max())]
+        first = None
+        if policy.positional and moving.first is not None:  # the newest come first: what a tier takes is a run
+            first = moving.first + due[:, None] - upper
+        store.append(replace(moving, counts=take.contiguous(), first=first), index)
+    return int((available - upper).sum())
+
+
+def _rooms(held: Contents) -> tuple[list[Tensor] | None, Tensor | None]:
+    """Packed tokens that each head may keep, ``[B, H_kv]``, with the tiers' scores if the policy was asked for it.
+
+    ``None`` for the same in every head.
+    """
+    ladder, packed = held.plan.ladder, sum(store.lengths for store in held.stores)
+    if not held.plan.allocates or not isinstance(packed, Tensor):
+        return None, None
+    budget = ladder.packed_budget(held.lengths, held.window.lengths)
+    if bool((packed.sum(1) <= budget * packed.shape[1]).all()):
+        return None, packed
+    scores, view = _scores(held)
+    kept = [part.masked_fill(s.positions() < 0, -torch.inf) for part, s in zip(scores, held.stores, strict=True)]
+    always = view.positions.shape[2] - sum(part.shape[2] for part in kept)
+    competing = torch.cat([kept[0].new_full((*packed.shape, always), -torch.inf), *kept], 2)
+    return scores, _allocated(held, view, competing, budget, packed)
+
+
+def _allocated(held: Contents, view: LayerView, competing: Tensor, budget: Tensor, packed: Tensor) -> Tensor:
+    """What the policy lets each head keep of the packed tokens ``packed`` ``[B, H_kv]``, in whole tiles.
+
+    Rows that are within the budget keep all, whatever their heads would be given: it would be given up for nothing.
+    """
+    policy, even = held.plan.policy, budget[:, None].expand_as(packed)
+    found = policy.allocate(view, competing, sent(budget, held.device))
+    wanted = even if found is None else found.cpu()
+    if wanted.shape != packed.shape or wanted.is_floating_point() or bool((wanted < 0).any()):
+        raise InputError(
+            f"policy {policy.kind!r} allocated {wanted.dtype} {tuple(wanted.shape)} in layer {held.index}; int64 "
+            f"[B, H_kv] = {tuple(packed.shape)}, none of it negative, is needed"
+        )
+    if bool((wanted.sum(1) > even.sum(1)).any()):
+        raise InputError(
+            f"policy {policy.kind!r} allocated {int(wanted.sum(1).max())} tokens to the heads of a row in layer "
+            f"{held.index}; the budget is {int(even.sum(1).min())}"
+        )
+    within = packed.sum(1, True) <= even.sum(1, True)
+    return torch.where(within, packed, in_tiles(wanted, packed, held.plan.ladder.tile))
+
+
+def _scores(held: Contents) -> tuple[list[Tensor], LayerView]:
+    """The policy's scores of every tier's slots, ``[B, H_kv, tiles * tile]`` each, and what it saw."""
+    window = held.window
+    heads = held.heads
+    parts = [window.positions().expand(-1, heads, -1), *(s.positions().expand(-1, heads, -1) for s in held.stores)]
+    sizes = [p.shape[2] for p in parts]
+    statistics = {
+        n: torch.cat(
+            [window.statistics[n][:, :, : window.longest], *(s.statistics[n].flatten(2) for s in held.stores)], 2
+        )
+        for n in window.statistics
+    }
+
+    def decoded(side: int) -> Tensor:
+        return torch.cat([window.live()[side], *(s.decoded()[side] for s in held.stores if s.tiles)], 2).float()
+
+    view = LayerView(
+        torch.cat(parts, 2),
+        held.logical,
+        held.index,
+        held.plan.num_layers,
+        statistics,
+        lambda: decoded(0),
+        lambda: decoded(1),
+        held.lengths,
+        held.query_statistics(),
+    )
+    scores = _checked(held, held.plan.policy.score(view), view.positions.shape)
+    return list(scores.split(sizes, dim=2)[1:]), view
+
+
+def _checked(held: Contents, scores: Tensor, shape: torch.Size) -> Tensor:
+    if scores.shape != shape:
+        raise InputError(
+            f"policy {held.plan.policy.kind!r} scored layer {held.index} with shape {tuple(scores.shape)}; "
+            f"[B, H_kv, T] = {tuple(shape)} is needed"
+        )
+    return scores.float().nan_to_num(nan=-torch.inf)
+
+
+def _choose(store: TierStore, scores: Tensor, over: Tensor) -> Tensor:
+    """Which slots of ``store`` go: the lowest tokens, or whole tiles by their mean where tokens cannot be parted."""
+    positions = store.positions()
+    live = positions >= 0
+    if store.explicit and store.tier.keys.moves_tokens and store.tier.values.moves_tokens:
+        return lowest(scores, live, over)
+    tiled = scores.masked_fill(~live, 0).unflatten(-1, (-1, store.tile)).sum(-1)
+    count = live.unflatten(-1, (-1, store.tile)).sum(-1)
+    tiles = lowest(tiled / count.clamp_min(1), count > 0, -(-over // store.tile))
+    return tiles.repeat_interleave(store.tile, dim=-1) & live

@@ -1,0 +1,77 @@
+"""How codes lie in memory, for kernels that read them in place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fade_core.packed import Layout
+
+
+@dataclass(frozen=True)
+class PlainEncoding:
+    """What ``encode`` does, for kernels: nearest codes on a uniform grid of ``format`` over each group of ``x @ rotation``.
+
+    Attributes:
+        rotation: float32 ``[D, D]`` on the tokens' device, kept alive and unchanged by the quantizer; ``None`` for none.
+        outward: whether a minimum is rounded down to fp16 and a step up, so that the grid spans its group; both are
+            rounded to nearest otherwise.
+        decodes: whether ``decode`` is the way back and nothing else: ``code * scale + minimum``, times the transposed rotation.
+    """
+
+    rotation: Tensor | None = None
+    outward: bool = True
+    decodes: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class PlaneLayout:
+    """Codes at even distances about a mean, as planes of 2 bits, for kernels.
+
+    A plane holds two bits of each of 16 neighbouring transformed channels, for all tokens of a tile: ``R = tile / 8`` word
+    rows, field ``j`` of word row ``r`` is token ``j * R + r``, as in a ``PackedFormat`` of 2 bits. A channel of ``2 * n``
+    bits is in ``n`` planes. The planes of all heads of a row are one stream of words a tile: word ``w`` of it is word
+    ``w % row`` of field ``codes`` (int16 ``[row]``) of the tile that head ``w // row`` has (``Quantizer.heads_together``).
+    In byte ``i`` of field ``gain`` (uint8 ``[tile // 2]``) token ``i`` has the low half, token ``i + tile // 2`` the high one.
+
+    Channel ``c`` of a token is ``y[c] = gain * sum((field - 1.5) * scale)`` over the planes that hold the channel, with
+    ``gain = 2 ** ((gain_code - gain_zero) / gain_steps + usual)``, and the token is ``mean + (y * deviation) @ inverse``.
+
+    The way there: ``y = (token - mean) @ forward / deviation``. The gain code nearest to the root mean square of the stored
+    channels of ``y``, and those ``gain_search`` away from it, are tried for the least squared error weighted by ``worth``.
+
+    All tensors are on the tokens' device, contiguous.
+
+    Attributes:
+        tile: tokens a tile.
+        row: words of the stream that a head's tile holds, a multiple of 16.
+        layout: "token" for planes ``[R, 16]`` (keys), "channel" for ``[16, R]`` (values).
+        planes: int32 ``[H_kv, P, 4]``: where each plane of a head begins in the stream, its first channel, how far its bits
+            are shifted in the codes of its channels, and the width of those.
+        scales: float32 ``[H_kv, P]``, what one step of its fields is worth; 0 where a head has fewer than ``P`` planes.
+        usual: float32 ``[H_kv]``, base-2 logarithm of the gain of code ``gain_zero``.
+        gain_zero: as above.
+        gain_steps: gain codes an octave.
+        gain_search: the first and the last gain code that are tried, from the nearest one.
+        mean: float32 ``[H_kv, D]``.
+        deviation: float32 ``[H_kv, kept]``.
+        worth: float32 ``[H_kv, kept]``; 0 where a channel is not stored.
+        forward: float16 ``[H_kv, D, kept]``.
+        inverse: float16 ``[H_kv, kept, D]``.
+    """
+
+    tile: int
+    row: int
+    layout: Layout
+    planes: Tensor
+    scales: Tensor
+    usual: Tensor
+    gain_zero: int
+    gain_steps: int
+    gain_search: tuple[int, int]
+    mean: Tensor
+    deviation: Tensor
+    worth: Tensor
+    forward: Tensor
+    inverse: Tensor

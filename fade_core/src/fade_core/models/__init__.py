@@ -1,0 +1,1 @@
+"""Loading a model, and what FADE asks of its geometry."""

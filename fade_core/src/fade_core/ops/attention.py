@@ -1,0 +1,228 @@
+"""Attention over tiers in plain torch: the oracle that every other implementation is tested against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fade_core.interfaces import Kernel, Op, Support
+from fade_core.packed import Packed, PackedFormat
+from fade_core.storage.fixedstore import TileView
+from fade_core.storage.repositioning import Shift
+from fade_core.storage.tier_store import TierStore
+
+READ_AT_ONCE = 4096
+"""Packed tokens that are unpacked together: what a step needs beside the cache does not grow with the context."""
+
+
+@dataclass(frozen=True)
+class FullSegment:
+    """Tokens in full precision.
+
+    Attributes:
+        keys: ``[B, H_kv, T, D]``.
+        values: ``[B, H_kv, T, D_v]``.
+        mask: bool broadcastable to ``[B, H_kv, Q, T]``, true where a query may attend; ``None`` for everywhere.
+        plain: the last ``Q`` tokens of each row are the queries' own, and ``mask`` says no more than causality and
+            ``lengths`` do: an implementation that knows these need not read it.
+        lengths: leading tokens of each row that are meant, int64 ``[B]`` on the CPU, or int32 ``[B, H_kv]`` where the
+            tokens are (then no one has to read them back); ``None`` for all ``T``.
+    """
+
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None = None
+    plain: bool = False
+    lengths: Tensor | None = None
+
+    def scores(self, query: Tensor) -> Tensor:
+        """``[B, H_kv, N, T]`` float32."""
+        return query @ self.keys.to(query.dtype).transpose(-1, -2)
+
+    def combine(self, weights: Tensor) -> Tensor:
+        """``[B, H_kv, N, D_v]`` float32."""
+        return weights @ self.values.to(weights.dtype)
+
+
+@dataclass(frozen=True)
+class PackedSegment:
+    """Tokens of one packed tier, read in place.
+
+    Attributes:
+        store: the tier's tiles and tables; torch reads them through the quantizers, a kernel word by word. A ``TileView``
+            has no table: its tiles lie one after the other.
+        mask: as in ``FullSegment``, over ``store.tiles * store.tile`` slots.
+        plain: every token is older than the queries, and ``mask`` says no more than ``store.counts`` does.
+        shift: how far keys are moved before a query meets them; ``None`` if none is. Only kernels that declare ``shifts``
+            are given one.
+    """
+
+    store: TierStore | TileView
+    mask: Tensor | None = None
+    plain: bool = False
+    shift: Shift | None = None
+
+    def scores(self, query: Tensor) -> Tensor:
+        """``[B, H_kv, N, T]`` float32."""
+        parts = self._parts(self.store.packed_keys())
+        if len(parts) == 1:
+            return self._scores(query, parts[0], 0)
+        found, start = query.new_empty((*query.shape[:3], sum(part.length for part in parts))), 0
+        for out, part in zip(found.split([part.length for part in parts], dim=-1), parts, strict=True):
+            out.copy_(self._scores(query, part, start))
+            start += part.length
+        return found
+
+    def _scores(self, query: Tensor, part: Packed, start: int) -> Tensor:
+        """Scores of the tokens of slots ``start`` and on."""
+        keys = self.store.tier.keys
+        if self.shift is None or start >= self.shift.reach:
+            return keys.scores(query, part)
+        moved = self.shift.moved(keys.decode(replace(part, dtype=query.dtype)), start)
+        return query @ moved.transpose(-1, -2)
+
+    def combine(self, weights: Tensor) -> Tensor:
+        """``[B, H_kv, N, D_v]`` float32."""
+        parts = self._parts(self.store.packed_values())
+        shares = weights.split([part.length for part in parts], dim=-1)
+        first, *rest = (self.store.tier.values.combine(share, part) for share, part in zip(shares, parts, strict=True))
+        return sum(rest, first)
+
+    def _parts(self, packed: Packed) -> list[Packed]:
+        tile = self.store.tile
+        return packed.split(tile, max(1, READ_AT_ONCE // tile))
+
+
+Segment = FullSegment | PackedSegment
+
+
+@dataclass(frozen=True)
+class AttentionOutput:
+    """What ``decode_attention`` returns.
+
+    Attributes:
+        output: ``[B, H_q, Q, D_v]`` in the query's dtype.
+        lse: log-sum-exp of all logits, float32 ``[B, H_q, Q]``; ``-inf`` where a query sees nothing.
+        probabilities: float32 ``[B, H_kv, Q, T]`` a segment, averaged over the query heads of a KV head, or ``None``
+            where they were not asked for or the implementation does not give them.
+    """
+
+    output: Tensor
+    lse: Tensor
+    probabilities: list[Tensor] | None = None
+
+
+def decode_attention(
+    query: Tensor,
+    segments: Sequence[Segment],
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    probabilities: bool = False,
+) -> AttentionOutput:
+    """Attention of a few queries over tiers, each tier on its own, merged by log-sum-exp.
+
+    Computed in float32; in float64 where the query is float64, then what is float32 below is float64.
+
+    Args:
+        query: ``[B, H_q, Q, D]``; ``H_q`` is a multiple of the segments' ``H_kv``.
+        segments: at least one.
+        scaling: factor of the logits.
+        softcap: logits become ``softcap * tanh(logit / softcap)`` (arXiv 2408.00118).
+        sinks: one extra logit a query head ``[H_q]`` that takes mass and gives nothing (gpt-oss).
+        probabilities: also return the attention probabilities.
+    """
+    batch, heads, queries, _ = query.shape
+    kv_heads = _kv_heads(segments[0])
+    grouped = (_wide(query) * scaling).reshape(batch, kv_heads, -1, query.shape[-1])
+    parts = []
+    for segment in segments:
+        logits = _masked(_capped(segment.scores(grouped), softcap), segment.mask, queries)
+        top = logits.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
+        weights = torch.exp_(logits.sub_(top))
+        parts.append((segment.combine(weights), top, weights.sum(-1, keepdim=True), weights))
+    peak = parts[0][1]
+    for _, top, _, _ in parts[1:]:
+        peak = torch.maximum(peak, top)
+    if sinks is not None:
+        extra = sinks.to(grouped.dtype).view(1, kv_heads, -1, 1).repeat_interleave(queries, 2)
+        peak = torch.maximum(peak, extra)
+    shares = [torch.exp(top - peak) for _, top, _, _ in parts]
+    total = sum((mass * share for (_, _, mass, _), share in zip(parts, shares, strict=True)), torch.zeros_like(peak))
+    if sinks is not None:
+        total = total + torch.exp(extra - peak)
+    safe = total.clamp_min(torch.finfo(torch.float32).tiny)
+    output = torch.stack([part * (share / safe) for (part, _, _, _), share in zip(parts, shares, strict=True)]).sum(0)
+    lse = (peak + total.log()).view(batch, heads, queries)
+    found = None
+    if probabilities:
+        found = [
+            (weights * (share / safe)).view(batch, kv_heads, -1, queries, weights.shape[-1]).mean(2)
+            for (_, _, _, weights), share in zip(parts, shares, strict=True)
+        ]
+    return AttentionOutput(output.reshape(batch, heads, queries, -1).to(query.dtype), lse, found)
+
+
+def attention_mass(
+    query: Tensor, segment: Segment, lse: Tensor, scaling: float, softcap: float | None = None
+) -> Tensor:
+    """Probabilities ``[B, H_kv, Q, T]`` of one segment's tokens, given the ``lse`` ``[B, H_q, Q]`` over all of them."""
+    batch, _, queries, _ = query.shape
+    kv_heads = _kv_heads(segment)
+    grouped = (_wide(query) * scaling).reshape(batch, kv_heads, -1, query.shape[-1])
+    logits = _masked(_capped(segment.scores(grouped), softcap), segment.mask, queries)
+    shifted = logits - lse.reshape(batch, kv_heads, -1, 1).clamp_min(torch.finfo(torch.float32).min)
+    return shifted.exp().view(batch, kv_heads, -1, queries, logits.shape[-1]).mean(2)
+
+
+def _wide(query: Tensor) -> Tensor:
+    """The query in float32, or in float64 if it already is."""
+    return query.to(torch.promote_types(query.dtype, torch.float32))
+
+
+def _kv_heads(segment: Segment) -> int:
+    return segment.keys.shape[1] if isinstance(segment, FullSegment) else segment.store.heads
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if not softcap else softcap * torch.tanh(logits / softcap)
+
+
+def _masked(logits: Tensor, mask: Tensor | None, queries: int) -> Tensor:
+    if mask is None:
+        return logits
+    batch, kv_heads, rows, tokens = logits.shape
+    split = logits.view(batch, kv_heads, rows // queries, queries, tokens)
+    return split.masked_fill(~mask[:, :, None], -torch.inf).view(logits.shape)
+
+
+class TorchDecodeAttention(Kernel):
+    """``decode_attention`` in torch: runs everywhere."""
+
+    name: ClassVar[str] = "torch"
+    op: ClassVar[Op] = "decode_attention"
+    shifts: ClassVar[bool] = True
+
+    def supports(self, format: PackedFormat | None, head_dim: int, device: torch.device, dtype: torch.dtype) -> Support:
+        return Support(True)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> AttentionOutput:
+        return decode_attention(*args, **kwargs)
+
+
+class TorchAttentionMass(Kernel):
+    """``attention_mass`` in torch: runs everywhere."""
+
+    name: ClassVar[str] = "torch"
+    op: ClassVar[Op] = "attention_mass"
+    shifts: ClassVar[bool] = True
+
+    def supports(self, format: PackedFormat | None, head_dim: int, device: torch.device, dtype: torch.dtype) -> Support:
+        return Support(True)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return attention_mass(*args, **kwargs)
