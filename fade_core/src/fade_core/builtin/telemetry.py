@@ -6,16 +6,19 @@ import json
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 from fade_core.errors import ConfigError, InputError
 from fade_core.interfaces import Event, TelemetrySink, TelemetrySinkConfig
 
-if TYPE_CHECKING:
-    from fade_core.cache import TieredKVCache
+
+class HasSinks(Protocol):
+    """What sends events: a ``TieredKVCache``."""
+
+    sinks: list[TelemetrySink]
 
 
-def attach_telemetry(cache: TieredKVCache, sink: TelemetrySink) -> None:
+def attach_telemetry(cache: HasSinks, sink: TelemetrySink) -> None:
     """Send the cache's events to ``sink`` from now on, beside the sinks of its configuration."""
     cache.sinks.append(sink)
 

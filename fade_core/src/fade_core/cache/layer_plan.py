@@ -5,25 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fade_core.eviction.attention_tracker import AttentionTracker
-from fade_core.eviction.ladder import Ladder
-from fade_core.interfaces import Event, EvictionPolicy, Kernel, RopeScheme
+from fade_core.eviction.plan import EvictionPlan
+from fade_core.interfaces import Event, Kernel, RopeScheme
 from fade_core.ops.attention import TorchAttentionMass, TorchDecodeAttention
 from fade_core.storage.codec import Codec
 from fade_core.support.checks import FiniteCheck
 
 
 @dataclass
-class LayerPlan:
-    """What a layer is made of; built once by the cache.
+class LayerPlan(EvictionPlan):
+    """What a layer is made of, built once by the cache: an ``EvictionPlan``, and what moves and reads the tokens.
 
     Attributes:
-        index: layer index.
-        num_layers: layers of the model.
-        ladder: tiers, capacities, budget, sinks and window.
-        policy: ranks tokens when something is bounded.
-        every: decode steps between two rankings.
-        tracker: attention statistics, shared by all layers.
         attention: "fade" if FADE's attention function drives the layer, "stock" if any other does.
         on_nonfinite: "raise" or "zero".
         kernel: implementation of ``decode_attention``.
@@ -37,12 +30,6 @@ class LayerPlan:
         finite: refuses what is not finite; shared by the layers of a cache.
     """
 
-    index: int
-    num_layers: int
-    ladder: Ladder
-    policy: EvictionPolicy
-    every: int = 64
-    tracker: AttentionTracker = field(default_factory=lambda: AttentionTracker(()))
     attention: str = "fade"
     on_nonfinite: str = "raise"
     kernel: Kernel = field(default_factory=TorchDecodeAttention)
@@ -52,8 +39,3 @@ class LayerPlan:
     on_failure: Callable[[int, int], str] = lambda index, length: ""
     rope: RopeScheme | None = None
     finite: FiniteCheck = field(default_factory=FiniteCheck)
-
-    @property
-    def allocates(self) -> bool:
-        """Whether the policy gives heads budgets of their own."""
-        return self.ladder.budget is not None and type(self.policy).allocate is not EvictionPolicy.allocate

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fade_core.cache.layer_plan import LayerPlan
+from fade_core.eviction.plan import EvictionPlan
 from fade_core.eviction.query_moments import QueryMoments
 from fade_core.storage.tier_store import TierStore
 from fade_core.storage.window import Window
@@ -18,7 +18,7 @@ class Contents:
     """A layer's tokens, by reference: whoever moves them here moves them in the layer.
 
     Attributes:
-        plan: what the layer is made of.
+        plan: who may stay, and who decides.
         window: the full-precision tokens.
         stores: the packed tokens, finest tier first.
         logical: tokens the model has seen.
@@ -26,7 +26,7 @@ class Contents:
         queries: statistics of the queries, if any are kept.
     """
 
-    plan: LayerPlan
+    plan: EvictionPlan
     window: Window
     stores: tuple[TierStore, ...]
     logical: int
