@@ -15,8 +15,7 @@ from tiny import fresh_seed, tiny_llama
 
 from fade_core import FadeConfig
 from fade_core.builtin.quantizers.uniform import UniformConfig
-from fade_core.config import LayerOverride
-from fade_core.config import flat_spelling as flat
+from fade_core.config import LayerOverride, flat_spelling
 from fade_core.config.kernel_selection import OPS
 from fade_core.eval.quality import QualityRow
 from fade_core.plugins import Registry, hookspecs, use_registry
@@ -55,10 +54,10 @@ def test_every_field_is_documented_with_its_default_and_nothing_else_is() -> Non
 
 
 def test_every_flat_name_is_documented() -> None:
-    assert set(first_column(CONFIGURATION, "flat")) == set(flat.NAMES)
-    assert flat.__doc__ is not None
-    for name in flat.NAMES:
-        assert f"``{name}" in flat.__doc__
+    assert set(first_column(CONFIGURATION, "flat")) == set(flat_spelling.NAMES)
+    assert flat_spelling.__doc__ is not None
+    for name in flat_spelling.NAMES:
+        assert f"``{name}" in flat_spelling.__doc__
 
 
 @pytest.mark.parametrize(("header", "group"), [("kind", ""), ("tier", "tiers")])

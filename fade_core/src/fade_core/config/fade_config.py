@@ -12,8 +12,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from fade_core.builtin.policies.position import PositionConfig
 from fade_core.builtin.quantizers.uniform import UniformConfig
 from fade_core.builtin.tiers import PackedTier, QuantizedTier
-from fade_core.config import flat_spelling as flat
-from fade_core.config import presets
+from fade_core.config import flat_spelling, presets
 from fade_core.config.files import read_table, write_table
 from fade_core.config.kernel_selection import KernelSelection
 from fade_core.errors import ConfigError, FadeError
@@ -128,7 +127,7 @@ class FadeConfig(CheckedModel):
     on_nonfinite: Literal["raise", "zero"] = "raise"
     telemetry: tuple[AnySink, ...] = ()
 
-    other_names: ClassVar[tuple[str, ...]] = flat.NAMES
+    other_names: ClassVar[tuple[str, ...]] = flat_spelling.NAMES
 
     def __init__(self, /, **data: Any) -> None:
         super().__init__(**data)
@@ -173,7 +172,7 @@ class FadeConfig(CheckedModel):
     def json_schema(cls) -> dict[str, Any]:
         """JSON Schema (Draft 2020-12) of what is installed, the flat spelling included."""
         schema = cls.model_json_schema()
-        other = flat.FlatSpelling.model_json_schema()["properties"]
+        other = flat_spelling.FlatSpelling.model_json_schema()["properties"]
         for name, described in other.items():
             schema["properties"][name] = described | {"description": "flat spelling", "deprecated": True}
         return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
@@ -186,11 +185,13 @@ class FadeConfig(CheckedModel):
         change what they mean in this configuration: ``middle_v_bits=2``.
         """
         current = {name: getattr(self, name) for name in type(self).model_fields}
-        wanted = flat.nest(fields, flat.Defaults(self.keys, self.values, self.policy, self.ladder, fresh=False))
+        wanted = flat_spelling.nest(
+            fields, flat_spelling.Defaults(self.keys, self.values, self.policy, self.ladder, fresh=False)
+        )
         for name, value in wanted.items():
             held = current.get(name)
             if isinstance(value, Mapping) and isinstance(held, ComponentConfig) and "kind" not in value:
-                wanted[name] = flat.changed(held, value)
+                wanted[name] = flat_spelling.changed(held, value)
         return type(self)(**(current | wanted))
 
     def for_layer(self, index: int, num_layers: int) -> Self:
@@ -240,7 +241,7 @@ class FadeConfig(CheckedModel):
         if not isinstance(data, Mapping):
             return data
         default = {name: cls.model_fields[name].default for name in ("keys", "values", "policy")}
-        return flat.nest(data, flat.Defaults(**default))
+        return flat_spelling.nest(data, flat_spelling.Defaults(**default))
 
     @model_validator(mode="after")
     def _ladders_work(self) -> Self:
