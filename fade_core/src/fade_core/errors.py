@@ -22,6 +22,10 @@ class UnknownComponentError(PluginError, KeyError):
         return str(self.args[0]) if self.args else ""
 
 
+class MissingDistributionError(FadeError, ImportError):
+    """A name that another of FADE's distributions provides, which is not installed; the message says which."""
+
+
 class InputError(FadeError, ValueError):
     """A tensor or argument that was refused before anything changed."""
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 from fade_core.plugins.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from fade_core.eval.tasks import EvalTask
-    from fade_core.interfaces import Kernel, PolicyConfig, QuantizerConfig, Recipe, TelemetrySinkConfig, TierConfig
+    from fade_core.interfaces import Kernel, PolicyConfig, QuantizerConfig, TelemetrySinkConfig, TierConfig
 
 
 @hookimpl
@@ -50,17 +49,3 @@ def fade_telemetry_sinks() -> Sequence[type[TelemetrySinkConfig]]:
     from fade_core.builtin.telemetry import JsonlConfig
 
     return [JsonlConfig]
-
-
-@hookimpl
-def fade_eval_tasks() -> Sequence[type[EvalTask]]:
-    from fade_core.eval.tasks import DivergenceTask, NeedleTask, PerplexityTask
-
-    return [DivergenceTask, PerplexityTask, NeedleTask]
-
-
-@hookimpl
-def fade_quality_recipes() -> Sequence[Recipe]:
-    from fade_core.eval.recipes import RECIPES
-
-    return RECIPES

@@ -105,7 +105,7 @@ def predict(layers: list[TieredLayer], tokens: int, model: Any) -> Predicted:
         due = torch.tensor([packed if ladder.tiers else 0])
         kept = length - due
         takes = ladder.fill(due, length, kept)
-        slots = ladder.n_sink + ladder.recent_window + ladder.tile if ladder.tiers else tokens
+        slots = tokens - packed if ladder.tiers else tokens
         window += slots * itemsize
         exact += tokens * itemsize
         evicted += int(due - sum(takes)) * heads

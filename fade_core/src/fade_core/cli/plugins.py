@@ -20,9 +20,10 @@ def plugins(
     head_dim: Annotated[int, typer.Option(help="Head dimension to ask the kernels about.")] = 128,
 ) -> None:
     """List plugins with status and reason, and which kernels run on this machine."""
-    from fade_core.plugins import list_plugins
+    from fade_core.plugins import default_registry
 
-    found = list_plugins()
+    default_registry().add_commands(typer.Typer())  # what a plugin's commands raise is part of its status
+    found = default_registry().list_plugins()
     kernels = kernel_support(device, head_dim)
     if json:
         print_json({"plugins": [dataclasses.asdict(plugin) for plugin in found], "kernels": kernels})

@@ -1,0 +1,1 @@
+"""What ``fade`` offers with this distribution: ``demo``, ``eval`` and ``bench``."""
