@@ -13,6 +13,7 @@ Metadata is one int32 word a group: the fp16 *scale* in the low half, the fp16 *
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -134,6 +135,20 @@ class Packed:
             )
             for start in range(0, self.length, step)
         ]
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Places for tiles in a pool.
+
+    Attributes:
+        fields: the pool by the quantizer's names, ``[N, *tile_shape]`` each.
+        ids: int32 or int64 ``[B, H_kv, n]``: pool tile of each tile; a negative one has no place and is not written. No two
+            are alike.
+    """
+
+    fields: Mapping[str, Tensor]
+    ids: Tensor
 
 
 def pack_codes(codes: Tensor, width: int, layout: Layout) -> Tensor:

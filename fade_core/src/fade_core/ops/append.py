@@ -1,4 +1,4 @@
-"""Taking one token into buffers of fixed size, in plain torch: the oracle of the op ``append``."""
+"""Taking new tokens into a layer's buffers, in plain torch: the reference of the op ``append``."""
 
 from __future__ import annotations
 
@@ -9,71 +9,104 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fade_core.interfaces import Kernel, Op, Quantizer, Support, Tier
+from fade_core.errors import InputError
+from fade_core.interfaces import Kernel, Op, Support, Tier
 from fade_core.packed import PackedFormat
 from fade_core.support.checks import check_finite
 
 LOGICAL, NONFINITE, ODD_MASK = 0, 1, 2
 """What the three ``counters`` count: tokens seen, tokens that were not finite, steps whose mask said more than it may."""
 
+MOST_TOKENS = 32
+"""Tokens a row that one call takes in."""
+
 
 @dataclass(frozen=True)
 class AppendRule:
-    """How a layer of fixed size takes tokens in; shared by all of its steps.
+    """How a layer takes tokens in; shared by all of its steps.
 
     Attributes:
-        tier: where tokens go that leave the window.
+        tier: where tokens go that leave the window; ``None`` if none ever does.
         n_sink: leading tokens that never leave it.
-        threshold: tokens that a full window holds; one tile leaves before the next token comes.
-        on_nonfinite: "raise" or "zero".
+        threshold: tokens that a full window holds; tiles leave before the next tokens come, until there are fewer.
+        on_nonfinite: "raise" or "zero"; "checked" if the tokens have been looked at already.
         layer: layer index, for messages.
     """
 
-    tier: Tier
+    tier: Tier | None
     n_sink: int
     threshold: int
     on_nonfinite: str = "raise"
     layer: int = 0
 
     @property
+    def packed(self) -> Tier:
+        """The tier. Raises ``InputError`` for a ladder without one, whose window nothing leaves."""
+        if self.tier is None:
+            raise InputError(f"layer {self.layer} has no tier to encode to")
+        return self.tier
+
+    @property
     def tile(self) -> int:
         """Tokens that leave the window together."""
-        return self.tier.keys.tile
+        return 0 if self.tier is None else self.tier.keys.tile
 
 
 @dataclass(frozen=True)
-class FixedBuffers:
-    """What a layer of fixed size holds; all of it is written in place, and lengths are read where they lie.
+class StepBuffers:
+    """What a step reads and writes of a layer; all of it is written in place, and counts are read where they lie.
+
+    ``N`` is the number of tiles in the pool, ``T`` the most tiles that a row and head may have.
 
     Attributes:
         keys: full-precision window ``[B, H_kv, capacity, D]``, left-aligned: sinks, then the newest tokens.
-        values: likewise.
-        key_fields: packed fields ``[B, H_kv, tiles, ...]`` by the quantizer's names.
-        value_fields: likewise.
+        values: likewise, ``[B, H_kv, capacity, D_v]``.
+        positions: int32 ``[B, capacity]``: logical position of each token of the window.
         lengths: int32 ``[B, H_kv]``: tokens in the window, the same in all heads of a row.
-        used: int32 ``[B, H_kv]``: tiles in use; heads that evict tokens of their own have numbers of their own.
         counters: int64 ``[3]``: see ``LOGICAL``.
+        key_fields: pool of packed tiles by the quantizer's names, ``[N, *tile_shape]`` each.
+        value_fields: likewise.
+        ids: int32 ``[B, H_kv, T]``: pool tile of each tile of a row and head.
+        used: int32 ``[B, H_kv]``: tiles in use; heads that evict tokens of their own have numbers of their own.
+        reserved: int32 ``[B, H_kv]``: tiles that may be used. ``ids`` up to here are valid, and from ``used`` on they are
+            this row's and head's own. Heads of a row have the same number ahead (``reserved - used``).
+        starts: int32 ``[B, H_kv, T]``: position of each tile's first token, where a tile's tokens follow one another.
+        tile_positions: int32 ``[B, H_kv, T, tile]``: position of each packed token, where positions are kept one by one.
+        window_notes: further numbers of 4 bytes a token of the window, ``[B, H_kv, capacity]`` each; 0 for a new token.
+        tile_notes: the same of packed tokens, ``[B, H_kv, T, tile]`` each.
+        runs: whether ``ids[b, h, n]`` is ``(b * H_kv + h) * T + n`` throughout, so that nobody has to read them.
     """
 
     keys: Tensor
     values: Tensor
+    positions: Tensor
+    lengths: Tensor
+    counters: Tensor
     key_fields: Mapping[str, Tensor]
     value_fields: Mapping[str, Tensor]
-    lengths: Tensor
+    ids: Tensor
     used: Tensor
-    counters: Tensor
+    reserved: Tensor
+    starts: Tensor | None = None
+    tile_positions: Tensor | None = None
+    window_notes: Sequence[Tensor] = ()
+    tile_notes: Sequence[Tensor] = ()
+    runs: bool = False
 
 
-def append(keys: Tensor, values: Tensor, held: FixedBuffers, rule: AppendRule, look: bool | None = None) -> None:
-    """Write one token a row behind the window; where the window is full, encode its oldest tile in place first.
+def append(keys: Tensor, values: Tensor, buffers: StepBuffers, rule: AppendRule, look: bool | None = None) -> None:
+    """Write new tokens behind the window; where the window is full, encode its oldest tiles into the pool first.
 
-    On a CPU the lengths are looked at, so that nothing is encoded in vain. Elsewhere nothing is read back: every step
-    encodes the tile that would be next and keeps it where the window is full.
+    A row gives up a tile as often as its window holds ``rule.threshold`` tokens and more and a tile is reserved.
+
+    On a CPU the lengths are looked at, so that nothing is encoded in vain. Elsewhere nothing is read back: every call
+    encodes the tiles that would be next and keeps those of full windows.
 
     Args:
-        keys: ``[B, H_kv, 1, D]`` in the window's dtype.
-        values: likewise.
-        held: the buffers.
+        keys: ``[B, H_kv, Q, D]`` in the window's dtype, ``1 <= Q <= 32``.
+        values: likewise, ``[B, H_kv, Q, D_v]``.
+        buffers: what the layer holds. Tokens past the window's capacity are all written to its last slot; which of them
+            stays there is not said.
         rule: when and how tokens leave the window.
         look: whether lengths and tokens may be read on the host; ``None``: if they lie there.
 
@@ -82,85 +115,131 @@ def append(keys: Tensor, values: Tensor, held: FixedBuffers, rule: AppendRule, l
             says so otherwise.
     """
     host = keys.device.type == "cpu" if look is None else look
+    keys, values = _finite(keys, values, buffers, rule, host)
+    count, capacity = keys.shape[2], buffers.keys.shape[2]
+    lengths: list[int] = []
     if host:
-        keys, values = check_finite(rule.layer, keys, values, int(held.counters[LOGICAL]), rule.on_nonfinite)
-    elif rule.on_nonfinite == "zero":
-        keys, values = (t.masked_fill(~torch.isfinite(t), 0) for t in (keys, values))
+        lengths = buffers.lengths[:, 0].tolist()
+        if max(lengths) >= rule.threshold:
+            due = _due(buffers, rule)
+            left = due.tolist()
+            if any(left):
+                _encode_oldest(buffers, rule, due)
+                lengths = [held - rule.tile * tiles for held, tiles in zip(lengths, left, strict=True)]
+    elif most := _most_due(buffers, rule):
+        _encode_oldest(buffers, rule, _due(buffers, rule), most)
+    fresh = buffers.counters[LOGICAL]  # []
+    if count > 1:
+        fresh = fresh + torch.arange(count, device=keys.device)  # [Q]
+    if lengths and min(lengths) == max(lengths) <= capacity - count:  # one place for all rows
+        start = lengths[0]
+        buffers.keys.narrow(2, start, count).copy_(keys)
+        buffers.values.narrow(2, start, count).copy_(values)
+        buffers.positions.narrow(1, start, count).copy_(fresh)
+        for note in buffers.window_notes:
+            note.narrow(2, start, count).zero_()
     else:
-        held.counters[NONFINITE] += ~torch.isfinite(keys.float().sum() + values.float().sum())
-    full = _full(held, rule)
-    if not host:
-        _encode_oldest(held, rule, torch.arange(len(full), device=full.device), full)
-    elif bool(full.any()):
-        rows = full.nonzero().flatten()
-        _encode_oldest(held, rule, rows, full[rows])
-    rows = torch.arange(len(full), device=full.device)
-    slots = held.lengths[:, 0].clamp_max(held.keys.shape[2] - 1).long()
-    held.keys[rows, :, slots] = keys[:, :, 0]
-    held.values[rows, :, slots] = values[:, :, 0]
-    held.lengths.add_(1)
-    held.counters[LOGICAL] += 1
+        rows = torch.arange(len(keys), device=keys.device)[:, None]
+        slots = buffers.lengths[:, :1] + torch.arange(count, device=keys.device)  # [B, Q]
+        slots = slots.clamp_max(capacity - 1).long()
+        buffers.keys[rows, :, slots] = keys.transpose(1, 2)
+        buffers.values[rows, :, slots] = values.transpose(1, 2)
+        buffers.positions[rows, slots] = fresh.int().expand_as(slots)
+        for note in buffers.window_notes:
+            note[rows, :, slots] = note.new_zeros(())  # a number of Python's would come from the host
+    buffers.lengths.add_(count)
+    buffers.counters[LOGICAL] += count
 
 
-def carry(
-    window: Sequence[Tensor],
-    tiles: Sequence[Tensor],
-    fresh: Sequence[Tensor],
-    held: FixedBuffers,
-    rule: AppendRule,
-) -> None:
-    """Do with what is noted of tokens what ``append`` did with the tokens.
+def _finite(keys: Tensor, values: Tensor, buffers: StepBuffers, rule: AppendRule, host: bool) -> tuple[Tensor, Tensor]:
+    """Keys and values as they are, with zeros for what is not finite, refused, or counted where the host may not look."""
+    if rule.on_nonfinite == "checked":
+        return keys, values
+    if host:
+        if bool(torch.isfinite(keys.sum() + values.sum())):
+            return keys, values
+        return check_finite(rule.layer, keys, values, int(buffers.counters[LOGICAL]), rule.on_nonfinite)
+    if rule.on_nonfinite == "zero":
+        return keys.masked_fill(~torch.isfinite(keys), 0), values.masked_fill(~torch.isfinite(values), 0)
+    buffers.counters[NONFINITE] += ~torch.isfinite(keys.float().sum() + values.float().sum())
+    return keys, values
+
+
+def _due(buffers: StepBuffers, rule: AppendRule) -> Tensor:
+    """int64 ``[B]``: tiles that leave each row's window before the next tokens come."""
+    over = (buffers.lengths[:, 0].long() - rule.threshold).div(rule.tile, rounding_mode="floor") + 1
+    return over.minimum((buffers.reserved - buffers.used)[:, 0]).clamp(0, _most_due(buffers, rule))
+
+
+def _most_due(buffers: StepBuffers, rule: AppendRule) -> int:
+    """Most tiles that can be due in any row, known without looking; 0 where there is no tile."""
+    if rule.tier is None or not all(
+        len(field) for field in (*buffers.key_fields.values(), *buffers.value_fields.values())
+    ):
+        return 0
+    capacity = buffers.keys.shape[2]
+    over, inside = (capacity - rule.threshold) // rule.tile + 1, (capacity - rule.n_sink) // rule.tile
+    return max(0, min(over, inside, buffers.ids.shape[2]))
+
+
+def _encode_oldest(buffers: StepBuffers, rule: AppendRule, due: Tensor, most: int | None = None) -> None:
+    """Encode the oldest ``due`` (int64 ``[B]``) tiles of each row into the pool, and close the gaps that they leave.
 
     Args:
-        window: a number a token of the window, ``[B, H_kv or 1, capacity]`` each.
-        tiles: the same of packed tokens, ``[B, H_kv, tiles, tile]`` each.
-        fresh: that of the token that came, a tensor of one element each.
-        held: the buffers, with ``lengths`` and ``used`` as they were before.
-        rule: when tokens leave the window.
+        buffers: what the layer holds.
+        rule: when and how tokens leave the window.
+        due: tiles to encode a row.
+        most: if given, nothing is read back, and at most so many are due in a row.
     """
-    full = _full(held, rule)
-    moves = held.keys.device.type != "cpu" or bool(full.any())
-    first, last, capacity = rule.n_sink, rule.n_sink + rule.tile, held.keys.shape[2]
-    slots = torch.arange(capacity, device=full.device)
-    source = torch.where((slots >= first) & full[:, None], slots + rule.tile, slots).clamp_max(capacity - 1)
-    slot = (held.lengths[:, :1] - rule.tile * full.int()[:, None]).clamp_max(capacity - 1).long()
-    for recent, packed, new in zip(window, tiles, fresh, strict=True):
-        if moves:
-            number = held.used.clamp_max(packed.shape[2] - 1).long()[..., None, None].expand(-1, -1, 1, rule.tile)
-            oldest = recent[:, :, None, first:last].expand_as(number)
-            packed.scatter_(2, number, torch.where(full[:, None, None, None], oldest, packed.gather(2, number)))
-            recent.copy_(recent.gather(2, source[:, None].expand_as(recent)))
-        at = slot[:, None].expand(-1, recent.shape[1], -1)
-        recent.scatter_(2, at, new.to(recent.dtype).expand_as(at))
+    tier = rule.packed
+    first, tile, capacity = rule.n_sink, rule.tile, buffers.keys.shape[2]
+    kept: Tensor | None = None
+    if most is None:
+        row, number = (torch.arange(int(due.max()), device=due.device) < due[:, None]).nonzero(as_tuple=True)
+        rows = due.nonzero().flatten()
+    else:
+        row = torch.arange(len(due), device=due.device).repeat_interleave(most)  # [P], P = B * most
+        number = torch.arange(most, device=due.device).repeat(len(due))
+        leaves = number < due[row]
+        # what does not leave does once more what the first that leaves does: then no two write different things to one place
+        chosen = torch.where(leaves, torch.arange(len(row), device=due.device), leaves.int().argmax())
+        row, number, kept = row[chosen], number[chosen], leaves.any()
+        rows = torch.arange(len(due), device=due.device)
+    pairs, heads = row[:, None], torch.arange(buffers.ids.shape[1], device=due.device)
+    at = (buffers.used[row] + number[:, None]).clamp_max(buffers.ids.shape[2] - 1).long()  # [P, H_kv]
+    place = (pairs, heads, at)
+    pool = buffers.ids[place].long()  # [P, H_kv]
+    slots = first + number[:, None] * tile + torch.arange(tile, device=due.device)  # [P, tile]
+    for quantizer, window, fields in (
+        (tier.keys, buffers.keys, buffers.key_fields),
+        (tier.values, buffers.values, buffers.value_fields),
+    ):
+        tokens = window.transpose(1, 2)[pairs, slots].transpose(1, 2)  # [P, H_kv, tile, D]
+        packed = quantizer.encode(tokens)
+        for name, field in fields.items():  # [N, *tile_shape]
+            # ids of what does not leave may be anything
+            inside = pool if kept is None else pool.clamp(0, len(field) - 1)
+            _put(field, (inside,), packed.fields[name][:, :, 0], kept)
+    if buffers.starts is not None:
+        _put(buffers.starts, place, buffers.positions[pairs, slots[:, :1]].expand_as(at), kept)
+    if buffers.tile_positions is not None:
+        positions = buffers.positions[pairs, slots]  # [P, tile]
+        _put(buffers.tile_positions, place, positions[:, None].expand(-1, len(heads), -1), kept)
+    for recent, packed_notes in zip(buffers.window_notes, buffers.tile_notes, strict=True):
+        _put(packed_notes, place, recent.transpose(1, 2)[pairs, slots].transpose(1, 2), kept)
+    source = torch.arange(first, capacity, device=due.device) + tile * due[rows][:, None]  # [R, capacity - first]
+    source = source.clamp_max(capacity - 1)
+    by_slot = [t.transpose(1, 2) for t in (buffers.keys, buffers.values, *buffers.window_notes)]
+    for held in (*by_slot, buffers.positions):  # [B, capacity, ...]
+        held[rows, first:] = held[rows[:, None], source]
+    buffers.lengths.sub_((tile * due[:, None]).int())
+    buffers.used.add_(due[:, None].int())
 
 
-def _full(held: FixedBuffers, rule: AppendRule) -> Tensor:
-    """bool ``[B]``: rows whose oldest tile leaves the window before the next token comes."""
-    room = held.used.amax(1) < next(iter(held.key_fields.values())).shape[2]
-    return (held.lengths[:, 0] >= rule.threshold) & room
-
-
-def _encode_oldest(held: FixedBuffers, rule: AppendRule, rows: Tensor, full: Tensor) -> None:
-    """Encode the oldest tile of ``rows`` and close the gap, where they are ``full`` (bool, one a row)."""
-    first, last = rule.n_sink, rule.n_sink + rule.tile
-    most = next(iter(held.key_fields.values())).shape[2] - 1
-    number = held.used[rows].clamp_max(most).long()
-    heads = torch.arange(number.shape[1], device=rows.device)
-    slots = torch.arange(held.keys.shape[2], device=rows.device)
-    source = torch.where((slots >= first) & full[:, None], slots + rule.tile, slots).clamp_max(len(slots) - 1)
-    sides: tuple[tuple[Quantizer, Tensor, Mapping[str, Tensor]], ...] = (
-        (rule.tier.keys, held.keys, held.key_fields),
-        (rule.tier.values, held.values, held.value_fields),
-    )
-    for quantizer, window, fields in sides:
-        ours = window[rows]
-        packed = quantizer.encode(ours[:, :, first:last])
-        for name, field in fields.items():
-            new, at = packed.fields[name][:, :, 0].to(field.dtype), (rows[:, None], heads, number)
-            field[at] = torch.where(full.view(-1, *(1,) * (new.dim() - 1)), new, field[at])
-        window[rows] = ours.gather(2, source[:, None, :, None].expand_as(ours))
-    held.lengths[rows] -= rule.tile * full.int()[:, None]
-    held.used[rows] += full.int()[:, None]
+def _put(held: Tensor, at: tuple[Tensor, ...], new: Tensor, kept: Tensor | None) -> None:
+    """Write ``new`` to the places ``at``; what is there stays where ``kept`` is false."""
+    new = new.to(held.dtype)
+    held[at] = new if kept is None else torch.where(kept, new, held[at])
 
 
 class TorchAppend(Kernel):

@@ -1,7 +1,8 @@
-"""Packing many tokens at once and unpacking them: the ops ``encode`` and ``dequantize``, and their oracles, the quantizers."""
+"""Packing many tokens at once and unpacking them: the ops ``encode`` and ``dequantize``; the quantizers are their reference."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fade_core.interfaces import Kernel, Op, Quantizer, Support
-from fade_core.packed import Packed, PackedFormat
+from fade_core.packed import Packed, PackedFormat, Tiles
 
 
 class TorchEncode(Kernel):
@@ -21,8 +22,12 @@ class TorchEncode(Kernel):
     def supports(self, format: PackedFormat | None, head_dim: int, device: torch.device, dtype: torch.dtype) -> Support:
         return Support(True)
 
-    def __call__(self, quantizer: Quantizer, tokens: Tensor) -> Packed:
-        return quantizer.encode(tokens)
+    def __call__(self, quantizer: Quantizer, tokens: Tensor, into: Tiles | None = None) -> Packed | None:
+        packed = quantizer.encode(tokens)
+        if into is None:
+            return packed
+        _write(packed, into)
+        return None
 
 
 class TorchDequantize(Kernel):
@@ -34,8 +39,34 @@ class TorchDequantize(Kernel):
     def supports(self, format: PackedFormat | None, head_dim: int, device: torch.device, dtype: torch.dtype) -> Support:
         return Support(True)
 
-    def __call__(self, quantizer: Quantizer, packed: Packed) -> Tensor:
-        return quantizer.decode(packed)
+    def __call__(self, quantizer: Quantizer, packed: Packed, ids: Tensor | None = None) -> Tensor:
+        if ids is None:
+            return quantizer.decode(packed)
+        known = ids.clamp_min(0).long()
+        tiles = {name: field[known] for name, field in packed.fields.items()}  # [B, H_kv, n, *tile_shape]
+        tokens = quantizer.decode(Packed(tiles, packed.length, packed.dtype))
+        if ids.device.type == "cpu" and bool((ids >= 0).all()):
+            return tokens
+        nowhere = (ids < 0).repeat_interleave(quantizer.tile, 2)[..., : packed.length]  # [B, H_kv, T]
+        return tokens.masked_fill(nowhere[..., None], 0)
+
+
+def _write(packed: Packed, into: Tiles) -> None:
+    """Write tiles ``[B, H_kv, n, ...]`` to their places in a pool, reading nothing back from another device."""
+    ids = into.ids.flatten().long()
+    there = ids >= 0
+    everywhere = ids.device.type == "cpu" and bool(there.all())
+    if not ids.numel():
+        return
+    # what has no place is written where the first that has one goes, as that one: no two write different things to one place
+    chosen = torch.where(there, torch.arange(len(ids), device=ids.device), there.int().argmax())
+    places = ids if everywhere else ids[chosen].clamp_min(0)
+    for name, pool in into.fields.items():
+        new = packed.fields[name].flatten(0, 2).to(pool.dtype)  # [B * H_kv * n, *tile_shape]
+        pool[places] = new if everywhere else torch.where(there.any(), new[chosen], pool[places])
+
+
+_ENCODE, _DECODE = TorchEncode(), TorchDequantize()
 
 
 @dataclass(frozen=True)
@@ -56,8 +87,37 @@ class Codec:
         packed: Packed = self.encoder(quantizer, tokens) if ours else quantizer.encode(tokens)
         return packed
 
+    def encode_into(self, quantizer: Quantizer, tokens: Tensor, fields: Mapping[str, Tensor], ids: Tensor) -> None:
+        """Pack ``tokens`` ``[B, H_kv, T, D]`` straight into a pool.
+
+        Args:
+            quantizer: what packs.
+            tokens: the last tile may be partly filled.
+            fields: the pool, ``[N, *tile_shape]`` each.
+            ids: int32 or int64 ``[B, H_kv, n]``: pool tile of each tile, no two alike; negative: not written.
+        """
+        into = Tiles(fields, ids)
+        encoder = self.encoder if self.encoder.accepts(quantizer, tokens, into) else _ENCODE
+        encoder(quantizer, tokens, into)
+
     def decode(self, quantizer: Quantizer, packed: Packed) -> Tensor:
         """Tokens ``[B, H_kv, T, D]`` in ``packed.dtype``."""
         ours = bool(self.decoder.accepts(quantizer, packed))
         tokens: Tensor = self.decoder(quantizer, packed) if ours else quantizer.decode(packed)
+        return tokens
+
+    def decode_from(
+        self, quantizer: Quantizer, fields: Mapping[str, Tensor], ids: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """All tokens ``[B, H_kv, n * tile, D]`` of tiles of a pool.
+
+        Args:
+            quantizer: what packed them.
+            fields: the pool, ``[N, *tile_shape]`` each.
+            ids: int32 or int64 ``[B, H_kv, n]``: pool tile of each tile; zeros are given for negative ones.
+            dtype: of the tokens.
+        """
+        packed = Packed(dict(fields), ids.shape[2] * quantizer.tile, dtype)
+        decoder = self.decoder if self.decoder.accepts(quantizer, packed, ids) else _DECODE
+        tokens: Tensor = decoder(quantizer, packed, ids)
         return tokens

@@ -12,7 +12,7 @@ from torch import Tensor
 from fade_core.builtin.quantizers.uniform import UniformConfig
 from fade_core.errors import InputError
 from fade_core.interfaces import Kernel, Op, Quantizer, QuantizerContext, RopeScheme, Support, Tier
-from fade_core.ops.append import AppendRule, FixedBuffers, append
+from fade_core.ops.append import AppendRule, StepBuffers, append
 from fade_core.ops.attention import (
     AttentionOutput,
     FullSegment,
@@ -21,7 +21,7 @@ from fade_core.ops.attention import (
     attention_mass,
     decode_attention,
 )
-from fade_core.packed import Packed, unpack_meta
+from fade_core.packed import Packed, Tiles, unpack_meta
 from fade_core.plugins import default_registry
 from fade_core.storage.repositioning import Shift
 from fade_core.storage.tier_store import TierStore, Tokens
@@ -258,32 +258,52 @@ def determinism(case: KernelCase) -> None:
 
 
 def appending(case: KernelCase) -> None:
-    """Tokens come in and the oldest tile goes out where the window is full; codes are the oracle's, or a step off, rarely."""
+    """Tokens come in and the oldest tiles go out where the window is full; codes are the oracle's, or a step off, rarely.
+
+    Tiles lie one after the other, or anywhere in a pool whose unwritten tiles are NaN; then heads have numbers of their own,
+    several tokens come at once and two tiles leave at once.
+    """
     case.supported(ops=("append",))
-    for rows, heads, head_dim in ((3, 2, 64), (1, 1, 128)):
-        rule, ours = _buffers(case, rows, heads, head_dim)
-        theirs = FixedBuffers(*(_copied(value) for value in vars(ours).values()))
-        for _ in range(3):
-            keys, values = (case.randn(rows, heads, 1, head_dim) for _ in range(2))
+    for rows, heads, head_dim, runs in ((3, 2, 64, True), (1, 1, 128, True), (3, 2, 64, False)):
+        rule, ours = _buffers(case, rows, heads, head_dim, runs)
+        theirs, before = _copied(ours), _copied(ours)
+        for count in (1, 1, 1) if runs else (1, 5, 1):
+            keys, values = (case.randn(rows, heads, count, head_dim) for _ in range(2))
             if not case.kernel.accepts(keys, values, ours, rule):
                 raise NotApplicableError(case.kernel.accepts(keys, values, ours, rule).reason)
             case.kernel(keys, values, ours, rule)
             append(keys, values, theirs, rule)
-        for name in ("lengths", "used", "counters"):
-            require_equal(getattr(ours, name), getattr(theirs, name), f"{name} after three tokens")
+        for name in ("lengths", "used", "counters", "starts", "tile_positions"):
+            if getattr(theirs, name) is not None:
+                require_equal(getattr(ours, name), getattr(theirs, name), f"{name} after three calls")
         slots = torch.arange(ours.keys.shape[2], device=case.device) < ours.lengths[..., None]
         require_equal(ours.keys[slots], theirs.keys[slots], "keys of the window")
         require_equal(ours.values[slots], theirs.values[slots], "values of the window")
-        tiles = torch.arange(2, device=case.device) < ours.used[..., None]
-        for side, found, wanted in (
-            (rule.tier.keys, ours.key_fields, theirs.key_fields),
-            (rule.tier.values, ours.value_fields, theirs.value_fields),
+        require_equal(ours.positions[slots[:, 0]], theirs.positions[slots[:, 0]], "positions of the window")
+        for mine, wanted in zip(ours.window_notes, theirs.window_notes, strict=True):
+            require_equal(mine[slots], wanted[slots], "notes of the window")
+        for mine, wanted in zip(ours.tile_notes, theirs.tile_notes, strict=True):
+            require_equal(mine, wanted, "notes of the tiles")
+        tiles = torch.arange(ours.ids.shape[2], device=case.device)
+        fresh = (tiles >= before.used[..., None]) & (tiles < ours.used[..., None])
+        written = ours.ids[fresh].long()  # [P]
+        untouched = torch.ones(len(ours.key_fields["meta"]), dtype=torch.bool, device=case.device)
+        untouched[written] = False
+        for side, found, oracle, old in (
+            (rule.packed.keys, ours.key_fields, theirs.key_fields, before.key_fields),
+            (rule.packed.values, ours.value_fields, theirs.value_fields, before.value_fields),
         ):
-            _same_codes(side, found, wanted, 2 * rule.tile, tiles)
+            parts = [{name: field[written][None, None] for name, field in f.items()} for f in (found, oracle)]
+            _same_codes(side, parts[0], parts[1], len(written) * rule.tile, torch.ones_like(written, dtype=torch.bool))
+            for name, field in found.items():
+                require_equal(field[untouched], old[name][untouched], f"{name} of tiles that are not written")
 
 
 def encoding(case: KernelCase) -> None:
-    """A prompt's tokens, strided as a model's, the last tile cut short: codes are the quantizer's, or a step off, rarely."""
+    """A prompt's tokens, strided as a model's, the last tile cut short: codes are the quantizer's, or a step off, rarely.
+
+    To new tensors, and to places in a pool of NaN; tiles without a place are not written, nor is anything else.
+    """
     case.supported(ops=("encode",))
     for rows, heads, head_dim, length in ((3, 2, 64, 150), (1, 1, 128, 1), (2, 3, 80, 64)):
         contexts = QuantizerContext(head_dim, "key"), QuantizerContext(head_dim, "value")
@@ -296,11 +316,42 @@ def encoding(case: KernelCase) -> None:
             check()
             require(found.length == length, f"{found.length} tokens; {length} were given")
             live = torch.arange(-(-length // quantizer.tile), device=case.device) >= 0
-            _same_codes(quantizer, found.fields, wanted.fields, found.fields["meta"].shape[2] * quantizer.tile, live)
+            held = found.fields["meta"].shape[2] * quantizer.tile
+            _same_codes(quantizer, found.fields, wanted.fields, held, live)
+            pool, ids = _pool(case, wanted.fields)
+            ids[0, -1] = -1
+            if not case.kernel.accepts(quantizer, tokens, Tiles(pool, ids)):
+                continue
+            require(
+                case.kernel(quantizer, tokens, Tiles(pool, ids)) is None,
+                "tiles that went into a pool were returned too",
+            )
+            there = ids >= 0
+            placed = {name: field[ids.clamp_min(0).long()] for name, field in pool.items()}  # [B, H_kv, n, *tile_shape]
+            if bool(there.any()):
+                _same_codes(quantizer, placed, wanted.fields, held, there)
+            untouched = torch.ones(len(pool["meta"]), dtype=torch.bool, device=case.device)
+            untouched[ids[there].long()] = False
+            require(all(bool((f[untouched] == -1).all()) for f in pool.values()), "tiles without a place were written")
+
+
+def _pool(case: KernelCase, fields: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    """A pool with room for tiles ``[B, H_kv, n, ...]`` and three more, of NaN, and a table of it in random order."""
+    lead = next(iter(fields.values())).shape[:3]
+    count = lead.numel() + 3
+    pool = {
+        name: torch.full((count, *field.shape[3:]), -1, dtype=field.dtype, device=case.device)
+        for name, field in fields.items()
+    }
+    ids = torch.randperm(count, generator=case.generator)[: lead.numel()].int().view(lead)
+    return pool, ids.to(case.device)
 
 
 def decoding(case: KernelCase) -> None:
-    """Packed tokens come back as the quantizer decodes them, in their dtype, the last tile cut short; views too."""
+    """Packed tokens come back as the quantizer decodes them, in their dtype, the last tile cut short; views too.
+
+    Through a table as well, out of a pool whose other tiles are NaN; zeros where there is no tile.
+    """
     case.supported(ops=("dequantize",))
     for rows, heads, head_dim, length in ((3, 2, 64, 150), (1, 1, 128, 1), (2, 3, 80, 64)):
         contexts = QuantizerContext(head_dim, "key"), QuantizerContext(head_dim, "value")
@@ -313,11 +364,23 @@ def decoding(case: KernelCase) -> None:
             check = unchanged("the call", *part.fields.values())
             found, wanted = case.kernel(quantizer, part), quantizer.decode(part)
             check()
-            require(found.dtype == wanted.dtype, f"{found.dtype}; {wanted.dtype} is needed")
-            require(found.shape == wanted.shape, f"{tuple(found.shape)}; {tuple(wanted.shape)} is needed")
-            allowed = 2 * torch.finfo(case.dtype).eps * float(wanted.abs().max())
-            error = float((found.double() - wanted.double()).abs().max())
-            require(error <= allowed, f"error {error:.3g}; {allowed:.3g} is allowed")
+            _same_tokens(case, found, wanted)
+            pool, ids = _pool(case, part.fields)
+            for name, field in part.fields.items():
+                pool[name][ids.long()] = field
+            ids[0, -1] = -1
+            if case.kernel.accepts(quantizer, Packed(pool, length, case.dtype), ids):
+                wanted[0, -1] = 0
+                _same_tokens(case, case.kernel(quantizer, Packed(pool, length, case.dtype), ids), wanted)
+
+
+def _same_tokens(case: KernelCase, found: Tensor, wanted: Tensor) -> None:
+    """Tokens are those that are wanted, but for one rounding."""
+    require(found.dtype == wanted.dtype, f"{found.dtype}; {wanted.dtype} is needed")
+    require(found.shape == wanted.shape, f"{tuple(found.shape)}; {tuple(wanted.shape)} is needed")
+    allowed = 2 * torch.finfo(case.dtype).eps * float(wanted.abs().max())
+    error = float((found.double() - wanted.double()).abs().max())
+    require(error <= allowed, f"error {error:.3g}; {allowed:.3g} is allowed")
 
 
 def _same_codes(
@@ -342,31 +405,68 @@ KERNEL_CHECKS: Suite[KernelCase] = Suite(
 )
 
 
-def _buffers(case: KernelCase, rows: int, heads: int, head_dim: int) -> tuple[AppendRule, FixedBuffers]:
-    """Rows of which the first has a full window, with room for two tiles; what is not in use is NaN."""
+def _buffers(case: KernelCase, rows: int, heads: int, head_dim: int, runs: bool) -> tuple[AppendRule, StepBuffers]:
+    """Rows of which the first has a full window, with room for two tiles a head; what is not in use is NaN.
+
+    Without ``runs`` the first row's window holds a tile more than that, heads have other numbers of tiles, and these lie
+    anywhere in a larger pool.
+    """
     keys = case.keys.build(QuantizerContext(head_dim, "key"))
     values = case.values.build(QuantizerContext(head_dim, "value"))
     rule = AppendRule(Tier("int4", "rest", keys, values), 4, 4 + 20 + keys.tile)
-    window = tuple(case.randn(rows, heads, rule.threshold + 8, head_dim) for _ in range(2))
+    capacity = rule.threshold + keys.tile + 8
+    window = tuple(case.randn(rows, heads, capacity, head_dim) for _ in range(2))
     lengths = torch.tensor([rule.threshold - row for row in range(rows)], dtype=torch.int32, device=case.device)
+    used = torch.zeros((rows, heads), dtype=torch.int32, device=case.device)
+    count = 2 if runs else 2 + heads
+    ids = torch.arange(rows * heads * count, dtype=torch.int32)
+    if not runs:
+        lengths[0] += keys.tile
+        used += torch.arange(heads, dtype=torch.int32, device=case.device)
+        ids = torch.randperm(len(ids) + 3, generator=case.generator)[: len(ids)].int()
+    ids = ids.view(rows, heads, count).to(case.device)
     for held in window:
-        past = torch.arange(rule.threshold + 8, device=case.device) >= lengths[:, None]
+        past = torch.arange(capacity, device=case.device) >= lengths[:, None]
         held[past[:, None].expand(-1, heads, -1)] = torch.nan
     fields = [
         {
-            name: torch.zeros((rows, heads, 2, *shape), dtype=dtype, device=case.device)
+            # codes and fp16 scales of all ones: the scales are NaN
+            name: torch.full((ids.numel() + (0 if runs else 3), *shape), -1, dtype=dtype, device=case.device)
             for name, (shape, dtype) in quantizer.field_shapes().items()
         }
         for quantizer in (keys, values)
     ]
-    used = torch.zeros((rows, heads), dtype=torch.int32, device=case.device)
-    counters = torch.zeros(3, dtype=torch.long, device=case.device)
-    lengths = lengths[:, None].expand(-1, heads).contiguous()
-    return rule, FixedBuffers(window[0], window[1], fields[0], fields[1], lengths, used, counters)
+    note = torch.rand(rows, heads, capacity, generator=case.generator).to(case.device)
+    return rule, StepBuffers(
+        window[0],
+        window[1],
+        torch.arange(100, 100 + rows * capacity, dtype=torch.int32, device=case.device).view(rows, capacity),
+        lengths[:, None].expand(-1, heads).contiguous(),
+        torch.tensor([900, 0, 0], device=case.device),
+        fields[0],
+        fields[1],
+        ids,
+        used,
+        used + 2,
+        starts=torch.full_like(ids, -1) if runs else None,
+        tile_positions=None if runs else torch.full_like(ids, -1)[..., None].repeat(1, 1, 1, keys.tile),
+        window_notes=[] if runs else [note],
+        tile_notes=[] if runs else [torch.zeros(rows, heads, count, keys.tile, device=case.device)],
+        runs=runs,
+    )
 
 
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else {name: field.clone() for name, field in value.items()}
+def _copied(buffers: StepBuffers) -> StepBuffers:
+    """The same contents in other memory."""
+
+    def copy(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: field.clone() for name, field in value.items()}
+        if isinstance(value, list):
+            return [note.clone() for note in value]
+        return value.clone() if isinstance(value, Tensor) else value
+
+    return StepBuffers(**{name: copy(value) for name, value in vars(buffers).items()})
 
 
 def _agrees(

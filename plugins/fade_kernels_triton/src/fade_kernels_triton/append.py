@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fade_core import AppendRule, FixedBuffers
+from fade_core import MOST_TOKENS, AppendRule, StepBuffers
 from fade_core.errors import InputError
-from fade_core.interfaces import Kernel, Op, Support
+from fade_core.interfaces import Kernel, Op, Quantizer, Support
 from fade_core.packed import PackedFormat
 from fade_kernels_triton.device import interpreted, unusable
 from fade_kernels_triton.operands import HEAD_DIMS, TOKEN_DTYPES, unsupported_pair
@@ -36,57 +37,56 @@ class TritonAppend(Kernel):
             reason = reason or unsupported_pair(format, _values(format), head_dim)
         return Support(not reason, reason)
 
-    def accepts(self, keys: Tensor, values: Tensor, held: FixedBuffers, rule: AppendRule) -> Support:
-        reason = _refusal(keys, values, held, rule)
+    def accepts(self, keys: Tensor, values: Tensor, buffers: StepBuffers, rule: AppendRule) -> Support:
+        reason = _refusal(keys, values, buffers, rule)
         return Support(not reason, reason)
 
-    def __call__(self, keys: Tensor, values: Tensor, held: FixedBuffers, rule: AppendRule) -> None:
+    def __call__(self, keys: Tensor, values: Tensor, buffers: StepBuffers, rule: AppendRule) -> None:
         """As the oracle, ``fade_core.append``; NaN and infinity are counted, never raised.
 
         Raises:
             InputError: for what ``accepts`` refuses.
         """
-        if refused := _refusal(keys, values, held, rule):
+        if refused := _refusal(keys, values, buffers, rule):
             raise InputError(f"the Triton append kernel does not take this call: {refused}")
         keys, values = (t if t.stride(3) == 1 else t.contiguous() for t in (keys, values))
-        fmt, value_fmt = rule.tier.keys.format, rule.tier.values.format
+        fmt, value_fmt = rule.packed.keys.format, rule.packed.values.format
         if fmt is None or value_fmt is None:
-            _append_planes(keys, values, held, rule)
+            _append_planes(keys, values, buffers, rule)
             return
-        key_plain, value_plain = (q.plain_encoding(keys.device) for q in (rule.tier.keys, rule.tier.values))
+        key_plain, value_plain = (q.plain_encoding(keys.device) for q in (rule.packed.keys, rule.packed.values))
         if key_plain is None or value_plain is None:  # `accepts` refuses it
-            raise InputError(f"the quantizers of tier {rule.tier.name!r} have ways of their own to encode")
+            raise InputError(f"the quantizers of tier {rule.packed.name!r} have ways of their own to encode")
         from fade_kernels_triton.jit.append import append_kernel
 
-        rows, heads, capacity, dim = held.keys.shape
+        rows, heads, capacity, dim = buffers.keys.shape
         append_kernel[(rows * heads,)](
             keys,
             values,
-            held.keys,
-            held.values,
-            held.key_fields[f"codes{fmt.bits}"],
-            held.key_fields["meta"],
-            held.value_fields[f"codes{value_fmt.bits}"],
-            held.value_fields["meta"],
-            held.lengths,
-            held.used,
-            held.counters,
+            buffers.keys,
+            buffers.values,
+            *_fields(rule.packed.keys, buffers.key_fields, keys),
+            *_fields(rule.packed.values, buffers.value_fields, keys),
+            *_counts_and_notes(buffers),
             key_plain.rotation,
             value_plain.rotation,
             heads,
+            keys.shape[2],
             capacity,
-            held.key_fields["meta"].shape[2],
+            buffers.ids.shape[2],
             rule.threshold,
             rule.n_sink,
-            *keys.stride()[:2],
-            *values.stride()[:2],
+            *keys.stride()[:3],
+            *values.stride()[:3],
             KEY_BITS=fmt.bits,
             VALUE_BITS=value_fmt.bits,
             KEY_CHANNEL=fmt.axis == "channel",
             KEY_OUTWARD=key_plain.outward,
             VALUE_OUTWARD=value_plain.outward,
+            RUNS=buffers.runs,
             TILE=fmt.tile,
             BLOCK=BLOCK,
+            MOST=MOST_TOKENS,
             ZERO=rule.on_nonfinite == "zero",
             D=dim,
             DP=max(16, 1 << (dim - 1).bit_length()),
@@ -94,45 +94,68 @@ class TritonAppend(Kernel):
         )
 
 
-def _append_planes(keys: Tensor, values: Tensor, held: FixedBuffers, rule: AppendRule) -> None:
+def _fields(quantizer: Quantizer, fields: Mapping[str, Tensor], like: Tensor) -> list[Tensor]:
+    """Codes, then metadata or gains; empty ones for a layer that has no tiles."""
+    return [
+        fields[name] if fields else like.new_empty(0, dtype=dtype)
+        for name, (_, dtype) in quantizer.field_shapes().items()
+    ]
+
+
+def _counts_and_notes(buffers: StepBuffers) -> tuple[object, ...]:
+    """What both kernels take after the fields: counts, table, positions and notes; notes as words of 4 bytes."""
+    notes = (tuple(note.view(torch.int32) for note in side) for side in (buffers.window_notes, buffers.tile_notes))
+    return (
+        buffers.lengths,
+        buffers.counters,
+        buffers.ids,
+        buffers.used,
+        buffers.reserved,
+        buffers.positions,
+        buffers.starts,
+        buffers.tile_positions,
+        *notes,
+    )
+
+
+def _append_planes(keys: Tensor, values: Tensor, buffers: StepBuffers, rule: AppendRule) -> None:
     """The launch for tiers of planes."""
     from fade_kernels_triton.jit.appendplanes import append_planes_kernel
 
-    key_layout, value_layout = rule.tier.keys.planes(), rule.tier.values.planes()
+    key_layout, value_layout = rule.packed.keys.planes(), rule.packed.values.planes()
     if key_layout is None or value_layout is None:
-        raise InputError(f"tier {rule.tier.name!r} has no planes")
-    rows, heads, capacity, dim = held.keys.shape
+        raise InputError(f"tier {rule.packed.name!r} has no planes")
+    rows, heads, capacity, dim = buffers.keys.shape
     append_planes_kernel[(rows * heads,)](
         keys,
         values,
-        held.keys,
-        held.values,
-        held.key_fields["codes"],
-        held.key_fields["gain"],
-        held.value_fields["codes"],
-        held.value_fields["gain"],
-        held.lengths,
-        held.used,
-        held.counters,
+        buffers.keys,
+        buffers.values,
+        *_fields(rule.packed.keys, buffers.key_fields, keys),
+        *_fields(rule.packed.values, buffers.value_fields, keys),
+        *_counts_and_notes(buffers),
         *encoding_of(key_layout),
         *encoding_of(value_layout),
         heads,
+        keys.shape[2],
         capacity,
-        held.key_fields["codes"].shape[2],
+        buffers.ids.shape[2],
         rule.threshold,
         rule.n_sink,
         key_layout.worth.shape[1],
         value_layout.worth.shape[1],
         key_layout.row,
         value_layout.row,
-        *keys.stride()[:2],
-        *values.stride()[:2],
+        *keys.stride()[:3],
+        *values.stride()[:3],
         KEY_PLANES=key_layout.planes.shape[1],
         VALUE_PLANES=value_layout.planes.shape[1],
         KEY_GAINS=gains_of(key_layout),
         VALUE_GAINS=gains_of(value_layout),
+        RUNS=buffers.runs,
         TILE=key_layout.tile,
         BLOCK=BLOCK,
+        MOST=MOST_TOKENS,
         ZERO=rule.on_nonfinite == "zero",
         D=dim,
         DP=max(16, 1 << (dim - 1).bit_length()),
@@ -153,12 +176,12 @@ def _unsupported(head_dim: int, dtype: torch.dtype) -> str:
     return ""
 
 
-def _unwritable(held: FixedBuffers, rule: AppendRule) -> str:
+def _unwritable(buffers: StepBuffers, rule: AppendRule) -> str:
     """Why the kernel cannot encode what this tier holds; empty if it can."""
-    sides = (("key", rule.tier.keys, held.keys), ("value", rule.tier.values, held.values))
+    sides = (("key", rule.packed.keys, buffers.keys), ("value", rule.packed.values, buffers.values))
     if all(quantizer.format is None for _, quantizer, _ in sides):
         return next(filter(None, (unencodable(quantizer, side, window) for side, quantizer, window in sides)), "")
-    if reason := unsupported_pair(rule.tier.keys.format, rule.tier.values.format, held.keys.shape[3]):
+    if reason := unsupported_pair(rule.packed.keys.format, rule.packed.values.format, buffers.keys.shape[3]):
         return reason
     for _, quantizer, window in sides:
         plain, fmt = quantizer.plain_encoding(window.device), quantizer.format
@@ -169,16 +192,28 @@ def _unwritable(held: FixedBuffers, rule: AppendRule) -> str:
     return ""
 
 
-def _refusal(keys: Tensor, values: Tensor, held: FixedBuffers, rule: AppendRule) -> str:
+def _refusal(keys: Tensor, values: Tensor, buffers: StepBuffers, rule: AppendRule) -> str:
     """Why the kernel cannot take this call; empty if it can."""
-    dim = held.keys.shape[3]
-    if reason := _unsupported(dim, held.keys.dtype) or _unwritable(held, rule):
+    if rule.tier is None:
+        return "a ladder without tiers"
+    dim = buffers.keys.shape[3]
+    if reason := _unsupported(dim, buffers.keys.dtype) or _unwritable(buffers, rule):
         return reason
-    if keys.shape[2] != 1 or keys.dtype != held.keys.dtype or values.dtype != held.values.dtype:
-        return f"{keys.shape[2]} tokens of {keys.dtype} for a window of {held.keys.dtype} (it takes one, of the same)"
-    if held.values.shape != held.keys.shape:
-        return f"keys and values of {dim} and {held.values.shape[3]} channels"
-    tensors = (*held.key_fields.values(), *held.value_fields.values(), held.keys, held.values, held.lengths, held.used)
+    alike = keys.dtype == buffers.keys.dtype and values.dtype == buffers.values.dtype
+    if not 1 <= keys.shape[2] <= MOST_TOKENS or not alike:
+        return (
+            f"{keys.shape[2]} tokens of {keys.dtype} for a window of {buffers.keys.dtype} "
+            f"(it takes 1 to {MOST_TOKENS} of the same)"
+        )
+    if buffers.values.shape != buffers.keys.shape:
+        return f"keys and values of {dim} and {buffers.values.shape[3]} channels"
+    notes = (*buffers.window_notes, *buffers.tile_notes)
+    if odd := [note.dtype for note in notes if note.element_size() != 4]:
+        return f"notes of {odd[0]} (it takes numbers of 4 bytes)"
+    tensors = (
+        *(*buffers.key_fields.values(), *buffers.value_fields.values(), buffers.keys, buffers.values, *notes),
+        *(t for t in vars(buffers).values() if isinstance(t, Tensor)),
+    )
     if not all(t.is_contiguous() for t in tensors):
         return "buffers that are not contiguous"
     return ""

@@ -11,7 +11,7 @@ from fade_core.errors import InputError
 from fade_core.interfaces import Kernel, Op, Quantizer, Support
 from fade_core.packed import Packed, PackedFormat
 from fade_kernels_triton.device import interpreted, unusable
-from fade_kernels_triton.encode import unsupported
+from fade_kernels_triton.encode import off_table, table_of, unsupported
 from fade_kernels_triton.operands import TOKEN_DTYPES
 
 
@@ -29,17 +29,22 @@ class TritonDequantize(Kernel):
         reason = reason or unsupported(format)
         return Support(not reason, reason)
 
-    def accepts(self, quantizer: Quantizer, packed: Packed) -> Support:
-        reason = _refusal(quantizer, packed)
+    def accepts(self, quantizer: Quantizer, packed: Packed, ids: Tensor | None = None) -> Support:
+        reason = _refusal(quantizer, packed, ids)
         return Support(not reason, reason)
 
-    def __call__(self, quantizer: Quantizer, packed: Packed) -> Tensor:
+    def __call__(self, quantizer: Quantizer, packed: Packed, ids: Tensor | None = None) -> Tensor:
         """What ``quantizer.decode(packed)`` gives: ``[B, H_kv, T, D]`` in ``packed.dtype``.
+
+        Args:
+            quantizer: of uniform codes.
+            packed: the tiles; with ``ids`` its fields are a pool ``[N, *tile_shape]``.
+            ids: ``[B, H_kv, n]``, pool tile of each tile; zeros are given for negative ones.
 
         Raises:
             InputError: for what ``accepts`` refuses.
         """
-        if refused := _refusal(quantizer, packed):
+        if refused := _refusal(quantizer, packed, ids):
             raise InputError(f"the Triton dequantize kernel does not take this call: {refused}")
         from fade_kernels_triton.jit.decoded import dequantize_kernel
 
@@ -47,11 +52,13 @@ class TritonDequantize(Kernel):
         if fmt is None:
             raise InputError(f"quantizer {quantizer.kind!r} has no packed format")
         codes, meta = packed.fields[f"codes{fmt.bits}"], packed.fields["meta"]
-        rows, heads, dim = codes.shape[0], codes.shape[1], fmt.head_dim
+        (rows, heads), dim = (codes if ids is None else ids).shape[:2], fmt.head_dim
         out = torch.empty(rows, heads, packed.length, dim, dtype=packed.dtype, device=codes.device)
-        dequantize_kernel[(-(-packed.length // fmt.tile), rows * heads)](
+        tiles = -(-packed.length // fmt.tile)
+        dequantize_kernel[(tiles, rows * heads)](
             codes,
             meta,
+            table_of(ids, tiles),
             out,
             heads,
             packed.length,
@@ -68,7 +75,7 @@ class TritonDequantize(Kernel):
         return out
 
 
-def _refusal(quantizer: Quantizer, packed: Packed) -> str:
+def _refusal(quantizer: Quantizer, packed: Packed, ids: Tensor | None = None) -> str:
     """Why the kernel cannot take this call; empty if it can."""
     fmt = quantizer.format
     if reason := unsupported(fmt):
@@ -78,6 +85,8 @@ def _refusal(quantizer: Quantizer, packed: Packed) -> str:
         return f"quantizer {quantizer.kind!r} has a way of its own to decode"
     if packed.dtype not in TOKEN_DTYPES or not packed.length:
         return f"{packed.length} tokens of {packed.dtype} (it gives {', '.join(map(str, TOKEN_DTYPES))})"
+    if ids is not None:
+        return off_table(packed.fields, ids, packed.length, fmt.tile)
     if any(not field[0, 0].is_contiguous() for field in packed.fields.values()):
         return "tiles that do not follow one another"
     return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from fade_core.errors import InputError
 from fade_core.interfaces import Kernel, Op, Quantizer, Support
-from fade_core.packed import Packed, PackedFormat
+from fade_core.packed import Packed, PackedFormat, Tiles
 from fade_kernels_triton.device import interpreted, unusable
 from fade_kernels_triton.operands import HEAD_DIMS, PACKED_BITS, TILES, TOKEN_DTYPES
 from fade_kernels_triton.planes import encoding_of, gains_of, unencodable
@@ -33,41 +34,40 @@ class TritonEncode(Kernel):
             reason = reason or unsupported(format)
         return Support(not reason, reason)
 
-    def accepts(self, quantizer: Quantizer, tokens: Tensor) -> Support:
-        reason = _refusal(quantizer, tokens)
+    def accepts(self, quantizer: Quantizer, tokens: Tensor, into: Tiles | None = None) -> Support:
+        reason = _refusal(quantizer, tokens, into)
         return Support(not reason, reason)
 
-    def __call__(self, quantizer: Quantizer, tokens: Tensor) -> Packed:
-        """What ``quantizer.encode(tokens)`` gives.
+    def __call__(self, quantizer: Quantizer, tokens: Tensor, into: Tiles | None = None) -> Packed | None:
+        """What ``quantizer.encode(tokens)`` gives, or nothing if it went ``into`` tiles of a pool.
 
         Args:
             quantizer: of uniform codes or of planes.
             tokens: ``[B, H_kv, T, D]`` of any strides.
+            into: where the tiles are written; ``None`` for new tensors.
 
         Raises:
             InputError: for what ``accepts`` refuses.
         """
-        if refused := _refusal(quantizer, tokens):
+        if refused := _refusal(quantizer, tokens, into):
             raise InputError(f"the Triton encode kernel does not take this call: {refused}")
         tokens = tokens if tokens.stride(3) == 1 else tokens.contiguous()
         fmt, plain = quantizer.format, quantizer.plain_encoding(tokens.device)
         if fmt is None:
-            return _encode_planes(quantizer, tokens)
+            return _encode_planes(quantizer, tokens, into)
         if plain is None:  # `accepts` refuses it
             raise InputError(f"quantizer {quantizer.kind!r} has a way of its own to encode")
         from fade_kernels_triton.jit.encode import encode_kernel
 
         rows, heads, length, dim = tokens.shape
         tiles = -(-length // fmt.tile)
-        fields = {
-            name: torch.empty((rows, heads, tiles, *shape), dtype=dtype, device=tokens.device)
-            for name, (shape, dtype) in fmt.field_shapes().items()
-        }
+        fields = _blank(quantizer, tokens, tiles) if into is None else into.fields
         encode_kernel[(tiles, rows * heads)](
             tokens,
             plain.rotation,
             fields[f"codes{fmt.bits}"],
             fields["meta"],
+            table_of(None if into is None else into.ids, tiles),
             heads,
             length,
             *tokens.stride()[:3],
@@ -80,10 +80,23 @@ class TritonEncode(Kernel):
             DP=max(16, 1 << (dim - 1).bit_length()),
             num_warps=4,
         )
-        return Packed(fields, length, tokens.dtype)
+        return Packed(dict(fields), length, tokens.dtype) if into is None else None
 
 
-def _encode_planes(quantizer: Quantizer, tokens: Tensor) -> Packed:
+def _blank(quantizer: Quantizer, tokens: Tensor, tiles: int) -> dict[str, Tensor]:
+    """Fields ``[B, H_kv, tiles, *tile_shape]`` that hold anything."""
+    return {
+        name: torch.empty((*tokens.shape[:2], tiles, *shape), dtype=dtype, device=tokens.device)
+        for name, (shape, dtype) in quantizer.field_shapes().items()
+    }
+
+
+def table_of(ids: Tensor | None, tiles: int) -> Tensor | None:
+    """The table of so many tiles a row and head, contiguous."""
+    return None if ids is None else ids[:, :, :tiles].contiguous()
+
+
+def _encode_planes(quantizer: Quantizer, tokens: Tensor, into: Tiles | None) -> Packed | None:
     """The launch for quantizers of planes."""
     from fade_kernels_triton.jit.encodeplanes import encode_planes_kernel
 
@@ -92,15 +105,15 @@ def _encode_planes(quantizer: Quantizer, tokens: Tensor) -> Packed:
         raise InputError(f"quantizer {quantizer.kind!r} has no planes")
     rows, heads, length, dim = tokens.shape
     tiles = -(-length // layout.tile)
-    codes = torch.zeros(
-        rows, heads, tiles, layout.row, dtype=torch.int16, device=tokens.device
-    )  # the end may stay empty
-    gain = torch.empty(rows, heads, tiles, layout.tile // 2, dtype=torch.uint8, device=tokens.device)
+    fields = _blank(quantizer, tokens, tiles) if into is None else into.fields
+    if into is None:
+        fields["codes"].zero_()  # the end may stay empty
     zero, steps, first, tries = gains_of(layout)
     encode_planes_kernel[(tiles, rows * heads)](
         tokens,
-        codes,
-        gain,
+        fields["codes"],
+        fields["gain"],
+        table_of(None if into is None else into.ids, tiles),
         *encoding_of(layout),
         heads,
         length,
@@ -117,7 +130,7 @@ def _encode_planes(quantizer: Quantizer, tokens: Tensor) -> Packed:
         D=dim,
         num_warps=4,
     )
-    return Packed({"codes": codes, "gain": gain}, length, tokens.dtype)
+    return Packed(dict(fields), length, tokens.dtype) if into is None else None
 
 
 def unsupported(fmt: PackedFormat | None) -> str:
@@ -135,10 +148,23 @@ def unsupported(fmt: PackedFormat | None) -> str:
     return ""
 
 
-def _refusal(quantizer: Quantizer, tokens: Tensor) -> str:
+def off_table(fields: Mapping[str, Tensor], ids: Tensor, length: int, tile: int) -> str:
+    """Why kernels cannot go through a table to ``length`` tokens in these fields of a pool; empty if they can."""
+    if any(not field.is_contiguous() for field in fields.values()):
+        return "a pool that is not contiguous"
+    if ids.dtype not in (torch.int32, torch.int64) or ids.dim() != 3:
+        return f"a table of {ids.dtype} {tuple(ids.shape)} (it takes int32 or int64 [B, H_kv, tiles])"
+    if ids.shape[2] * tile < length:
+        return f"{length} tokens for {ids.shape[2]} tiles of {tile}"
+    return ""
+
+
+def _refusal(quantizer: Quantizer, tokens: Tensor, into: Tiles | None = None) -> str:
     """Why the kernel cannot take this call; empty if it can."""
     if tokens.dim() != 4 or not tokens.shape[2] or tokens.dtype not in TOKEN_DTYPES:
         return f"{tokens.dtype} {tuple(tokens.shape)} (it takes [B, H_kv, T >= 1, D])"
+    if into is not None and (reason := off_table(into.fields, into.ids, tokens.shape[2], quantizer.tile)):
+        return reason
     fmt, plain = quantizer.format, quantizer.plain_encoding(tokens.device)
     if fmt is None and (layout := quantizer.planes()) is not None:
         return unencodable(quantizer, "key" if layout.layout == "token" else "value", tokens)

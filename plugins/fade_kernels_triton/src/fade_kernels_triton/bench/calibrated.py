@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -42,25 +43,23 @@ class CalibratedProblem:
 
     def again(self) -> CalibratedProblem:
         """The same problem in memory of its own, as another layer's; the transforms are shared."""
-        keys, values = ({n: f.clone() for n, f in side.items()} for side in (self.view.keys, self.view.values))
-        view = TileView(self.view.tier, keys, values, self.view.used.clone(), self.view.dtype)
+        fields = {name: field.clone() for name, field in self.view.fields.items()}
+        view = _in_order(self.case, self.view.tier, fields, self.view.used.clone())
         return CalibratedProblem(self.case, self.query.clone(), view)
 
     def tokens(self, row: int, head: int) -> tuple[Tensor, Tensor]:
         """Keys and values ``[T, D]`` in float32 that one row and KV head attends to."""
-        length = self.view.tiles * self.view.tile
-        tier = self.view.tier
-        sides = ((tier.keys, self.view.keys), (tier.values, self.view.values))
+        tier, whole = self.view.tier, self.view.packed()
         keys, values = (
-            quantizer.decode(Packed({n: f[row : row + 1] for n, f in fields.items()}, length, torch.float32))[0, head]
-            for quantizer, fields in sides
-        )
-        return keys, values
+            quantizer.decode(Packed({n: f[row : row + 1] for n, f in side.fields.items()}, side.length, torch.float32))
+            for quantizer, side in zip((tier.keys, tier.values), whole, strict=True)
+        )  # [1, H_kv, T, D]
+        return keys[0, head], values[0, head]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the codes and gains."""
-        return sum(f.numel() * f.element_size() for side in (self.view.keys, self.view.values) for f in side.values())
+        return sum(field.numel() * field.element_size() for field in self.view.fields.values())
 
 
 def unavailable(case: Case) -> str:
@@ -123,8 +122,19 @@ def build_calibrated(case: Case, device: torch.device, seed: int) -> CalibratedP
         [side.encode(tokens).fields for side, tokens in zip(sides, drawn(case.context), strict=True)]
         for _ in range(case.rows)
     ]
-    fields = [{name: torch.cat([row[i][name] for row in encoded]) for name in encoded[0][i]} for i in range(2)]
+    fields = {
+        f"{side}.{name}": torch.cat([row[i][name] for row in encoded]).flatten(0, 2)  # [B * H_kv * T, ...]
+        for i, side in enumerate("kv")
+        for name in encoded[0][i]
+    }
     used = torch.full((case.rows, case.kv_heads), case.context // case.tile, dtype=torch.int32, device=device)
-    view = TileView(Tier("calibrated", "rest", *sides), fields[0], fields[1], used, case.torch_dtype)
     query = normal(case.rows, case.heads, case.queries, case.dim) * case.query_scale
+    view = _in_order(case, Tier("calibrated", "rest", *sides), fields, used)
     return CalibratedProblem(case, query.to(case.torch_dtype), view)
+
+
+def _in_order(case: Case, tier: Tier, fields: dict[str, Tensor], used: Tensor) -> TileView:
+    """Tiles ``[B * H_kv * T, ...]`` that lie one after the other, all of them in use."""
+    shape = (case.rows, case.kv_heads, case.context // case.tile)
+    ids = torch.arange(math.prod(shape), dtype=torch.int32, device=used.device).view(shape)
+    return TileView(tier, fields, ids, used, None, True, case.torch_dtype, even=True)

@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -54,7 +55,8 @@ def kernels(
     """Time the decode kernel beside torch's flash, cuDNN and flex attention in bf16, where its parity is green.
 
     Parity comes first, to float64 attention over the dequantised values. A time is that of one layer in a CUDA graph
-    over many, each with buffers of its own, so that nothing is found in the L2 cache. Exit code 1: parity was red,
+    over many, each with buffers of its own, so that nothing is found in the L2 cache. Tiles lie one after the other, and
+    once more shuffled in a pool, read through a table. Exit code 1: parity was red,
     something failed or nothing was timed.
     """
     from fade_kernels_triton.bench.calibrated import unavailable
@@ -68,7 +70,12 @@ def kernels(
 
     where = usable(device)
     cases, parity = selected(only), checked(only)
-    launches = [(case, lookup(case.launch, where)) for case in cases if not case.calibrated]
+    launches = [
+        (replace(case, table=table), lookup(case.launch, where))
+        for case in cases
+        if not case.calibrated
+        for table in (False, True)
+    ]
     launches += [(case, DecodeConfig()) for case in (*parity, *cases) if case.calibrated and not unavailable(case)]
     with working() as watch:
         session = begin(where, seed, budget, watch)

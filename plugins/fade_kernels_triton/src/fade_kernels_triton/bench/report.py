@@ -73,6 +73,7 @@ class Timing:
         nbytes: of the operands.
         config: how the kernel was launched; ``None`` where nothing can be chosen.
         baseline: bf16 attention of the same shape, in the same run.
+        table_us: microseconds a layer where the same tiles lie shuffled in a pool; ``None`` where that was not timed.
     """
 
     case: str
@@ -80,6 +81,7 @@ class Timing:
     nbytes: int
     config: DecodeConfig | None
     baseline: Baseline
+    table_us: float | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -92,11 +94,18 @@ class Timing:
         """TB/s of the operands."""
         return terabytes(self.nbytes, self.us)
 
+    @property
+    def table_ratio(self) -> float | None:
+        """Time through a table, of that without."""
+        return None if self.table_us is None else self.table_us / self.us
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
             "case": self.case,
             "us": round(self.us, 2),
+            "table_us": None if self.table_us is None else round(self.table_us, 2),
+            "table_to_flat": None if self.table_ratio is None else round(self.table_ratio, 3),
             "times_faster": None if self.ratio is None else round(self.ratio, 3),
             "than": self.baseline.best,
             "tb_s": round(self.tb_s, 3),

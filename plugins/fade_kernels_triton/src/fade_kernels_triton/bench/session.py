@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 
@@ -118,17 +118,28 @@ def calls(problems: Sequence[Problem], config: DecodeConfig | None) -> list[Call
 
 
 def _time_case(case: Case, baseline: Baseline, session: Session, report: TimingReport) -> None:
-    """Check and time one case as a cache would launch it."""
+    """Check and time one case as a cache would launch it, and the same tiles shuffled in a pool."""
     config = None if case.calibrated else lookup(case.launch, session.device)
+    found = _checked_time(case, config, session, report)
+    if found is None:
+        return
+    shuffled = None if case.calibrated else _checked_time(replace(case, table=True), config, session, report)
+    table_us = None if shuffled is None else shuffled[0]
+    report.timings.append(Timing(case.name, *found, config, baseline, table_us))
+
+
+def _checked_time(
+    case: Case, config: DecodeConfig | None, session: Session, report: TimingReport
+) -> tuple[float, int] | None:
+    """Microseconds a layer and bytes of the operands; ``None``, and why in ``report``, if the case is wrong or raises."""
     try:
         problem = build(case, session.device, session.seed)
         check = Check(case.name, config, agreement(problem, config))
         report.checks.append(check)
         if not check.green:
             report.skipped.append(Note(case.name, "parity is red: its own"))
-            return
-        us = session.timer(calls(layers(problem), config), REPLAYS)
+            return None
+        return session.timer(calls(layers(problem), config), REPLAYS), problem.nbytes
     except Exception as error:  # noqa: BLE001 (named in the report; the other cases go on)
         report.failures.append(Note(case.name, f"{type(error).__name__}: {first_line(error)}"))
-        return
-    report.timings.append(Timing(case.name, us, problem.nbytes, config, baseline))
+        return None

@@ -11,9 +11,10 @@ from fade_kernels_triton.parity import ALLOWED
 
 
 def show_timings(found: TimingReport, out: Console) -> None:
-    """A row a timed case: microseconds of the kernel and of each baseline, ratio, TB/s."""
+    """A row a timed case: microseconds of the kernel and of each baseline, ratio, TB/s, and the kernel through a table."""
     names = list(dict.fromkeys(name for one in found.baselines for name in (*one.us, *one.troubles)))
     columns = ["kernel µs", *(f"{name} µs" for name in names), "times faster", "TB/s", "bf16 TB/s"]
+    columns += ["table µs", "table / flat"]
     table = _table(str(found.machine), "case", columns, "launch")
     for timing in found.timings:
         base = timing.baseline
@@ -25,6 +26,8 @@ def show_timings(found: TimingReport, out: Console) -> None:
             f"{timing.ratio:.2f}" if timing.ratio is not None else "-",
             f"{timing.tb_s:.2f}",
             f"{bf16:.2f}" if bf16 is not None else "-",
+            f"{timing.table_us:.1f}" if timing.table_us is not None else "-",
+            f"{timing.table_ratio:.3f}" if timing.table_ratio is not None else "-",
             short(timing.config),
         )
     out.print(table)

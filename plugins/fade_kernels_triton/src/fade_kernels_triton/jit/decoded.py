@@ -12,6 +12,7 @@ from fade_kernels_triton.jit.codes import codes_by_token, high_half, low_half
 def dequantize_kernel(
     CODES,
     META,
+    IDS,
     OUT,
     heads,
     length,
@@ -36,15 +37,23 @@ def dequantize_kernel(
     token = tl.arange(0, TILE)
     channel = tl.arange(0, DP)
     inside = (channel < D)[None, :]
-    codes = CODES + row * code_stride_b + head * code_stride_h + number.to(tl.int64) * (R * D)
-    x = codes_by_token(codes, token, channel, BITS, TRANSPOSED, R, D).to(tl.float32)
     META_SIZE: tl.constexpr = D if CHANNEL else TILE
-    metas = META + row * meta_stride_b + head * meta_stride_h + number.to(tl.int64) * META_SIZE
+    if IDS is None:
+        tile = number.to(tl.int64)
+        codes = CODES + row * code_stride_b + head * code_stride_h + tile * (R * D)
+        metas = META + row * meta_stride_b + head * meta_stride_h + tile * META_SIZE
+    else:
+        tile = tl.load(IDS + bh * tl.num_programs(0) + number).to(tl.int64)
+        codes = CODES + tl.maximum(tile, 0) * (R * D)
+        metas = META + tl.maximum(tile, 0) * META_SIZE
+    x = codes_by_token(codes, token, channel, BITS, TRANSPOSED, R, D).to(tl.float32)
     if CHANNEL:
         meta = tl.load(metas + channel, mask=channel < D, other=0)[None, :]
     else:
         meta = tl.load(metas + token)[:, None]
     x = x * low_half(meta).to(tl.float32) + high_half(meta).to(tl.float32)
+    if IDS is not None:
+        x = tl.where(tile < 0, 0.0, x)
     place = number.to(tl.int64) * TILE + token
     tl.store(
         OUT + (bh * length + place)[:, None] * D + channel[None, :],

@@ -153,12 +153,22 @@ def encode_tile(
     tl.store(CODES + where, words.to(tl.int16), mask=tl.broadcast_to(inside, R, DP))
 
 
+@triton.jit
+def pool_tile(IDS, place, RUNS: tl.constexpr):
+    """int64 pool index of the tile at ``place`` of a table; with RUNS that place itself."""
+    if RUNS:
+        return place
+    else:
+        return tl.load(IDS + place).to(tl.int64)
+
+
 @triton.jit(do_not_specialize=["length"])
 def encode_kernel(
     TOKENS,
     ROTATION,
     CODES,
     META,
+    IDS,
     heads,
     length,
     stride_b,
@@ -173,15 +183,15 @@ def encode_kernel(
     DP: tl.constexpr,
 ):
     """Grid ``[tiles, B * H_kv]``: a tile of ``[B, H_kv, length, D]`` each; ``encode.py`` has the arguments."""
-    tile = tl.program_id(0)
+    number = tl.program_id(0)
     program = tl.program_id(1)
     row = (program // heads).to(tl.int64)  # a division of 64 bits takes hundreds of cycles
     head = (program % heads).to(tl.int64)
-    bh = program.to(tl.int64)
-    place = bh * tl.num_programs(0) + tile
+    tile = pool_tile(IDS, program.to(tl.int64) * tl.num_programs(0) + number, IDS is None)
     META_SIZE: tl.constexpr = D if CHANNEL else TILE
-    encode_tile(
-        TOKENS + row * stride_b + head * stride_h, ROTATION,
-        CODES + place * (TILE * BITS // 16 * D), META + place * META_SIZE,
-        tile * TILE, length - 1, stride_t, BITS, CHANNEL, TRANSPOSED, OUTWARD, TILE, D, DP,
-    )  # fmt: skip
+    if tile >= 0:
+        encode_tile(
+            TOKENS + row * stride_b + head * stride_h, ROTATION,
+            CODES + tile * (TILE * BITS // 16 * D), META + tile * META_SIZE,
+            number * TILE, length - 1, stride_t, BITS, CHANNEL, TRANSPOSED, OUTWARD, TILE, D, DP,
+        )  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fade_kernels_triton.jit.encode import ROUND
+from fade_kernels_triton.jit.encode import ROUND, pool_tile
 
 
 @triton.jit
@@ -50,6 +50,9 @@ def encode_planes(
     TOKENS,
     CODES,
     GAIN,
+    IDS,
+    of_row,
+    to_head,
     TABLE,
     SCALES,
     WORTH,
@@ -63,13 +66,13 @@ def encode_planes(
     stride,
     kept,
     row,
-    head_stride,
     PLANES: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     ZERO: tl.constexpr,
     STEPS: tl.constexpr,
     FROM: tl.constexpr,
     TRIES: tl.constexpr,
+    RUNS: tl.constexpr,
     TILE: tl.constexpr,
     D: tl.constexpr,
 ):
@@ -77,8 +80,10 @@ def encode_planes(
 
     Args:
         TOKENS: of the row and head.
-        CODES: where head 0's row of the tile begins; those of other heads are ``head_stride`` further each.
-        GAIN: of the row, head and tile.
+        CODES: of the pool.
+        GAIN: of this head's tile.
+        IDS: the table (``pool_tile``).
+        of_row: where the table has head 0's tile; those of other heads are ``to_head`` places further each.
         TABLE, SCALES, WORTH, MEAN, FORWARD, DEVIATION, USUAL: as ``PlaneLayout`` has them.
         row: words of a head's row.
     """
@@ -152,7 +157,8 @@ def encode_planes(
                 where = word + some[None, :] * R + word_row[:, None]
             else:
                 where = word + word_row[:, None] * 16 + some[None, :]
-            tl.store(CODES + (where // row).to(tl.int64) * head_stride + where % row, words.to(tl.int16))
+            tile = pool_tile(IDS, of_row + (where // row).to(tl.int64) * to_head, RUNS)  # [R, 16]
+            tl.store(CODES + tile * row + where % row, words.to(tl.int16), mask=tile >= 0)
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -160,6 +166,7 @@ def encode_planes_kernel(
     TOKENS,
     CODES,
     GAIN,
+    IDS,
     TABLE,
     SCALES,
     WORTH,
@@ -184,14 +191,15 @@ def encode_planes_kernel(
     D: tl.constexpr,
 ):
     """Grid ``[tiles, B * H_kv]``: a tile of ``[B, H_kv, length, D]`` each."""
-    tile = tl.program_id(0)
+    number = tl.program_id(0)
     program = tl.program_id(1)
     tiles = tl.num_programs(0)
     batch_row = (program // heads).to(tl.int64)  # a division of 64 bits takes hundreds of cycles
     head = (program % heads).to(tl.int64)
-    encode_planes(
-        TOKENS + batch_row * stride_b + head * stride_h, CODES + (batch_row * heads * tiles + tile) * row,
-        GAIN + (program.to(tl.int64) * tiles + tile) * (TILE // 2), TABLE, SCALES, WORTH, MEAN, FORWARD, DEVIATION, USUAL,
-        head, tile * TILE, length - 1, stride_t, kept, row, (tiles * row).to(tl.int64), PLANES, TRANSPOSED, ZERO, STEPS,
-        FROM, TRIES, TILE, D,
-    )  # fmt: skip
+    tile = pool_tile(IDS, program.to(tl.int64) * tiles + number, IDS is None)
+    if tile >= 0:
+        encode_planes(
+            TOKENS + batch_row * stride_b + head * stride_h, CODES, GAIN + tile * (TILE // 2), IDS,
+            batch_row * heads * tiles + number, tiles, TABLE, SCALES, WORTH, MEAN, FORWARD, DEVIATION, USUAL, head,
+            number * TILE, length - 1, stride_t, kept, row, PLANES, TRANSPOSED, ZERO, STEPS, FROM, TRIES, IDS is None, TILE, D,
+        )  # fmt: skip
