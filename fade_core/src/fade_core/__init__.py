@@ -38,18 +38,18 @@ if TYPE_CHECKING:
         TierConfig,
     )
     from fade_core.models.loading import load_model
-    from fade_core.ops.append import AppendRule, FixedBuffers, append
+    from fade_core.ops.append import MOST_TOKENS, AppendRule, StepBuffers, append
     from fade_core.ops.attention import AttentionOutput, FullSegment, PackedSegment, attention_mass
     from fade_core.plugins import list_plugins
     from fade_core.plugins.hookspecs import hookimpl
     from fade_core.plugins.resolve import AnyPolicy, get_policy, get_quantizer
-    from fade_core.storage.fixedstore import TileView
+    from fade_core.storage.tile_view import TileView
 
 _HOME = {
     **dict.fromkeys(("TieredKVCache", "create_tiered_cache"), "cache"),
     **dict.fromkeys(("AnyPolicy", "get_policy", "get_quantizer"), "plugins.resolve"),
     "FadeConfig": "config",
-    "TileView": "storage.fixedstore",
+    "TileView": "storage.tile_view",
     "hookimpl": "plugins.hookspecs",
     **dict.fromkeys(
         (
@@ -69,7 +69,7 @@ _HOME = {
         ),
         "interfaces",
     ),
-    **dict.fromkeys(("AppendRule", "FixedBuffers", "append"), "ops.append"),
+    **dict.fromkeys(("MOST_TOKENS", "AppendRule", "StepBuffers", "append"), "ops.append"),
     **dict.fromkeys(("AttentionOutput", "FullSegment", "PackedSegment", "attention_mass"), "ops.attention"),
     "load_model": "models.loading",
     **dict.fromkeys(
@@ -88,13 +88,13 @@ _HOME = {
 """Public name to the module that defines it."""
 
 __all__ = [
+    "MOST_TOKENS",
     "AnyPolicy",
     "AppendRule",
     "AttentionOutput",
     "AttentionTracker",
     "EvictionPolicy",
     "FadeConfig",
-    "FixedBuffers",
     "FullSegment",
     "JsonlExporter",
     "Kernel",
@@ -107,6 +107,7 @@ __all__ = [
     "QuantizerContext",
     "RopeConfig",
     "RopeScheme",
+    "StepBuffers",
     "TelemetrySinkConfig",
     "Tier",
     "TierConfig",

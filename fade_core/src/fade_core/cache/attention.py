@@ -12,32 +12,22 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from fade_core.cache.fixed import FixedLayer, Step
-from fade_core.cache.handle import Handle, is_handle
+from fade_core.cache.handle import CompiledHandle, Handle, is_handle
 from fade_core.cache.layer import TieredLayer
-from fade_core.interfaces import PromptView, Support
-from fade_core.ops.attention import (
-    AttentionOutput,
-    FullSegment,
-    PackedSegment,
-    Segment,
-    TorchAttentionMass,
-    TorchDecodeAttention,
-    decode_attention,
-)
+from fade_core.cache.prompt import dense_with_past, past_masks
+from fade_core.interfaces import PromptView
+from fade_core.ops.attention import AttentionOutput, FullSegment, decode_attention
 from fade_core.support.transfer import sent
 
 NAME = "fade"
 _OBSERVED = 16  # queries whose attention the tracker sees at once
-_ORACLE, _MASS_ORACLE = TorchDecodeAttention(), TorchAttentionMass()
-_WITHOUT_SHIFTS = Support(False, "packed keys that are read at other positions (reposition = 'contiguous')")
 
 
 def fade_attention(
     module: torch.nn.Module,
     query: Tensor,
-    key: Tensor | Step,
-    value: Tensor | Step,
+    key: Tensor | CompiledHandle,
+    value: Tensor | CompiledHandle,
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -50,7 +40,7 @@ def fade_attention(
     Args:
         module: the model's attention module.
         query: ``[B, H_q, Q, D]``.
-        key: a ``Handle``, a ``Step`` inside a compiled graph, or ``[B, H_kv, T, D]``.
+        key: a ``Handle``, a ``CompiledHandle`` inside a compiled graph, or ``[B, H_kv, T, D]``.
         value: likewise.
         attention_mask: bool ``[B, 1, Q, T]`` over logical positions, or ``None``.
         dropout: for plain tensors in training; a packed cache is not trained through.
@@ -62,10 +52,10 @@ def fade_attention(
         output ``[B, Q, H_q, D]`` and ``None`` in place of attention weights.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if isinstance(key, Step):
+    if isinstance(key, CompiledHandle):
         if not key.stepping:
             return _eagerly(module, query, key.layer, attention_mask, scaling, softcap, s_aux), None
-        output = key.layer.attend(query, _as_bool(attention_mask), scaling, softcap, s_aux)
+        output = key.layer.attend_compiled(query, _as_bool(attention_mask), scaling, softcap, s_aux)
         return output.transpose(1, 2).contiguous(), None
     value = cast(Tensor, value)
     if not is_handle(key):
@@ -93,55 +83,23 @@ def _eagerly(
     mask = _as_bool(attention_mask)
     if layer.pending is not None:
         output = _chunk_attention(module, layer, query, mask, scaling, softcap, sinks)
-    elif isinstance(layer, FixedLayer) and layer.stepping:
-        return layer.attend(query, mask, scaling, softcap, sinks).transpose(1, 2).contiguous()
     else:
-        output = _step_attention(layer, query, mask, scaling, softcap, sinks)
-    if isinstance(layer, FixedLayer) and query.device.type != "cpu":  # on a CPU every step's mask is read
-        layer.trusting = mask is None or _is_plain(mask[:, :, -1:], layer)
+        if mask is not None and _is_plain(mask, layer):
+            mask = None
+        if mask is not None:
+            mask = mask[..., : layer.logical]
+        output = layer.attend(query, mask, scaling, softcap, sinks)
+    if layer.compiles and query.device.type != "cpu":  # on a CPU every step's mask is read
+        layer.trusting = attention_mask is None or _is_plain(_last_query(attention_mask), layer)
+    cache = None if layer.owner is None else layer.owner()
+    if cache is not None:
+        cache.conclude()
     return output.transpose(1, 2).contiguous()
 
 
-def _step_attention(
-    layer: TieredLayer, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None, sinks: Tensor | None
-) -> Tensor:
-    """A few new tokens, already in the window: every tier is read in place."""
-    if mask is not None and _is_plain(mask, layer):
-        mask = None
-    segments = layer.segments(mask, query.shape[2])
-    held, tracker = layer.statistics(), layer.plan.tracker
-    tracked = tracker.active and any(held)
-    kernel = layer.plan.kernel
-    moved = any(isinstance(segment, PackedSegment) and segment.shift is not None for segment in segments)
-    support = _WITHOUT_SHIFTS
-    if kernel.shifts or not moved:
-        support = kernel.accepts(query, segments, scaling, softcap, sinks, probabilities=tracked)
-    if not support:
-        layer.fall_back(kernel, support.reason)
-        kernel = _ORACLE
-    result: AttentionOutput = kernel(query, segments, scaling, softcap, sinks, probabilities=tracked)
-    if tracked:
-        found = result.probabilities or [_mass(layer, query, s, result.lse, scaling, softcap) for s in segments]
-        for statistics, probabilities, segment in zip(held, found, segments, strict=True):
-            tracker.age(statistics, query.shape[2])
-            tracker.observe(statistics, probabilities, segment.mask)
-    _observe_queries(layer, query, scaling, None)
-    layer.settle()
-    return result.output
-
-
-def _mass(
-    layer: TieredLayer, query: Tensor, segment: Segment, lse: Tensor, scaling: float, softcap: float | None
-) -> Tensor:
-    """What each query gives to the tokens of ``segment``, by the chosen kernel if it takes this segment."""
-    kernel, support = layer.plan.mass_kernel, _WITHOUT_SHIFTS
-    if kernel.shifts or not (isinstance(segment, PackedSegment) and segment.shift is not None):
-        support = kernel.accepts(query, segment, lse, scaling, softcap)
-    if not support:
-        layer.fall_back(kernel, support.reason)
-        kernel = _MASS_ORACLE
-    mass: Tensor = kernel(query, segment, lse, scaling, softcap)
-    return mass
+def _last_query(mask: Tensor) -> Tensor:
+    """The mask of the newest query alone, bool ``[B or 1, 1, 1, T]``."""
+    return cast(Tensor, _as_bool(mask))[:, :, -1:]
 
 
 def _chunk_attention(
@@ -159,13 +117,13 @@ def _chunk_attention(
     padding = _leading_padding(mask, chunk) if mask is not None and bool((layer.lengths == chunk).any()) else None
     past = layer.logical > chunk
     if past:
-        keys, values = layer.dense_with_past(mask)
+        keys, values = dense_with_past(layer, mask)
 
     def visible(part: slice | Tensor) -> Tensor:
         rows = _visible(mask, part, queries, layer.logical, query.device)
         if not past:
             return rows
-        masks = [*cast(list[Tensor], layer.masks(rows, rows.shape[2])), rows[..., -chunk:]]
+        masks = [*past_masks(layer, rows), rows[..., -chunk:]]
         heads = max(m.shape[1] for m in masks)
         return torch.cat([m.expand(query.shape[0], heads, -1, -1) for m in masks], dim=3)
 
@@ -178,7 +136,7 @@ def _chunk_attention(
         del seen
     if layer.reading:
         _reread(layer, query, keys, visible, scaling, softcap, sinks)
-        layer.settle()
+        layer.finish_pending()
         return output
     observed = None
     if layer.plan.tracker.active and layer.plan.ladder.bounded:
@@ -187,7 +145,7 @@ def _chunk_attention(
     if layer.learning:
         layer.learn(PromptView(query, keys, values, scaling, softcap, sinks, visible, module))
     del keys, values  # the layer alone holds them now, and drops them as it packs
-    layer.settle(padding, observed)
+    layer.finish_pending(padding, observed)
     return output
 
 

@@ -5,37 +5,96 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
+
+from fade_core.eviction.byte_budget import ByteBudget
+from fade_core.eviction.ladder import tokens_of
 from fade_core.eviction.plan import EvictionPlan
 from fade_core.interfaces import Event, Kernel, RopeScheme
+from fade_core.ops.append import MOST_TOKENS, AppendRule, TorchAppend
 from fade_core.ops.attention import TorchAttentionMass, TorchDecodeAttention
+from fade_core.ops.step import StepPlan
 from fade_core.storage.codec import Codec
 from fade_core.support.checks import FiniteCheck
+
+REJECTABLE = 64
+"""Newest tokens of a chunk that stay in full precision until ``crop`` while past states are recorded."""
 
 
 @dataclass
 class LayerPlan(EvictionPlan):
-    """What a layer is made of, built once by the cache: an ``EvictionPlan``, and what moves and reads the tokens.
+    """What a layer is made of; built once by the cache.
 
     Attributes:
         attention: "fade" if FADE's attention function drives the layer, "stock" if any other does.
         on_nonfinite: "raise" or "zero".
         kernel: implementation of ``decode_attention``.
         mass_kernel: implementation of ``attention_mass``, for kernels that give no probabilities.
+        append: implementation of ``append``.
         codec: how prompts are packed and tiers unpacked.
         emit: where events go.
-        on_failure: called with the layer's index and length when it refuses input in the middle of a forward pass; says
-            what became of the cache.
         rope: rotary embedding by which survivors of an eviction are read at contiguous positions; ``None`` where they keep
             theirs, or carry none.
         finite: refuses what is not finite; shared by the layers of a cache.
+        meaning: what the quantizers were made from, written out; layers of one meaning share compiled steps.
+        query_heads: query heads of the model.
     """
 
     attention: str = "fade"
     on_nonfinite: str = "raise"
     kernel: Kernel = field(default_factory=TorchDecodeAttention)
     mass_kernel: Kernel = field(default_factory=TorchAttentionMass)
+    append: Kernel = field(default_factory=TorchAppend)
     codec: Codec = field(default_factory=Codec)
     emit: Callable[[Event], None] = lambda event: None
-    on_failure: Callable[[int, int], str] = lambda index, length: ""
     rope: RopeScheme | None = None
     finite: FiniteCheck = field(default_factory=FiniteCheck)
+    meaning: str = ""
+    query_heads: int = 0
+
+    @property
+    def threshold(self) -> int:
+        """Tokens that a full window holds: one tile leaves it before the next token comes."""
+        return self.ladder.n_sink + self.ladder.recent_window + self.ladder.tile
+
+    @property
+    def ranked(self) -> bool:
+        """Whether heads keep tokens of their own, each with its position."""
+        return self.ladder.bounded and not self.policy.positional
+
+    @property
+    def shifted(self) -> bool:
+        """Whether tokens carry how far they are moved when they are read."""
+        return self.rope is not None
+
+    def step(self) -> StepPlan:
+        """What the layer's steps have in common, without a name."""
+        ladder = self.ladder
+        threshold = self.threshold if ladder.tiers else NEVER
+        rule = AppendRule(
+            ladder.tiers[0] if ladder.tiers else None, ladder.n_sink, threshold, self.on_nonfinite, self.index
+        )
+        return StepPlan("", rule, ladder.tiers, self.append, self.kernel, self.mass_kernel, self.tracker, self.rope)
+
+    def room(self, slots: int, rows: int) -> list[int]:
+        """Tiles of each tier that a row and head needs on average, for ``slots`` tokens in each of ``rows``.
+
+        Those are of what is kept, and of what comes before a ranking. A budget in bytes has both in it; in a second tier and
+        after it what is demoted at a ranking comes on top.
+        """
+        ladder, tile = self.ladder, self.ladder.tile
+        window = ladder.n_sink + ladder.recent_window
+        most = max(1, -(-(slots - window) // tile))
+        if not ladder.bounded:
+            return [most for _ in ladder.tiers]
+        lengths = torch.full((rows,), slots)
+        budget = int(ladder.packed_budget(lengths, torch.full((rows,), window)).max())
+        coming = -(-(self.every + MOST_TOKENS + REJECTABLE) // tile) + 2
+        kept = [min(budget, int(tokens_of(tier.capacity, lengths).max())) for tier in ladder.tiers]
+        if isinstance(ladder.budget, ByteBudget):
+            return [min(most, tokens // tile - (-self.every // tile)) for tokens in kept]
+        return [min(most, -(-tokens // tile) + coming) for tokens in kept]
+
+
+NEVER = 1 << 30
+"""A threshold that no window reaches."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fade_core.cache import inspection
 from fade_core.cache.layer import TieredLayer
 from fade_core.errors import CheckpointError, InputError
 from fade_core.interfaces import Quantizer
@@ -36,7 +37,7 @@ def tiered_state(layer: TieredLayer) -> tuple[Facts, Tensors]:
     facts = {
         "initialized": True,
         "logical": layer.logical,
-        "since_ranking": layer.since_ranking.tolist(),
+        "since_ranking": (layer.logical - layer.ranked_at).tolist(),
         "dtype": _name(layer.dtype),
         "explicit": [store.explicit for store in layer.stores],
     }
@@ -61,12 +62,12 @@ def tiered_layer(like: TieredLayer, facts: Mapping[str, Any], tensors: Mapping[s
     except InputError as error:
         raise CheckpointError(str(error)) from error
     layer.logical = int(facts["logical"])
-    layer.since_ranking = torch.tensor(facts["since_ranking"], dtype=torch.long)
+    layer.ranked_at = layer.logical - torch.tensor(facts["since_ranking"], dtype=torch.long)
     layer.padding = tensors["padding"].cpu().clone()
     batch = keys.shape[0]
     _check(layer.padding.shape == (batch,) and _within(layer.padding, 0, layer.logical), "padding")
-    _check(layer.since_ranking.shape == (batch,), "steps since the last ranking")
-    held = cast(Window, layer.window)
+    _check(layer.ranked_at.shape == (batch,), "steps since the last ranking")
+    held = inspection.window_of(layer)
     _check_window(held, window, layer.logical)
     held.load(window)
     if layer.queries is not None:
@@ -75,7 +76,8 @@ def tiered_layer(like: TieredLayer, facts: Mapping[str, Any], tensors: Mapping[s
     _check(len(facts["explicit"]) == len(layer.stores), "number of tiers")
     for i, (store, explicit) in enumerate(zip(layer.stores, facts["explicit"], strict=True)):
         own = _part(tensors, f"store{i}.")
-        store.explicit = bool(explicit)
+        if explicit:
+            store.spell_positions()
         _check_store(store, own, layer.logical)
         store.load(own)
     stored = held.lengths[:, None] + sum(s.lengths for s in layer.stores)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from transformers.cache_utils import Cache
+
+from fade_core.cache.inspection import dense_shape
+from fade_core.cache.layer import TieredLayer
 from fade_core.support.memory import StorageKey, live_storages
-
-if TYPE_CHECKING:
-    from fade_core.cache.tiered_cache import TieredKVCache
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,8 @@ class MemoryReport:
         }
 
 
-def measure(cache: TieredKVCache) -> MemoryReport:
+def measure(cache: Cache) -> MemoryReport:
     """The report of a cache: every storage counted once, where it is first met."""
-    from fade_core.cache.layer import TieredLayer
-
     rows: list[MemoryRow] = []
     seen: set[StorageKey] = set()
     baseline = baseline16 = 0
@@ -96,7 +95,7 @@ def measure(cache: TieredKVCache) -> MemoryReport:
             rows.append(MemoryRow(index, tier, kind, storage.nbytes()))
         if layer.is_initialized:
             for side in ("key", "value"):
-                batch, heads, tokens, dim = layer.dense_shape(side)
+                batch, heads, tokens, dim = dense_shape(layer, side)
                 elements = batch * heads * tokens * dim
                 baseline += elements * layer.dtype.itemsize
                 baseline16 += elements * 2

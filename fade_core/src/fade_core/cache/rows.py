@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fade_core.cache.checkpoint import fingerprint, meaning
-from fade_core.cache.fixed import FixedLayer
 from fade_core.cache.layer import TieredLayer
 from fade_core.errors import InputError
 from fade_core.eviction.byte_budget import ByteBudget
@@ -62,7 +61,6 @@ def keep(cache: TieredKVCache, rows: Tensor, trim: bool) -> int:
     rows = _rows(cache, rows)
     cache.settle()
     cache.reorder_cache(rows)  # layers of linear attention know no other way to choose rows
-    trim = trim and not any(isinstance(layer, FixedLayer) for layer in cache.layers)  # their positions stay
     common = min(int(cache.leading_padding.min()), cache.get_seq_length() - 1) if trim else 0
     if not common:
         return 0  # one column stays even if no row has a token yet: a cache without length is an empty one
@@ -104,10 +102,6 @@ def _checked(cache: TieredKVCache, other: TieredKVCache) -> tuple[int, int]:
             "create the cache with a larger max_cache_len"
         )
     for index, (own, theirs) in enumerate(zip(cache.layers, other.layers, strict=True)):
-        if isinstance(own, FixedLayer) or isinstance(theirs, FixedLayer):
-            raise InputError(
-                f"layer {index} has buffers of fixed size, which take no rows in; create both caches without max_cache_len"
-            )
         if isinstance(own, TieredLayer):
             _check_tiered(own, theirs)
         elif type(own).__name__ not in (_SLIDING, _LINEAR, _EMPTY) or type(theirs) is not type(own):
@@ -197,7 +191,8 @@ def shift(layer: TieredLayer, by: int) -> None:
     for store in layer.stores:
         store.shift(by)
     layer.logical += by
-    layer.padding = layer.padding + by
+    layer.padding, layer.ranked_at = layer.padding + by, layer.ranked_at + by
+    layer.changed()
 
 
 def join_layer(own: TieredLayer, theirs: TieredLayer) -> None:
@@ -215,8 +210,9 @@ def join_layer(own: TieredLayer, theirs: TieredLayer) -> None:
     if own.queries is not None and theirs.queries is not None:
         own.queries.join(theirs.queries, (own.padding.shape[0], theirs.padding.shape[0]))
     own.padding = torch.cat([own.padding, theirs.padding])
-    own.since_ranking = torch.cat([own.since_ranking, theirs.since_ranking])
+    own.ranked_at = torch.cat([own.ranked_at, theirs.ranked_at])
     own.unbroken = own.unbroken and theirs.unbroken
+    own.changed()
 
 
 # --- layers of transformers' own ---

@@ -33,8 +33,8 @@ def assign(held: Contents, tiers: Tensor, now: Tensor) -> tuple[int, int, int]:
     _check_tiles(held, wanted)
     encoded = dropped = 0
     if leaving is not None:
-        held.window.assign(*leaving.stay())
         encoded = sum(_take_in(store, leaving.of(level)) for level, store in enumerate(held.stores, start=1))
+        held.window.assign(*leaving.stay())  # in place: those that leave have been read by now
         dropped = int((leaving.target > len(held.stores)).sum())
     demoted, evicted = _move_down(held, wanted)
     return encoded, demoted, evicted + dropped

@@ -101,7 +101,7 @@ class LayerShape:
         statistics: tracked statistics of a token.
         ranked: whether every packed token has its own position.
         query_statistics: names of the tracked statistics of the queries.
-        shifted: whether survivors are re-positioned, which takes a number a token where heads keep tokens of their own.
+        shifted: whether survivors are re-positioned, which takes a number a token.
     """
 
     heads: int
@@ -115,8 +115,8 @@ class LayerShape:
 
     def budget(self, nbytes: int, tiers: Sequence[Tier], slots: int, every: int) -> ByteBudget:
         """``nbytes`` of a layer with these tiers, ``slots`` full-precision tokens and ``every`` steps between rankings."""
-        tracked = 4 * self.statistics + (4 if self.shifted and self.ranked else 0)
-        slot = self.heads * (2 * self.head_dim * self.itemsize + tracked) + 4 + 4 * self.shifted
+        tracked = 4 * self.statistics + 4 * self.shifted
+        slot = self.heads * (2 * self.head_dim * self.itemsize + tracked) + 4
         queries = 0
         if self.query_statistics:
             channels = self.head_dim * (1 + self.head_dim * ("query_covariance" in self.query_statistics))
@@ -127,7 +127,9 @@ class LayerShape:
             extra = tracked + (4 if self.ranked else 0) + 1
             costs.append(self.heads * ((tile * _GROWTH + _BOOK) / tier.keys.tile + extra))
         shared = sum(quantizer.state_bytes() for tier in tiers for quantizer in (tier.keys, tier.values))
-        return ByteBudget(nbytes - shared, slots * slot + queries + 16, slots, slot, tuple(costs), every)
+        tile = tiers[0].keys.tile
+        reserve = (-(-every // tile) + 1) * tile  # tiles are whole, and one is ahead
+        return ByteBudget(nbytes - shared, slots * slot + queries + 16, slots, slot, tuple(costs), reserve)
 
     def _tile_bytes(self, quantizer: Quantizer) -> int:
         """Bytes of a tile; what is kept raw has the model's own precision."""

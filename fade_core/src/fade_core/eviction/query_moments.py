@@ -19,7 +19,7 @@ class _Moments:
 
 
 class QueryMoments:
-    """Weighted mean and covariance of queries, one a row and query head; float32, replaced at each change.
+    """Weighted mean and covariance of queries, one a row and query head; float32, in place once there are any.
 
     Costs ``4 D`` bytes a row and query head, and ``4 D ** 2`` more with the covariance.
 
@@ -30,7 +30,14 @@ class QueryMoments:
     def __init__(self, covariance: bool) -> None:
         self.covariance = covariance
         self._now: _Moments | None = None
-        self._held: _Moments | None = None
+        self._before: _Moments | None = None
+
+    @classmethod
+    def over(cls, tensors: Mapping[str, Tensor]) -> QueryMoments:
+        """Moments that live in ``tensors`` (what ``tensors()`` gave), and are written there."""
+        moments = cls("scatter" in tensors)
+        moments._now = _Moments(tensors["weight"], tensors["mean"], tensors.get("scatter"))
+        return moments
 
     def observe(self, queries: Tensor, keep: float, real: Tensor | None = None) -> None:
         """Take in new queries.
@@ -46,20 +53,19 @@ class QueryMoments:
         weight = chosen.sum(-1)
         shares = (chosen / weight.clamp_min(1)[:, None])[:, None, :, None]
         mean = (queries * shares).sum(2)
-        old = self._now or _Moments(
-            torch.zeros_like(weight),
-            torch.zeros_like(mean),
-            queries.new_zeros((batch, heads, dim, dim)) if self.covariance else None,
-        )
+        if self._now is None:
+            scatter = queries.new_zeros((batch, heads, dim, dim)) if self.covariance else None
+            self._now = _Moments(torch.zeros_like(weight), torch.zeros_like(mean), scatter)
+        old = self._now
         before = keep * old.weight
         total = (before + weight).clamp_min(torch.finfo(torch.float32).tiny)
         step = mean - old.mean
-        scatter = None
         if old.scatter is not None:
             apart = (queries - mean[:, :, None]) * chosen[:, None, :, None]
             between = (before * weight / total)[:, None, None, None] * step[..., :, None] * step[..., None, :]
-            scatter = keep * old.scatter + apart.mT @ apart + between
-        self._now = _Moments(before + weight, old.mean + (weight / total)[:, None, None] * step, scatter)
+            old.scatter.mul_(keep).add_(apart.mT @ apart).add_(between)
+        old.mean.add_((weight / total)[:, None, None] * step)
+        old.weight.copy_(before + weight)
 
     def statistics(self) -> dict[str, Tensor]:
         """Mean ``[B, H_q, D]`` and, if kept, covariance ``[B, H_q, D, D]``, by name; empty before any query."""
@@ -75,6 +81,10 @@ class QueryMoments:
         """Row ``i`` becomes what row ``index[i]`` was."""
         if self._now is not None:
             at = index.to(self._now.mean.device)
+            if len(at) == len(self._now.weight):
+                for held in self.tensors().values():
+                    held.copy_(held[at])
+                return
             scatter = None if self._now.scatter is None else self._now.scatter[at]
             self._now = _Moments(self._now.weight[at], self._now.mean[at], scatter)
 
@@ -100,18 +110,28 @@ class QueryMoments:
 
         self._now = _Moments(both("weight"), both("mean"), None if known.scatter is None else both("scatter"))
 
-    # --- undoing a forward pass ---
-    def hold(self) -> None:
-        """Remember what is here until ``let_go``, so that ``go_back`` can return to it."""
-        self._held = self._now
+    # --- a pass ---
+    def begin(self) -> None:
+        """Remember what is here until ``commit``, so that ``rollback`` can return to it."""
+        now = self._now
+        if now is not None:
+            scatter = None if now.scatter is None else now.scatter.clone()
+            self._before = _Moments(now.weight.clone(), now.mean.clone(), scatter)
 
-    def let_go(self) -> None:
-        """Forget what ``hold`` remembered."""
-        self._held = None
+    def commit(self) -> None:
+        """Forget what ``begin`` remembered."""
+        self._before = None
 
-    def go_back(self) -> None:
-        """Be again as ``hold`` found it."""
-        self._now, self._held = self._held, None
+    def rollback(self) -> None:
+        """Be again as ``begin`` found it."""
+        before, self._before = self._before, None
+        if before is None or self._now is None:
+            self._now = before
+            return
+        self._now.weight.copy_(before.weight)
+        self._now.mean.copy_(before.mean)
+        if self._now.scatter is not None and before.scatter is not None:
+            self._now.scatter.copy_(before.scatter)
 
     # --- what is held ---
     def tensors(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Attention over tiers in plain torch: the oracle that every other implementation is tested against."""
+"""Attention over tiers in plain torch: the reference that every other implementation is tested against."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fade_core.interfaces import Kernel, Op, Support
 from fade_core.packed import Packed, PackedFormat
-from fade_core.storage.fixedstore import TileView
 from fade_core.storage.repositioning import Shift
 from fade_core.storage.tier_store import TierStore
+from fade_core.storage.tile_view import TileView
 
 READ_AT_ONCE = 4096
 """Packed tokens that are unpacked together: what a step needs beside the cache does not grow with the context."""
@@ -31,6 +31,8 @@ class FullSegment:
             ``lengths`` do: an implementation that knows these need not read it.
         lengths: leading tokens of each row that are meant, int64 ``[B]`` on the CPU, or int32 ``[B, H_kv]`` where the
             tokens are (then no one has to read them back); ``None`` for all ``T``.
+
+    A ``plain`` segment need not have a mask: ``seen`` makes one for those that read masks.
     """
 
     keys: Tensor
@@ -38,6 +40,15 @@ class FullSegment:
     mask: Tensor | None = None
     plain: bool = False
     lengths: Tensor | None = None
+
+    def seen(self, queries: int) -> Tensor | None:
+        """``mask``, or what a ``plain`` segment says without one; ``None`` if all is seen."""
+        if self.mask is not None or not self.plain or (queries == 1 and self.lengths is None):
+            return self.mask
+        tokens, device = self.keys.shape[2], self.keys.device
+        lengths = torch.tensor([tokens], device=device) if self.lengths is None else self.lengths.to(device)
+        newest = lengths.reshape(len(lengths), -1)[:, :1, None] - queries + torch.arange(queries, device=device)
+        return torch.arange(tokens, device=device) <= newest.transpose(1, 2)[:, None]  # [B, 1, Q, T]
 
     def scores(self, query: Tensor) -> Tensor:
         """``[B, H_kv, N, T]`` float32."""
@@ -53,10 +64,9 @@ class PackedSegment:
     """Tokens of one packed tier, read in place.
 
     Attributes:
-        store: the tier's tiles and tables; torch reads them through the quantizers, a kernel word by word. A ``TileView``
-            has no table: its tiles lie one after the other.
+        store: the tier's tiles and their table; torch reads them through the quantizers, a kernel word by word.
         mask: as in ``FullSegment``, over ``store.tiles * store.tile`` slots.
-        plain: every token is older than the queries, and ``mask`` says no more than ``store.counts`` does.
+        plain: every token is older than the queries, and ``mask`` says no more than the table does; it may be ``None``.
         shift: how far keys are moved before a query meets them; ``None`` if none is. Only kernels that declare ``shifts``
             are given one.
     """
@@ -65,6 +75,13 @@ class PackedSegment:
     mask: Tensor | None = None
     plain: bool = False
     shift: Shift | None = None
+
+    def seen(self, queries: int) -> Tensor | None:
+        """``mask``, or which slots of a ``plain`` segment hold a token; ``None`` if all do."""
+        if self.mask is not None or not self.plain:
+            return self.mask
+        valid = self.store.valid()
+        return None if valid is None else valid[:, :, None]  # [B, H_kv, 1, T]
 
     def scores(self, query: Tensor) -> Tensor:
         """``[B, H_kv, N, T]`` float32."""
@@ -141,7 +158,7 @@ def decode_attention(
     grouped = (_wide(query) * scaling).reshape(batch, kv_heads, -1, query.shape[-1])
     parts = []
     for segment in segments:
-        logits = _masked(_capped(segment.scores(grouped), softcap), segment.mask, queries)
+        logits = _masked(_capped(segment.scores(grouped), softcap), segment.seen(queries), queries)
         top = logits.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
         weights = torch.exp_(logits.sub_(top))
         parts.append((segment.combine(weights), top, weights.sum(-1, keepdim=True), weights))
@@ -174,7 +191,7 @@ def attention_mass(
     batch, _, queries, _ = query.shape
     kv_heads = _kv_heads(segment)
     grouped = (_wide(query) * scaling).reshape(batch, kv_heads, -1, query.shape[-1])
-    logits = _masked(_capped(segment.scores(grouped), softcap), segment.mask, queries)
+    logits = _masked(_capped(segment.scores(grouped), softcap), segment.seen(queries), queries)
     shifted = logits - lse.reshape(batch, kv_heads, -1, 1).clamp_min(torch.finfo(torch.float32).min)
     return shifted.exp().view(batch, kv_heads, -1, queries, logits.shape[-1]).mean(2)
 

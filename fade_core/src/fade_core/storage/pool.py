@@ -1,4 +1,4 @@
-"""Tiles of packed tokens, addressed by id. A tile is written once and never changed, so rows and beams may share it."""
+"""Tiles of packed tokens, addressed by id. A tile is written once before it is freed, so rows and beams may share it."""
 
 from __future__ import annotations
 
@@ -24,26 +24,44 @@ class TilePool:
 
     def __init__(self, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], device: torch.device) -> None:
         self.fields = {
-            name: torch.empty((0, *shape), dtype=dtype, device=device) for name, (shape, dtype) in shapes.items()
+            name: torch.zeros((0, *shape), dtype=dtype, device=device) for name, (shape, dtype) in shapes.items()
         }
         self.capacity = 0
         self.device = device
 
     def write(self, tiles: Mapping[str, Tensor], alive: Tensor) -> Tensor:
         """Store ``[n, ...]`` tiles and return their ids (int64, CPU). ``alive`` holds the ids in use; -1 is no id."""
-        count = next(iter(tiles.values())).shape[0]
-        self.reserve(count, alive)
-        ids = self._free(alive)[:count]
+        ids = self.take(next(iter(tiles.values())).shape[0], alive)
+        self.put(ids, tiles)
+        return ids
+
+    def put(self, ids: Tensor, tiles: Mapping[str, Tensor]) -> None:
+        """Write ``[n, ...]`` tiles to ``ids`` (int64 ``[n]``, CPU), which the caller owns."""
         target = sent(ids, self.device)
         for name, field in self.fields.items():
             field[target] = tiles[name].to(field.dtype)
-        return ids
+
+    def take(self, count: int, alive: Tensor, wish: Tensor | None = None) -> Tensor:
+        """Ids (int64 ``[count]``, CPU) of tiles that are not ``alive``; the pool grows if there are too few.
+
+        Args:
+            count: tiles wanted.
+            alive: ids in use; -1 is no id.
+            wish: ids ``[count]``, all different, that are given where they are free.
+        """
+        self.reserve(count, alive)
+        free = self.free(alive)
+        if wish is None:
+            return free[:count]
+        granted = torch.isin(wish, free)
+        others = free[~torch.isin(free, wish[granted])]
+        return wish.masked_scatter(~granted, others)
 
     def reserve(self, count: int, alive: Tensor) -> None:
         """Make room for ``count`` more tiles beside those ``alive``."""
-        missing = count - len(self._free(alive))
+        missing = count - len(self.free(alive))
         if missing > 0:
-            self._resize(self.capacity + max(missing, self.capacity // _GROWTH))
+            self.grow(self.capacity + max(missing, self.capacity // _GROWTH))
 
     def read(self, ids: Tensor, prefix: str = "") -> dict[str, Tensor]:
         """Fields ``[*ids.shape, ...]`` of the tiles ``ids`` (int64, on the pool's device), of names with ``prefix``."""
@@ -54,34 +72,35 @@ class TilePool:
             if name.startswith(prefix)
         }
 
-    def compact(self, alive: Tensor, slack: float = 0.25) -> Tensor | None:
-        """Drop dead tiles if more than ``slack`` of the pool is dead.
-
-        Returns:
-            int64 ``[capacity]`` mapping old ids to new ones, or ``None`` if nothing moved.
-        """
-        used = torch.unique(alive[alive >= 0])
-        if len(used) >= self.capacity * (1 - slack):
-            return None
-        mapping = torch.full((self.capacity,), -1, dtype=torch.long)
-        mapping[used] = torch.arange(len(used))
-        source = sent(used, self.device)
+    def keep(self, ids: Tensor) -> None:
+        """Keep the tiles ``ids`` (int64, CPU) alone: tile ``ids[i]`` is ``i`` from here on."""
+        source = sent(ids, self.device)
         self.fields = {name: field.index_select(0, source) for name, field in self.fields.items()}
-        self.capacity = len(used)
-        return mapping
+        self.capacity = len(ids)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor held, by field name."""
         return dict(self.fields)
 
-    def _free(self, alive: Tensor) -> Tensor:
+    def free(self, alive: Tensor) -> Tensor:
+        """Ids that are not among ``alive``, int64 on the CPU, ascending."""
         used = torch.zeros(self.capacity, dtype=torch.bool)
-        used[alive[alive >= 0]] = True
+        used[alive[alive >= 0].long()] = True
         return (~used).nonzero().flatten()
 
-    def _resize(self, capacity: int) -> None:
+    def grow(self, capacity: int, source: Tensor | None = None, target: Tensor | None = None) -> None:
+        """Replace the fields by larger ones.
+
+        Args:
+            capacity: tiles of the new fields.
+            source: ids (int64, CPU) of the tiles that are kept; ``None`` for all, at their ids.
+            target: their ids in the new fields.
+        """
         for name, field in self.fields.items():
-            grown = torch.empty((capacity, *field.shape[1:]), dtype=field.dtype, device=field.device)
-            grown[: self.capacity] = field
+            grown = torch.zeros((capacity, *field.shape[1:]), dtype=field.dtype, device=field.device)
+            if source is None or target is None:
+                grown[: self.capacity] = field
+            else:
+                grown[sent(target, self.device)] = field.index_select(0, sent(source, self.device))
             self.fields[name] = grown
         self.capacity = capacity

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,72 +36,62 @@ class Shift:
         near = min(keys.shape[2], self.reach - start)
         if near <= 0:
             return keys
-        turned = self.scheme.shift(keys[:, :, :near], self.offsets[:, :, start : start + near])
+        by = self.offsets[:, :, start : start + near]
+        turned = self.scheme.shift(keys[:, :, :near], by)
+        turned = torch.where((by == 0)[..., None], keys[:, :, :near], turned)  # a turn by nothing rounds, too
         return turned if near == keys.shape[2] else torch.cat([turned, keys[:, :, near:]], 2)
 
     def move(self, keys: Tensor, block: int) -> None:
         """Move ``keys`` (as for ``moved``) in place, ``block`` tokens at a time."""
         for start in range(0, self.reach, block):
             part = slice(start, min(start + block, self.reach))
-            keys[:, :, part] = self.scheme.shift(keys[:, :, part], self.offsets[:, :, part])
+            ahead = Shift(self.scheme, self.offsets[:, :, part])
+            keys[:, :, part] = ahead.moved(keys[:, :, part])
 
 
-class Shifts:
-    """The shifts of one layer: kept as long as its book is, since tokens that come move nothing that is there.
+def note_shifts(window: Window, stores: Sequence[TierStore], end: int) -> None:
+    """Write into the notes "shift" of all tokens how far each is moved; to be done again when tokens went.
 
-    A token at position ``k`` is moved on by the holes after it, the positions between ``k`` and the newest that are not
-    stored in its row and head. So survivors stand side by side, the newest ones where they are.
+    A token at position ``k`` is moved on by the holes after it, the positions between ``k`` and ``end`` that are not
+    stored in its row and head. So survivors stand side by side, the newest ones where they are; tokens that come move
+    nothing that is there.
+
+    Args:
+        window: the layer's full-precision tokens.
+        stores: its packed tiers.
+        end: positions below this one may be stored.
+    """
+    held = [store for store in stores if store.tiles]
+    for store in stores:
+        store.book.notes["shift"].zero_()
+    window.notes["shift"].zero_()
+    parts = [store.positions() for store in held] + ([window.positions()] if window.longest else [])
+    if not parts:
+        return
+    found = holes_after(parts, end)
+    for store, part in zip(held, found, strict=False):  # the window's comes after them
+        store.book.notes["shift"][:, :, : store.tiles] = part.unflatten(2, (-1, store.tile)).int()
+    if window.longest:
+        window.notes["shift"][:, :, : window.longest] = found[-1].int()
+
+
+def shown_shifts(
+    scheme: RopeScheme, window: Window, stores: Sequence[TierStore], end: int, shown: Tensor
+) -> list[Shift | None]:
+    """The shift of each store that has tiles and then of the window, under a mask that hides stored tokens.
 
     Args:
         scheme: the layer's rotary embedding.
+        window: the layer's full-precision tokens.
+        stores: its packed tiers.
+        end: positions below this one may be stored.
+        shown: bool ``[B or 1, end]``: a position that is hidden from the newest query is no hole, whether models count it
+            (``position_ids`` by default) or not (``generate``).
     """
-
-    def __init__(self, scheme: RopeScheme) -> None:
-        self.scheme = scheme
-        self._found: list[Shift | None] = []
-        self._book: list[weakref.ref[Tensor]] = []
-
-    def of(self, window: Window, stores: Sequence[TierStore], end: int, shown: Tensor | None) -> list[Shift | None]:
-        """The shift of each store that has tiles and then of the window; ``None`` where nothing moves.
-
-        Args:
-            window: the layer's full-precision tokens.
-            stores: its packed tiers.
-            end: positions below this one may be stored.
-            shown: bool ``[B or 1, end]`` if the mask hides some of them from the newest query: a hidden position is no hole,
-                whether models count it (``position_ids`` by default) or not (``generate``). ``None`` if it hides none but
-                leading padding.
-        """
-        if shown is not None:
-            self.forget()
-            return self._worked_out(window, stores, end, shown)
-        book = [window.offsets, *(t for s in stores for t in (s.table, s.counts, s.starts, s.offsets))]
-        if len(book) != len(self._book) or any(k() is not t for k, t in zip(self._book, book, strict=True)):
-            self._found = self._worked_out(window, stores, end, None)
-            self._book = [weakref.ref(t) for t in book]
-        return self._found
-
-    def forget(self) -> None:
-        """Keep nothing."""
-        self._found, self._book = [], []
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor kept, by the segment that it is for."""
-        return {str(i): shift.offsets for i, shift in enumerate(self._found) if shift is not None}
-
-    def _worked_out(
-        self, window: Window, stores: Sequence[TierStore], end: int, shown: Tensor | None
-    ) -> list[Shift | None]:
-        held = [store for store in stores if store.tiles]
-        positions = [store.positions()[:, :1] if store.alike else store.positions() for store in held]
-        if window.longest:
-            positions.append(window.positions())
-        found: list[Shift | None] = []
-        for part in holes_after(positions, end, shown) if positions else ():
-            moving = part.amax((0, 1)).nonzero()
-            reach = int(moving[-1]) + 1 if len(moving) else 0
-            found.append(Shift(self.scheme, part[:, :, :reach].int()) if reach else None)
-        return found
+    parts = [store.positions() for store in stores if store.tiles]
+    parts += [window.positions()] if window.longest else []
+    found = holes_after(parts, end, shown) if parts else []
+    return [Shift(scheme, part.int()) if bool(part.any()) else None for part in found]
 
 
 def holes_after(positions: Sequence[Tensor], end: int, shown: Tensor | None = None) -> list[Tensor]:

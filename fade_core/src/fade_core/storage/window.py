@@ -1,4 +1,4 @@
-"""The full-precision tokens of a layer: sink tokens first, then the recent window, in one growing buffer."""
+"""The full-precision tokens of a layer: sink tokens first, then the recent window, written in place."""
 
 from __future__ import annotations
 
@@ -8,35 +8,47 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fade_core.storage.mirror import Mirror
 from fade_core.support.transfer import sent
+
+_GROWTH = 32
+"""A full window grows by at least 1/32 of its size."""
 
 
 @dataclass(frozen=True)
-class _Held:
-    """Buffers and lengths of a window, at one moment."""
+class _Before:
+    """What a window held when a pass began."""
 
     keys: Tensor
     values: Tensor
-    offsets: Tensor
-    statistics: dict[str, Tensor]
+    positions: Tensor
+    notes: dict[str, Tensor]
     lengths: Tensor
 
 
 class Window:
     """Left-aligned full-precision tokens; row ``b`` holds the first ``lengths[b]`` slots. All heads of a row are alike.
 
-    Only ``append`` writes into the buffers, and only past what is there; whatever moves tokens makes new ones. That is why
-    ``hold`` can remember a moment without copying it.
+    Buffers are replaced only by what changes their size or their rows (``reserve``, ``shrink``, ``join``, other rows).
 
     Args:
         batch: rows ``B``.
         heads: KV heads ``H_kv``.
         key_dim: channels of a key.
         value_dim: channels of a value.
-        capacity: slots to start with; the buffer grows when they do not suffice.
+        capacity: slots to start with.
         dtype: the model's dtype.
         device: where tokens live.
         statistics: tracked statistics to keep a token.
+        shifted: whether each token carries how far it is moved when it is read (contiguous re-positioning).
+        floor: slots that are never given back.
+
+    Attributes:
+        keys: ``[B, H_kv, capacity, D]``.
+        values: ``[B, H_kv, capacity, D_v]``.
+        offsets: int32 ``[B, capacity]``, logical position of each token; anything past a row's length.
+        notes: further numbers a token, ``[B, H_kv, capacity]``: float32 "statistic.NAME", int32 "shift".
+        numbers: tokens of each row, int32 ``[B, H_kv]`` (one a program of a kernel, the same in all heads of a row).
     """
 
     def __init__(
@@ -49,71 +61,84 @@ class Window:
         dtype: torch.dtype,
         device: torch.device,
         statistics: tuple[str, ...] = (),
+        shifted: bool = False,
+        floor: int = 0,
     ) -> None:
         self.keys = torch.zeros((batch, heads, capacity, key_dim), dtype=dtype, device=device)
         self.values = torch.zeros((batch, heads, capacity, value_dim), dtype=dtype, device=device)
         self.offsets = torch.full((batch, capacity), -1, dtype=torch.int32, device=device)
-        self.statistics = {n: torch.zeros((batch, heads, capacity), device=device) for n in statistics}
-        self.lengths = torch.zeros(batch, dtype=torch.long)
-        self.longest, self.even = 0, True
-        self._held: _Held | None = None
+        kinds = {f"statistic.{name}": torch.float32 for name in statistics}
+        kinds |= {"shift": torch.int32} if shifted else {}
+        self.notes = {name: torch.zeros((batch, heads, capacity), dtype=d, device=device) for name, d in kinds.items()}
+        self.numbers = Mirror(torch.zeros((batch, heads), dtype=torch.int32), device)
+        self.floor = floor
+        self._before: _Before | None = None
 
+    # --- what is here ---
     @property
     def capacity(self) -> int:
         """Slots a row."""
         return self.keys.shape[2]
 
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each row, int64 ``[B]`` on the CPU."""
+        return self.numbers.host[:, 0].long()
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return int(self.numbers.host.max()) if self.numbers.host.numel() else 0
+
+    @property
+    def even(self) -> bool:
+        """Whether all rows hold as many."""
+        lengths = self.numbers.host[:, 0]
+        return len(lengths) < 2 or bool((lengths == lengths[0]).all())
+
+    @property
+    def statistics(self) -> dict[str, Tensor]:
+        """Tracked statistics, float32 ``[B, H_kv, capacity]`` a name."""
+        return {name[10:]: note for name, note in self.notes.items() if name.startswith("statistic.")}
+
     def live(self) -> tuple[Tensor, Tensor]:
         """Keys and values ``[B, H_kv, longest, D]``, views; slots past a row's length are finite but meaningless."""
-        return self.keys[:, :, : self.longest], self.values[:, :, : self.longest]
+        longest = self.longest
+        return self.keys[:, :, :longest], self.values[:, :, :longest]
 
     def positions(self) -> Tensor:
         """int64 ``[B, 1, longest]``, -1 past a row's length."""
-        return self.offsets[:, None, : self.longest].long()
+        positions, valid = self.offsets[:, None, : self.longest].long(), self.valid()
+        return positions if valid is None else positions.masked_fill(~valid, -1)
 
     def valid(self) -> Tensor | None:
         """bool ``[B, 1, longest]``, or ``None`` if every row is full."""
-        return None if self.even else self.offsets[:, None, : self.longest] >= 0
-
-    def append(self, keys: Tensor, values: Tensor, position: int) -> None:
-        """Add ``[B, H_kv, Q, D]`` at logical ``position`` and on, the same for every row."""
-        count = keys.shape[2]
-        if self.longest + count > self.capacity:
-            self.reserve(max(self.longest + count, self.capacity + self.capacity // 16))
         if self.even:
-            start, end = self.longest, self.longest + count
-            self.keys[:, :, start:end] = keys
-            self.values[:, :, start:end] = values
-            self.offsets[:, start:end] = torch.arange(position, position + count, device=self.offsets.device)
-            for held in self.statistics.values():
-                held[:, :, start:end] = 0
-        else:
-            for held in (self.keys, self.values):
-                held[:, :, self.longest : self.longest + count] = (
-                    0  # attention reads shorter rows up to there, with weight 0
-                )
-            slots = sent(self.lengths[:, None] + torch.arange(count), keys.device)
-            rows = torch.arange(keys.shape[0], device=keys.device)[:, None]
-            self.keys.transpose(1, 2)[rows, slots] = keys.transpose(1, 2)
-            self.values.transpose(1, 2)[rows, slots] = values.transpose(1, 2)
-            self.offsets[rows, slots] = (
-                torch.arange(position, position + count, device=keys.device).int().expand_as(slots)
-            )
-            for held in self.statistics.values():
-                held.transpose(1, 2)[rows, slots] = 0
-        self._set_lengths(self.lengths + count)
+            return None
+        return sent(torch.arange(self.longest) < self.lengths[:, None], self.keys.device)[:, None]
 
+    def _everything(self) -> dict[str, Tensor]:
+        """All that is kept a token, slots in dimension 2 (positions: 1)."""
+        return {"keys": self.keys, "values": self.values, "positions": self.offsets, **self.notes}
+
+    # --- moving tokens ---
     def assign(
         self, keys: Tensor, values: Tensor, positions: Tensor, lengths: Tensor, statistics: Mapping[str, Tensor]
     ) -> None:
-        """Replace everything by left-aligned ``[B, H_kv, T, D]`` tokens at ``positions`` ``[B, T]``."""
+        """Replace everything by left-aligned ``[B, H_kv, T, D]`` tokens at ``positions`` ``[B, T]``.
+
+        Shifts are worked out anew after it, where they are kept.
+        """
         count = int(lengths.max())
-        slots = max(count, self.capacity)
+        if count > self.capacity:
+            self._resize(count, keep=False)
+        self.keys[:, :, :count], self.values[:, :, :count] = keys[:, :, :count], values[:, :, :count]
         inside = sent(torch.arange(count) < lengths[:, None], positions.device)
-        self.keys, self.values = _padded(keys[:, :, :count], 2, slots), _padded(values[:, :, :count], 2, slots)
-        self.offsets = _padded(torch.where(inside, positions[:, :count].int(), -1), 1, slots, -1)
-        self.statistics = {n: _padded(statistics[n][:, :, :count], 2, slots) for n in self.statistics}
-        self._set_lengths(lengths.clone())
+        self.offsets.fill_(-1)
+        self.offsets[:, :count] = torch.where(inside, positions[:, :count].int(), -1)
+        for name, held in self.statistics.items():
+            held[:, :, :count] = statistics[name][:, :, :count]
+        self.set_lengths(lengths)
 
     def take_out(self, start: int, counts: Tensor) -> None:
         """Remove ``counts[b]`` tokens of each row from slot ``start`` on and close the gap."""
@@ -122,94 +147,112 @@ class Window:
         kept = self.lengths - counts
         slots = torch.arange(int(kept.max()))
         source = torch.where(slots < start, slots, slots + counts[:, None]).clamp_max(self.longest - 1)
-        at = sent(source, self.keys.device)
-        wide = at[:, None, :, None]
-        self.assign(
-            self.keys.gather(2, wide.expand(-1, self.keys.shape[1], -1, self.keys.shape[3])),
-            self.values.gather(2, wide.expand(-1, self.values.shape[1], -1, self.values.shape[3])),
-            self.offsets.gather(1, at),
-            kept,
-            {n: t.gather(2, at[:, None].expand(-1, t.shape[1], -1)) for n, t in self.statistics.items()},
-        )
+        at = sent(source, self.keys.device)  # [B, kept]
+        for name, held in self._everything().items():
+            index = at if name == "positions" else at[:, None, :, None] if held.dim() == 4 else at[:, None]
+            dim = 1 if name == "positions" else 2
+            moved = held.gather(dim, index.expand(*held.shape[:dim], -1, *held.shape[dim + 1 :]))
+            held.narrow(dim, 0, len(slots)).copy_(moved)
+        self.offsets[:, len(slots) :] = -1
+        self.set_lengths(kept)
 
     def crop(self, end: int) -> None:
         """Forget every token at logical position ``end`` or later."""
-        self.offsets = self.offsets.masked_fill(self.offsets >= end, -1)
-        self._set_lengths((self.offsets >= 0).sum(-1).cpu())
+        self.set_lengths(((self.positions() >= 0) & (self.positions() < end))[:, 0].sum(-1).cpu())
+
+    def drop_newest(self, count: int) -> None:
+        """Forget the ``count`` newest tokens of each row."""
+        self.set_lengths((self.lengths - count).clamp_min(0))
 
     def select_rows(self, index: Tensor) -> None:
-        """Row ``i`` becomes what row ``index[i]`` was."""
-        at = sent(index, self.keys.device)
-        self.keys, self.values, self.offsets = self.keys[at], self.values[at], self.offsets[at]
-        self.statistics = {n: t[at] for n, t in self.statistics.items()}
-        self._set_lengths(self.lengths[index.cpu()])
+        """Row ``i`` becomes what row ``index[i]`` was; in place if their number stays."""
+        at, lengths = sent(index, self.keys.device), self.lengths[index.cpu()]
+        if len(at) == self.keys.shape[0]:
+            for held in self._everything().values():
+                held.copy_(held[at])
+        else:
+            self._replace({name: held[at] for name, held in self._everything().items()})
+        self.set_lengths(lengths)
 
     def shift(self, by: int) -> None:
         """Every token is ``by`` (either sign) logical positions further on; positions must stay at least 0."""
-        self.offsets = torch.where(self.offsets >= 0, self.offsets + by, self.offsets)
+        self.offsets.add_(by)
+        self.set_lengths(self.lengths)
 
     def join(self, other: Window) -> None:
-        """Put copies of ``other``'s rows (same heads, channels, dtype, device and statistics) behind one's own."""
+        """Put copies of ``other``'s rows (same heads, channels, dtype, device and notes) behind one's own."""
         slots = max(self.capacity, other.longest)
+        theirs, joined = other._everything(), dict[str, Tensor]()
+        for name, held in self._everything().items():
+            dim = 1 if name == "positions" else 2
+            shape = [*held.shape]
+            shape[0], shape[dim] = held.shape[0] + theirs[name].shape[0], slots
+            both = held.new_zeros(shape)  # what lies past the longest row of either stays behind
+            both[: held.shape[0]].narrow(dim, 0, self.longest).copy_(held.narrow(dim, 0, self.longest))
+            both[held.shape[0] :].narrow(dim, 0, other.longest).copy_(theirs[name].narrow(dim, 0, other.longest))
+            joined[name] = both
+        lengths = torch.cat([self.lengths, other.lengths])
+        self._replace(joined)
+        self.set_lengths(lengths)
 
-        def both(own: Tensor, theirs: Tensor, dim: int, fill: int = 0) -> Tensor:
-            shape = list(own.shape)
-            shape[0], shape[dim] = own.shape[0] + theirs.shape[0], slots
-            joined = own.new_full(
-                shape, fill
-            )  # what lies past the longest row of either may be anything: it stays behind
-            joined[: own.shape[0]].narrow(dim, 0, self.longest).copy_(own.narrow(dim, 0, self.longest))
-            joined[own.shape[0] :].narrow(dim, 0, other.longest).copy_(theirs.narrow(dim, 0, other.longest))
-            return joined
+    def clear(self) -> None:
+        """Hold no token; buffers stay where they are."""
+        self.set_lengths(torch.zeros_like(self.lengths))
 
-        self.keys, self.values = both(self.keys, other.keys, 2), both(self.values, other.values, 2)
-        self.offsets = both(self.offsets, other.offsets, 1, -1)
-        self.statistics = {n: both(t, other.statistics[n], 2) for n, t in self.statistics.items()}
-        self._set_lengths(torch.cat([self.lengths, other.lengths]))
-
-    def reserve(self, slots: int) -> None:
-        """Make room for ``slots`` tokens a row; buffers are replaced, contents kept."""
-        extra = slots - self.capacity
-        if extra <= 0:
-            return
-        self._resize(slots)
+    # --- room ---
+    def reserve(self, slots: int) -> bool:
+        """Make room for ``slots`` tokens a row, and a little more; says whether buffers were replaced."""
+        if slots <= self.capacity:
+            return False
+        self._resize(max(slots, self.capacity + self.capacity // _GROWTH))
+        return True
 
     def shrink(self, slots: int) -> None:
         """Give back room above ``slots`` that no token needs."""
-        slots = max(slots, self.longest)
+        slots = max(slots, self.longest, self.floor)
         if slots < self.capacity:
             self._resize(slots)
 
-    # --- undoing a forward pass ---
-    def hold(self) -> None:
-        """Remember what is here until ``let_go``, so that ``go_back`` can return to it."""
-        statistics = {n: t.clone() for n, t in self.statistics.items()}
-        self._held = _Held(self.keys, self.values, self.offsets, statistics, self.lengths)
+    # --- a pass ---
+    def begin(self) -> None:
+        """Remember what is here until ``commit``, so that ``rollback`` can return to it."""
+        longest = self.longest
+        self._before = _Before(
+            self.keys[:, :, :longest].clone(),
+            self.values[:, :, :longest].clone(),
+            self.offsets[:, :longest].clone(),
+            {name: note[:, :, :longest].clone() for name, note in self.notes.items()},
+            self.lengths,
+        )
 
-    def let_go(self) -> None:
-        """Forget what ``hold`` remembered."""
-        self._held = None
+    def commit(self) -> None:
+        """Forget what ``begin`` remembered."""
+        self._before = None
 
-    def go_back(self) -> None:
-        """Be again as ``hold`` found it."""
-        if self._held is None:
+    def rollback(self) -> None:
+        """Be again as ``begin`` found it."""
+        before, self._before = self._before, None
+        if before is None:
             return
-        held, self._held = self._held, None
-        self.keys, self.values, self.statistics = held.keys, held.values, held.statistics
-        outside = torch.arange(held.offsets.shape[1]) >= held.lengths[:, None]
-        self.offsets = held.offsets.masked_fill(outside.to(held.offsets.device), -1)
-        self._set_lengths(held.lengths)
+        longest = before.keys.shape[2]
+        if longest > self.capacity:
+            self._resize(longest, keep=False)
+        self.keys[:, :, :longest], self.values[:, :, :longest] = before.keys, before.values
+        self.offsets[:, :longest] = before.positions
+        for name, note in self.notes.items():
+            note[:, :, :longest] = before.notes[name]
+        self.set_lengths(before.lengths)
 
+    # --- what is held ---
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor held, by what it is for."""
-        held = {"keys": self.keys, "values": self.values, "positions": self.offsets, "lengths": self.lengths}
-        return held | {f"statistic.{n}": t for n, t in self.statistics.items()}
+        return self._everything() | self.numbers.tensors("lengths")
 
     def state(self) -> dict[str, Tensor]:
         """Tensors from which ``load`` rebuilds the window: live tokens, zeros past a row's length."""
         slack = (torch.arange(self.longest) >= self.lengths[:, None]).to(self.keys.device)[:, None]
         keys, values = (t.masked_fill(slack[..., None], 0) for t in self.live())
-        state = {"keys": keys, "values": values, "positions": self.offsets[:, : self.longest], "lengths": self.lengths}
+        state = {"keys": keys, "values": values, "positions": self.positions()[:, 0].int(), "lengths": self.lengths}
         return state | {
             f"statistic.{n}": t[:, :, : self.longest].masked_fill(slack, 0) for n, t in self.statistics.items()
         }
@@ -220,22 +263,26 @@ class Window:
         statistics = {n: moved[f"statistic.{n}"] for n in self.statistics}
         self.assign(moved["keys"], moved["values"], moved["positions"], state["lengths"].cpu(), statistics)
 
-    def _resize(self, slots: int) -> None:
-        kept = min(slots, self.capacity)
-        self.keys, self.values = _padded(self.keys[:, :, :kept], 2, slots), _padded(self.values[:, :, :kept], 2, slots)
-        self.offsets = _padded(self.offsets[:, :kept], 1, slots, -1)
-        self.statistics = {n: _padded(t[:, :, :kept], 2, slots) for n, t in self.statistics.items()}
+    def set_lengths(self, lengths: Tensor) -> None:
+        """Say how many tokens each row holds, ``[B]`` on the CPU; positions past them are cleared."""
+        if len(lengths) != len(self.numbers.host):
+            self.numbers = Mirror(lengths[:, None].expand(-1, self.keys.shape[1]), self.keys.device)
+        else:
+            self.numbers.set(lengths[:, None].expand_as(self.numbers.host))
+        past = torch.arange(self.capacity, device=self.keys.device) >= self.numbers.device[:, :1]
+        self.offsets.masked_fill_(past, -1)
 
-    def _set_lengths(self, lengths: Tensor) -> None:
-        self.lengths = lengths
-        self.longest = int(lengths.max()) if lengths.numel() else 0
-        self.even = bool((lengths == self.longest).all())
+    def _resize(self, slots: int, keep: bool = True) -> None:
+        """Buffers of ``slots``, with what is here if it is to be kept."""
+        kept, resized = min(slots, self.longest) if keep else 0, dict[str, Tensor]()
+        for name, held in self._everything().items():
+            dim = 1 if name == "positions" else 2
+            shape = [*held.shape]
+            shape[dim] = slots
+            resized[name] = held.new_full(shape, -1) if name == "positions" else held.new_zeros(shape)
+            resized[name].narrow(dim, 0, kept).copy_(held.narrow(dim, 0, kept))
+        self._replace(resized)
 
-
-def _padded(tensor: Tensor, dim: int, size: int, fill: int = 0) -> Tensor:
-    """A copy of ``tensor`` with ``size`` entries along ``dim``."""
-    shape = list(tensor.shape)
-    shape[dim] = size
-    copy = tensor.new_full(shape, fill)
-    copy.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
-    return copy
+    def _replace(self, buffers: dict[str, Tensor]) -> None:
+        self.keys, self.values, self.offsets = (buffers.pop(name) for name in ("keys", "values", "positions"))
+        self.notes = buffers
