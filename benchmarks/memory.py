@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from fade_core import FadeConfig, create_tiered_cache, load_model
 from fade_core.cache.attention import fade_attention
 from fade_core.support.memory import PeakTracker, live_bytes
-from fade_core.texts import passages
+from fade_eval.texts import passages
 
 
 def main() -> None:

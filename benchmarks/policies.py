@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from fade_core import create_tiered_cache, list_plugins, load_model
-from fade_core.eval.decode import prefill
-from fade_core.eval.haystack import ask, judge, needle_prompts
-from fade_core.eval.kl import exact_runs, follow, summarise
 from fade_core.models.loading import exact_cache
-from fade_core.texts import passages
+from fade_eval.decode import prefill
+from fade_eval.haystack import ask, judge, needle_prompts
+from fade_eval.kl import exact_runs, follow, summarise
+from fade_eval.texts import passages
 
 REPEAT = "\n\nRepeat the previous context exactly.\n\n"
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from fade_core import FadeConfig, create_tiered_cache, load_model
-from fade_core.texts import passages
+from fade_eval.texts import passages
 
 RUNS = ["contiguous", "keep", "exact", "fresh"]
 LADDERS = {"fp16": ({"tier": "fp16"},), "int4": ({"tier": "int4"},)}

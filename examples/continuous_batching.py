@@ -39,11 +39,12 @@ class Server:
     Args:
         model: any model that FADE supports.
         config: what the cache compresses, and how.
+        max_cache_len: most columns, padding included, that rows may have; ``None`` for no limit.
     """
 
-    def __init__(self, model: torch.nn.Module, config: FadeConfig) -> None:
+    def __init__(self, model: torch.nn.Module, config: FadeConfig, max_cache_len: int | None = None) -> None:
         self.model = model
-        self.cache, self.spare = create_tiered_cache(model, config), create_tiered_cache(model, config)
+        self.cache, self.spare = (create_tiered_cache(model, config, max_cache_len) for _ in range(2))
         self.rows: list[Request] = []
 
     def admit(self, request: Request) -> None:

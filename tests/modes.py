@@ -40,7 +40,7 @@ class Task:
     model: PreTrainedModel
     prompt: Callable[[int, int, int], Tensor]
     seed: int
-    new: int = 40
+    new: int = 24
 
 
 Mode = Callable[[Task, MakeCache], Result]
@@ -68,7 +68,7 @@ def _generate(task: Task, cache: Cache, inputs: dict[str, Tensor], **options: An
 
 
 def _rows(task: Task) -> tuple[dict[str, Tensor], Tensor]:
-    inputs = left_padded([task.prompt(i, length, 1)[0] for i, length in enumerate((133, 50, 171))])
+    inputs = left_padded([task.prompt(i, length, 1)[0] for i, length in enumerate((133, 88, 171))])
     return inputs, (inputs["attention_mask"] == 0).sum(-1)
 
 
@@ -116,7 +116,7 @@ def chunked(task: Task, make: MakeCache) -> Result:
 def padded_chunked(task: Task, make: MakeCache) -> Result:
     """The second row's padding is longer than two chunks."""
     inputs, padding = _rows(task)
-    return _generate(task, make(padding), inputs, prefill_chunk_size=45)
+    return _generate(task, make(padding), inputs, prefill_chunk_size=40)
 
 
 def chat(task: Task, make: MakeCache) -> Result:

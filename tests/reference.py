@@ -209,7 +209,7 @@ def stored(layer: TieredLayer) -> Stored:
     slots = torch.arange(window.keys.shape[2]).expand(batch, heads, -1)
     rows, heads_, slot = (slots < window.lengths[:, None, None]).nonzero(as_tuple=True)
     at = (rows, heads_, slot)
-    put(rows, heads_, window.offsets[rows, slot], 0, window.keys[at], window.values[at])
+    put(rows, heads_, window.positions()[rows, 0, slot], 0, window.keys[at], window.values[at])
     for level, store in enumerate(layer.stores, start=1):
         if not store.table.numel():
             continue
@@ -217,13 +217,30 @@ def stored(layer: TieredLayer) -> Stored:
         pool_keys, pool_values = _whole_pool(store)
         tiles, counts = store.table[rows, heads_, n], store.counts[rows, heads_, n]
         live = torch.arange(store.tile) < counts[:, None]
-        if store.explicit:
-            where = store.offsets[rows, heads_, n]
-        else:
-            where = store.starts[rows, heads_, n][:, None] + torch.arange(store.tile)
+        where = store.positions().unflatten(2, (-1, store.tile))[rows, heads_, n]
         row, head = (t[:, None].expand_as(where)[live] for t in (rows, heads_))
         put(row, head, where[live], level, pool_keys[tiles][live], pool_values[tiles][live])
     return Stored(keys, values, tier)
+
+
+def check_tiles(store: TierStore, reserved: bool = False) -> None:
+    """No tile of a pool is lost, and none that has yet to be written is anybody else's.
+
+    Args:
+        store: the tier's tokens.
+        reserved: whether tiles for all that may come are there from the beginning; else at most a quarter, and two a row
+            and head, are spare.
+    """
+    pool, held = store.pool, store.table >= 0
+    ids, times = store.table[held].unique(return_counts=True)
+    assert not len(ids) or int(ids[-1]) < pool.capacity
+    unwritten = store.table[held & (store.counts == 0)]
+    assert int(times[torch.isin(ids, unwritten)].sum()) == len(unwritten), "a reserved tile is in two places"
+    for row in store.table.flatten(0, 1):
+        assert len(row[row >= 0].unique()) == int((row >= 0).sum()), "a row and head has a tile twice"
+    if not reserved:
+        spare = 2 * store.table.shape[0] * store.table.shape[1]
+        assert len(ids) + spare >= 0.75 * pool.capacity, "tiles that nobody holds are not freed"
 
 
 def _whole_pool(store: TierStore) -> tuple[Tensor, Tensor]:
@@ -255,7 +272,7 @@ class Recording:
             if isinstance(layer, TieredLayer) and layer.is_initialized:
                 layer.settle()
                 if layer.record_past:
-                    layer.demote()
+                    layer.maintain()
                 self.steps[layer_idx].append(stored(layer))
             return update(keys, values, layer_idx, *args, **kwargs)
 

@@ -1,20 +1,23 @@
-"""`fade eval quality` with every plugin: each recipe runs, finer ones diverge less, calibrated ones beat uniform ones."""
+"""Measuring with every plugin: each recipe runs, finer ones diverge less, prompts are fed as a policy wants them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from tinymodels import VOCABULARY, fresh_seed, tiny
 
 from fade_core import FadeConfig
-from fade_core.eval.contenders import contenders
-from fade_core.eval.finer import as_toml, finer_layers
-from fade_core.eval.quality import quality
+from fade_core.eval import divergence
 from fade_core.interfaces import QuantizerContext
+from fade_eval.contenders import contenders
+from fade_eval.finer import as_toml, finer_layers
+from fade_eval.quality import quality
 from fade_quant_rotated.calibrate import calibrate
 
 
+@pytest.mark.slow
 def test_every_recipe_runs_and_costs_what_it_should(tmp_path: Path) -> None:
     seed = fresh_seed()
     model = tiny("llama", seed, torch.float32, head_dim=64, hidden_size=64, num_hidden_layers=2, initializer_range=0.1)
@@ -60,3 +63,16 @@ def test_quantizers_of_plugins_have_finer_widths(tmp_path: Path) -> None:
     assert built[1].bits_per_element > built[0].bits_per_element
     (tmp_path / "finer.toml").write_text(as_toml({"1": {**override, "values": {**side, "bits": bits}}}))
     assert FadeConfig.from_file(tmp_path / "finer.toml").for_layer(1, 3).values.bits == bits
+
+
+@pytest.mark.parametrize("heads", ["equal", "shared"])
+def test_evaluation_feeds_prompts_as_the_policy_wants(heads: str) -> None:
+    """KVzip refuses a prompt that does not come through ``cache.prefill``."""
+    policy = {"kind": "kvzip", "budget": 64, "every": 8}
+    if heads == "shared":
+        policy = {"kind": "adakv", "budget": 64, "every": 8, "base": {"kind": "kvzip", "chunk": 50}}
+    config = FadeConfig(n_sink=2, recent_window=16, tile=16, ladder=[{"tier": "fp16"}], policy=policy)
+    seed = fresh_seed()
+    text = torch.randint(1, VOCABULARY, (1, 150), generator=torch.Generator().manual_seed(seed))
+    found = divergence(tiny("llama", seed, torch.float32), [text], config, prompt_tokens=130, steps=12)
+    assert found.held.cache < found.held.exact

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from reference import stored
-from tinymodels import fresh_seed, left_padded, prompt, tiny
+from tinymodels import by_turns, fresh_seed, left_padded, prompt, tiny
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -20,11 +20,14 @@ from fade_core.cache.manual import apply_tier_assignment_per_sequence
 from fade_core.errors import CheckpointError, ConfigError, UnsupportedModelError
 from fade_core.interfaces import Event, Kernel, TelemetrySink
 from fade_core.ops.attention import FullSegment, PackedSegment, TorchDecodeAttention
+from fade_core.ops.step import segments_of
 from fade_core.plugins import Registry, use_registry
 from fade_core.support.memory import live_bytes
 from fade_core.testing import check_rope
 
 SINKS, WINDOW, TILE = 3, 16, 16
+LENGTH = 1000
+BOTH = pytest.mark.parametrize("max_cache_len", [None, LENGTH])
 LONG = 120
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -99,11 +102,11 @@ def from_scratch(model: PreTrainedModel, past: Tensor, new: Tensor) -> Tensor:
     return read(model, DynamicCache(config=model.config), torch.cat([past, new], 1), 10**6)[:, past.shape[1] :]
 
 
-def compared(model: PreTrainedModel, mode: str) -> float:
+def compared(model: PreTrainedModel, mode: str, max_cache_len: int | None = None) -> float:
     """Largest difference of one layer's logits from a run that saw only the survivors: steps, wide steps and a chunk."""
     ids = prompt(fresh_seed(), LONG + 70)
     new = ids[:, LONG:]
-    with create_tiered_cache(model, contiguous(ladder=EXACT, reposition=mode)) as cache:
+    with create_tiered_cache(model, contiguous(ladder=EXACT, reposition=mode), max_cache_len) as cache:
         read(model, cache, ids[:, :LONG], LONG)
         kept = evict_alike(cache, 0.5)
         assert len(kept) < LONG - 20
@@ -111,26 +114,30 @@ def compared(model: PreTrainedModel, mode: str) -> float:
     return float((found - from_scratch(model, ids[:, kept], new)).abs().max())
 
 
+@BOTH
 @pytest.mark.parametrize("family", FAMILIES)
-def test_survivors_are_read_as_by_a_run_that_saw_only_them(family: str) -> None:
+def test_survivors_are_read_as_by_a_run_that_saw_only_them(family: str, max_cache_len: int | None) -> None:
     model_type, fields = FAMILIES[family]
     model = tiny(model_type, fresh_seed(), **ONE_LAYER, **fields)
-    assert compared(model, "contiguous") <= 1e-4
-    assert compared(model, "keep") > 1e-2
+    assert compared(model, "contiguous", max_cache_len) <= 1e-4
+    if max_cache_len is None:
+        assert compared(model, "keep") > 1e-2
 
 
-def test_without_rotation_they_are_read_exactly_so() -> None:
+@BOTH
+def test_without_rotation_they_are_read_exactly_so(max_cache_len: int | None) -> None:
     model = tiny("smollm3", fresh_seed(), num_hidden_layers=1, no_rope_layers=[0])
     for mode in ("contiguous", "keep"):
-        assert compared(model, mode) <= 1e-12
+        assert compared(model, mode, max_cache_len) <= 1e-12
 
 
-def test_sinks_and_window_of_a_long_stream_are_read_as_a_short_text() -> None:
+@BOTH
+def test_sinks_and_window_of_a_long_stream_are_read_as_a_short_text(max_cache_len: int | None) -> None:
     """StreamingLLM, chunk by chunk: what is left is a text of sinks and newest tokens, read from scratch."""
     model = tiny("llama", fresh_seed(), **ONE_LAYER)
     ids = prompt(fresh_seed(), 800)
     policy = {"kind": "position", "budget": 64, "every": 1}
-    with create_tiered_cache(model, contiguous(ladder=EXACT, policy=policy)) as cache:
+    with create_tiered_cache(model, contiguous(ladder=EXACT, policy=policy), max_cache_len) as cache:
         for start, width in ((0, 300), (300, 50), (350, 350), (700, 1), (701, 9), (710, 40)):
             cache.settle()
             kept = (cache.layers[0].tier_map()[0, 0] >= 0).nonzero().flatten() if start else torch.zeros(0).long()
@@ -175,18 +182,27 @@ def dense(layer: TieredLayer, query: Tensor, mask: Tensor | None = None) -> Tens
     return out
 
 
-def filled(model: PreTrainedModel, config: FadeConfig, ids: Tensor, mask: Tensor | None = None) -> TieredKVCache:
+def filled(
+    model: PreTrainedModel,
+    config: FadeConfig,
+    ids: Tensor,
+    mask: Tensor | None = None,
+    max_cache_len: int | None = None,
+) -> TieredKVCache:
     """A detached cache with a prompt in it."""
-    with create_tiered_cache(model, config) as cache, torch.no_grad():
+    with create_tiered_cache(model, config, max_cache_len) as cache, torch.no_grad():
         model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
     cache.settle()
     return cache
 
 
-@pytest.mark.parametrize("queries", [1, 5, 33])
-@pytest.mark.parametrize("quantizer", ["exact", "tokens", "kivi"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_packed_keys_are_decoded_and_turned(dtype: torch.dtype, quantizer: str, queries: int) -> None:
+@pytest.mark.parametrize(
+    ("queries", "quantizer", "dtype", "max_cache_len"),
+    by_turns(LENGTH, [1, 5, 33], ["exact", "tokens", "kivi"], [torch.float64, torch.float32]),
+)
+def test_packed_keys_are_decoded_and_turned(
+    queries: int, quantizer: str, dtype: torch.dtype, max_cache_len: int | None
+) -> None:
     """Ragged rows and heads, two tiers, single tokens gone; 33 new tokens are a chunk."""
     seed = fresh_seed()
     model = tiny("llama", seed, dtype, num_hidden_layers=1)
@@ -195,7 +211,11 @@ def test_packed_keys_are_decoded_and_turned(dtype: torch.dtype, quantizer: str, 
     rows = [prompt(seed + i, length)[0] for i, length in enumerate((LONG, 90))]
     batch = left_padded(rows)
     cache = filled(
-        model, contiguous(keys=keys, ladder=ladder, policy={"kind": "h2o"}), batch["input_ids"], batch["attention_mask"]
+        model,
+        contiguous(keys=keys, ladder=ladder, policy={"kind": "h2o"}),
+        batch["input_ids"],
+        batch["attention_mask"],
+        max_cache_len,
     )
     layer = cache.layers[0]
     if quantizer == "kivi":  # whole tiles go
@@ -225,13 +245,16 @@ def _without_tiles(layer: TieredLayer) -> Tensor:
     return wanted
 
 
-def test_what_lies_behind_every_hole_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+@BOTH
+def test_what_lies_behind_every_hole_is_read_in_pieces(
+    monkeypatch: pytest.MonkeyPatch, max_cache_len: int | None
+) -> None:
     """Pieces of two tiles: some are moved, later ones are left to the quantizer."""
     monkeypatch.setattr("fade_core.ops.attention.READ_AT_ONCE", 2 * TILE)
-    monkeypatch.setattr("fade_core.cache.layer.READ_AT_ONCE", TILE + 3)
+    monkeypatch.setattr("fade_core.cache.prompt.READ_AT_ONCE", TILE + 3)
     model = tiny("llama", fresh_seed(), num_hidden_layers=1)
     for queries in (3, 40):
-        cache = filled(model, contiguous(**TOKENS), prompt(fresh_seed(), 200))
+        cache = filled(model, contiguous(**TOKENS), prompt(fresh_seed(), 200), max_cache_len=max_cache_len)
         layer = cache.layers[0]
         wanted = layer.tier_map()
         wanted[..., 40:60] = -1
@@ -243,7 +266,8 @@ def test_what_lies_behind_every_hole_is_read_in_pieces(monkeypatch: pytest.Monke
         torch.testing.assert_close(found, dense(layer, query), rtol=0, atol=1e-5)
 
 
-def test_hidden_tokens_are_no_holes() -> None:
+@BOTH
+def test_hidden_tokens_are_no_holes(max_cache_len: int | None) -> None:
     """Tokens masked in the middle, some of them evicted: whoever counts positions by the mask never counted them."""
     model = tiny("llama", fresh_seed(), num_hidden_layers=1)
     ids = prompt(fresh_seed(), LONG)
@@ -251,7 +275,7 @@ def test_hidden_tokens_are_no_holes() -> None:
     mask[:, 30:50] = 0
     logits = {}
     for name in ("hidden ones go", "they stay"):
-        with create_tiered_cache(model, contiguous(ladder=EXACT)) as cache, torch.no_grad():
+        with create_tiered_cache(model, contiguous(ladder=EXACT), max_cache_len) as cache, torch.no_grad():
             places = (mask.cumsum(1) - 1).clamp_min(0)
             model(
                 input_ids=ids,
@@ -274,17 +298,22 @@ def test_hidden_tokens_are_no_holes() -> None:
 # --- nothing is quantized again --------------------------------------------------------------------------------------
 
 
+def segments(layer: TieredLayer) -> list[Any]:
+    """What a step of one token reads: packed tiers and the window."""
+    return segments_of(layer.plan.step(), layer.buffers, 1, None, look=True)[0]
+
+
 def moved_keys(cache: TieredKVCache) -> Tensor:
     """Keys of every packed survivor where a query meets them, in order of position, one row and head after the other."""
     layer = cache.layers[0]
     found = []
-    for segment in layer.segments(None, 1):
-        if isinstance(segment, PackedSegment):
-            keys, at = segment.store.decoded()[0], segment.store.positions()
-            keys = keys if segment.shift is None else segment.shift.moved(keys)
-            order = at.masked_fill(at < 0, 10**6).argsort(-1)
-            live = at.gather(2, order) >= 0
-            found.append(keys.gather(2, order[..., None].expand_as(keys))[live])
+    held = [store for store in layer.stores if store.tiles]
+    for store, segment in zip(held, segments(layer), strict=False):  # the window comes last
+        keys, at = store.decoded()[0], store.positions()
+        keys = keys if segment.shift is None else segment.shift.moved(keys)
+        order = at.masked_fill(at < 0, 10**6).argsort(-1)
+        live = at.gather(2, order) >= 0
+        found.append(keys.gather(2, order[..., None].expand_as(keys))[live])
     return torch.cat(found)
 
 
@@ -336,25 +365,31 @@ def greedy(model: PreTrainedModel, cache: TieredKVCache, inputs: dict[str, Tenso
     return found
 
 
-@pytest.mark.parametrize("rung", [{"ladder": EXACT}, TILES, TOKENS], ids=["exact", "tiles", "tokens"])
-@pytest.mark.parametrize("policy", ["position", "h2o"])
-def test_padded_rows_equal_their_unpadded_runs(model: PreTrainedModel, policy: str, rung: dict[str, Any]) -> None:
-    seed, new = fresh_seed(), 30
+@pytest.mark.parametrize(
+    ("rung", "policy", "max_cache_len"),
+    by_turns(LENGTH, ["exact", "tiles", "tokens"], ["position", "h2o"]),
+)
+def test_padded_rows_equal_their_unpadded_runs(
+    model: PreTrainedModel, rung: str, policy: str, max_cache_len: int | None
+) -> None:
+    seed, new = fresh_seed(), 24
     rows = [prompt(seed + i, length)[0] for i, length in enumerate((101, 164, 60))]
     batch = left_padded(rows)
-    with create_tiered_cache(model, halved(policy, rung)) as together:
+    config = halved(policy, {"exact": {"ladder": EXACT}, "tiles": TILES, "tokens": TOKENS}[rung])
+    with create_tiered_cache(model, config, max_cache_len) as together:
         tokens = greedy(model, together, batch, new)
     width = batch["input_ids"].shape[1]
     for row, ids in enumerate(rows):
-        with create_tiered_cache(model, halved(policy, rung)) as alone:
+        with create_tiered_cache(model, config, max_cache_len) as alone:
             own = greedy(model, alone, {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}, new)
         assert torch.equal(tokens[row, width - len(ids) :], own[0])
 
 
-def test_turns_beams_and_rejected_tokens(model: PreTrainedModel) -> None:
+@BOTH
+def test_turns_beams_and_rejected_tokens(model: PreTrainedModel, max_cache_len: int | None) -> None:
     """What generate does to rows and lengths leaves the positions right: the next pass is as the dense reference says."""
     ids = prompt(fresh_seed(), 150, rows=2)
-    with create_tiered_cache(model, halved("h2o", TOKENS)) as cache:
+    with create_tiered_cache(model, halved("h2o", TOKENS), max_cache_len) as cache:
         greedy(model, cache, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 10, num_beams=3)
         read(model, cache, torch.cat([ids[:, :40]] * 3, 0), 40)
         cache.crop(-5)
@@ -368,9 +403,12 @@ def test_turns_beams_and_rejected_tokens(model: PreTrainedModel) -> None:
             torch.testing.assert_close(found, dense(layer, query), rtol=0, atol=2e-5)
 
 
-def test_a_saved_cache_goes_on_with_the_same_logits(model: PreTrainedModel, tmp_path: Path) -> None:
+@BOTH
+def test_a_saved_cache_goes_on_with_the_same_logits(
+    model: PreTrainedModel, tmp_path: Path, max_cache_len: int | None
+) -> None:
     ids = prompt(fresh_seed(), 200)
-    cache = filled(model, halved("h2o", TOKENS), ids[:, :190])
+    cache = filled(model, halved("h2o", TOKENS), ids[:, :190], max_cache_len=max_cache_len)
     cache.save(tmp_path / "cache.safetensors")
     again = TieredKVCache.load(tmp_path / "cache.safetensors", model)
     assert again.config.reposition == "contiguous"
@@ -384,33 +422,37 @@ def test_a_saved_cache_goes_on_with_the_same_logits(model: PreTrainedModel, tmp_
         other.load_cache_state_dict(cache.cache_state_dict())
 
 
+@BOTH
 @pytest.mark.parametrize("rung", [TILES, TOKENS], ids=["tiles", "tokens"])
-def test_shifts_are_among_the_bytes_that_are_reported(model: PreTrainedModel, rung: dict[str, Any]) -> None:
+def test_shifts_are_among_the_bytes_that_are_reported(
+    model: PreTrainedModel, rung: dict[str, Any], max_cache_len: int | None
+) -> None:
     ids = prompt(fresh_seed(), 200)
-    with create_tiered_cache(model, halved("h2o", rung)) as cache:
+    with create_tiered_cache(model, halved("h2o", rung), max_cache_len) as cache:
         read(model, cache, ids, 190, 1)
-        assert any("shifts" in name for layer in cache.tiered for name in layer.tensors())
+        assert any(name.endswith("/shift") for layer in cache.tiered for name in layer.tensors())
         assert cache.memory_report().total == live_bytes(cache)
 
 
-@pytest.mark.parametrize("policy", ["position", "h2o"])
-def test_budgets_in_bytes_hold(model: PreTrainedModel, policy: str) -> None:
+@pytest.mark.parametrize(("policy", "max_cache_len"), [("position", None), ("h2o", None), ("h2o", LENGTH)])
+def test_budgets_in_bytes_hold(model: PreTrainedModel, policy: str, max_cache_len: int | None) -> None:
     config = contiguous(policy={"kind": policy, "budget": "60KB", "every": 8}, **TOKENS)
-    with create_tiered_cache(model, config) as cache:
+    with create_tiered_cache(model, config, max_cache_len) as cache:
         for start in range(300):
             read(model, cache, prompt(start, 300) if not start else prompt(start, 2), 300)
             assert sum(layer.nbytes() for layer in cache.tiered) <= 60_000
         assert int((cache.tiered[0].tier_map() < 0).sum()) > 0
 
 
-def test_where_nothing_is_evicted_nothing_changes(model: PreTrainedModel) -> None:
+@BOTH
+def test_where_nothing_is_evicted_nothing_changes(model: PreTrainedModel, max_cache_len: int | None) -> None:
     ids = prompt(fresh_seed(), 200)
     logits = []
     for mode in ("keep", "contiguous"):
-        with create_tiered_cache(model, contiguous(reposition=mode)) as cache:
+        with create_tiered_cache(model, contiguous(reposition=mode), max_cache_len) as cache:
             logits.append(read(model, cache, ids, 150, 1, 9))
-            segments = [segment for layer in cache.tiered for segment in layer.segments(None, 1)]
-            assert all(segment.shift is None for segment in segments if isinstance(segment, PackedSegment))
+            parts = [segment for layer in cache.tiered for segment in segments(layer)]
+            assert all(segment.shift is None for segment in parts if isinstance(segment, PackedSegment))
     assert torch.equal(*logits)
 
 

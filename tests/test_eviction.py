@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from reference import stored
-from tinymodels import fresh_seed, left_padded, prompt, tiny
+from tinymodels import by_turns, fresh_seed, left_padded, prompt, tiny
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
@@ -18,6 +18,7 @@ from fade_core.cache.layer import TieredLayer
 from fade_core.support.memory import live_bytes
 
 SINKS, WINDOW, TILE, EVERY = 3, 16, 16, 8
+LENGTH = 300
 POLICIES = ("position", "h2o", "ema")
 RUNGS = {
     "exact": {"ladder": [{"tier": "fp16"}]},
@@ -25,6 +26,7 @@ RUNGS = {
     "tokens": {"keys": {"kind": "uniform", "axis": "token"}},
 }
 """Full precision; keys that share scales, so that whole tiles move; keys that do not, so that single tokens do."""
+EACH = pytest.mark.parametrize(("policy", "rung", "max_cache_len"), by_turns(LENGTH, POLICIES, RUNGS))
 
 
 def halved(policy: str, rung: str = "tokens", budget: float | int = 0.5) -> FadeConfig:
@@ -96,17 +98,18 @@ def check_budget(layer: TieredLayer, budget: float, slack: int = 0) -> None:
         assert int(kept[row].max()) <= allowed + slack
 
 
-@pytest.mark.parametrize("rung", RUNGS)
-@pytest.mark.parametrize("policy", POLICIES)
-def test_padded_rows_equal_their_unpadded_runs(model: PreTrainedModel, policy: str, rung: str) -> None:
-    seed, new = fresh_seed(), 40
+@EACH
+def test_padded_rows_equal_their_unpadded_runs(
+    model: PreTrainedModel, policy: str, rung: str, max_cache_len: int | None
+) -> None:
+    seed, new = fresh_seed(), 24
     rows = [prompt(seed + i, length)[0] for i, length in enumerate((101, 164, 60))]
     batch = left_padded(rows)
-    with create_tiered_cache(model, halved(policy, rung)) as together:
+    with create_tiered_cache(model, halved(policy, rung), max_cache_len) as together:
         tokens = greedy(model, together, batch, new)
     width = batch["input_ids"].shape[1]
     for row, ids in enumerate(rows):
-        with create_tiered_cache(model, halved(policy, rung)) as alone:
+        with create_tiered_cache(model, halved(policy, rung), max_cache_len) as alone:
             own = greedy(model, alone, {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}, new)
         assert torch.equal(tokens[row, width - len(ids) :], own[0])
         for ours, theirs in zip(together.tiered, alone.tiered, strict=True):
@@ -118,11 +121,11 @@ def test_padded_rows_equal_their_unpadded_runs(model: PreTrainedModel, policy: s
             torch.testing.assert_close(mine.keys[row, :, padding:], other.keys[0], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_turn_two_is_fed_its_new_tokens_only(model: PreTrainedModel, policy: str) -> None:
+@pytest.mark.parametrize(("policy", "max_cache_len"), [("position", None), ("h2o", LENGTH), ("ema", LENGTH)])
+def test_turn_two_is_fed_its_new_tokens_only(model: PreTrainedModel, policy: str, max_cache_len: int | None) -> None:
     seed = fresh_seed()
     said = prompt(seed, 120)
-    with create_tiered_cache(model, halved(policy)) as cache, fed(model) as counts:
+    with create_tiered_cache(model, halved(policy), max_cache_len) as cache, fed(model) as counts:
         answer = greedy(model, cache, {"input_ids": said, "attention_mask": torch.ones_like(said)}, 30)
         assert counts == [120] + [1] * 29
         assert cache.get_seq_length() == 149  # the last token has not been through the model
@@ -134,12 +137,13 @@ def test_turn_two_is_fed_its_new_tokens_only(model: PreTrainedModel, policy: str
         assert cache.get_seq_length() == 150 + 50 + 19
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("rung", RUNGS)
-def test_sinks_and_window_stay_and_budgets_hold(model: PreTrainedModel, policy: str, rung: str) -> None:
+@EACH
+def test_sinks_and_window_stay_and_budgets_hold(
+    model: PreTrainedModel, policy: str, rung: str, max_cache_len: int | None
+) -> None:
     seed = fresh_seed()
     inputs = left_padded([prompt(seed, 140)[0], prompt(seed + 1, 90)[0]])
-    with create_tiered_cache(model, halved(policy, rung)) as cache:
+    with create_tiered_cache(model, halved(policy, rung), max_cache_len) as cache:
         watch = Watch(cache, 0.5)
         greedy(model, cache, inputs, 50, logits_processor=LogitsProcessorList([watch]))
         assert watch.seen == 50
@@ -150,12 +154,13 @@ def test_sinks_and_window_stay_and_budgets_hold(model: PreTrainedModel, policy: 
             assert layer.get_seq_length() == 140 + 49
 
 
-@pytest.mark.parametrize("rung", RUNGS)
-@pytest.mark.parametrize("policy", POLICIES)
-def test_a_budget_of_sinks_and_window_keeps_nothing_else(model: PreTrainedModel, policy: str, rung: str) -> None:
+@EACH
+def test_a_budget_of_sinks_and_window_keeps_nothing_else(
+    model: PreTrainedModel, policy: str, rung: str, max_cache_len: int | None
+) -> None:
     ids = prompt(fresh_seed(), 130)
     config = halved(policy, rung, budget=SINKS + WINDOW)
-    with create_tiered_cache(model, config) as cache:
+    with create_tiered_cache(model, config, max_cache_len) as cache:
         greedy(model, cache, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 30)
         cache.rank()
         for layer in cache.tiered:
@@ -184,11 +189,13 @@ def three_tiers(axis: str = "token") -> FadeConfig:
     )
 
 
-@pytest.mark.parametrize("axis", ["token", "channel"])
-def test_every_tier_is_reached_and_counts_are_right(model: PreTrainedModel, axis: str) -> None:
+@pytest.mark.parametrize(("axis", "max_cache_len"), [("token", LENGTH), ("channel", None)])
+def test_every_tier_is_reached_and_counts_are_right(
+    model: PreTrainedModel, axis: str, max_cache_len: int | None
+) -> None:
     seed = fresh_seed()
     inputs = left_padded([prompt(seed, 200)[0], prompt(seed + 1, 120)[0]])
-    with create_tiered_cache(model, three_tiers(axis)) as cache:
+    with create_tiered_cache(model, three_tiers(axis), max_cache_len) as cache:
         assert cache.tier_names() == ["fp16", "fp16", "int4", "int2"]
         greedy(model, cache, inputs, 45)
         cache.rank()
@@ -206,13 +213,15 @@ def test_every_tier_is_reached_and_counts_are_right(model: PreTrainedModel, axis
                 assert bool((counts[3] > TILE).all())
 
 
-@pytest.mark.parametrize("axis", ["token", "channel"])
-def test_no_token_is_quantised_twice_at_one_precision(model: PreTrainedModel, axis: str) -> None:
+@pytest.mark.parametrize(("axis", "max_cache_len"), [("token", None), ("channel", LENGTH)])
+def test_no_token_is_quantised_twice_at_one_precision(
+    model: PreTrainedModel, axis: str, max_cache_len: int | None
+) -> None:
     """Over 32 rankings between which tokens come and go, a token keeps its codes as long as it keeps its tier."""
     seed = fresh_seed()
     ids = prompt(seed, 150)
     moved = 0
-    with create_tiered_cache(model, three_tiers(axis)) as cache, torch.no_grad():
+    with create_tiered_cache(model, three_tiers(axis), max_cache_len) as cache, torch.no_grad():
         model(ids, past_key_values=cache, use_cache=True)
         exact = [(layer, stored(layer)) for layer in cache.tiered]
         first = exact

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fade_core import create_tiered_cache, load_model
-from fade_core.texts import passages
+from fade_eval.texts import passages
 
 pytestmark = [pytest.mark.gemma3, pytest.mark.slow]
 

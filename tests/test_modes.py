@@ -10,7 +10,7 @@ import pytest
 import torch
 from modes import MODES, Result, tiny_task
 from reference import DENSE, DenseLayer, Recording, attention, dense_cache, replay_cache
-from tinymodels import fresh_seed, tiny
+from tinymodels import by_turns, fresh_seed, tiny
 from transformers import DynamicCache, PreTrainedModel
 
 from fade_core import FadeConfig, TieredKVCache, create_tiered_cache
@@ -55,13 +55,14 @@ LADDERS = {
         policy={"kind": "position", "every": 8},
     ),
 }
+LENGTH = 300
 TIERS = {"h2o": ("fp16", "fp16", "int4", "int2"), "ema": ("fp16", "int4"), "position": ("fp16", "int4", "int2")}
 
 
-def each_mode(configs: Sequence[str]) -> list[tuple[str, str, str]]:
-    """Family, configuration and mode, configurations by turns: each family meets all of them, and so does each mode."""
+def each_mode(configs: Sequence[str]) -> list[tuple[str, str, str, int | None]]:
+    """Family, configuration, mode and ``max_cache_len``: each mode meets all configurations, and each of them both lengths."""
     return [
-        (family, configs[(first + i) % len(configs)], mode)
+        (family, configs[(first + i) % len(configs)], mode, (None, LENGTH)[(first + i // 2) % 2])
         for first, family in enumerate(FAMILIES)
         for i, mode in enumerate(MODES)
     ]
@@ -80,23 +81,23 @@ def same(found: Result, wanted: Result) -> None:
         torch.testing.assert_close(ours.double(), theirs.double(), rtol=0, atol=1e-6 * float(theirs.std()))
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_full_precision_ladder_is_the_dynamic_cache(family: str, mode: str) -> None:
+@pytest.mark.parametrize(("family", "mode", "max_cache_len"), by_turns(LENGTH, FAMILIES, MODES))
+def test_full_precision_ladder_is_the_dynamic_cache(family: str, mode: str, max_cache_len: int | None) -> None:
     model = model_of(family)
     task = tiny_task(model, fresh_seed())
     wanted = MODES[mode](task, lambda padding: DynamicCache(config=model.config))
-    with create_tiered_cache(model, EXACT) as cache:
+    with create_tiered_cache(model, EXACT, max_cache_len) as cache:
         same(MODES[mode](task, lambda padding: cache), wanted)
     assert encoded(cache) > 0
 
 
-@pytest.mark.parametrize(("family", "packed", "mode"), each_mode([*PACKED]))
-def test_compressed_is_the_dense_reference(family: str, packed: str, mode: str) -> None:
+@pytest.mark.parametrize(("family", "packed", "mode", "max_cache_len"), each_mode([*PACKED]))
+def test_compressed_is_the_dense_reference(family: str, packed: str, mode: str, max_cache_len: int | None) -> None:
     model, config = model_of(family), PACKED[packed]
     task = tiny_task(model, fresh_seed())
-    with create_tiered_cache(model, config) as cache:
+    with create_tiered_cache(model, config, max_cache_len) as cache:
         found = MODES[mode](task, lambda padding: cache)
+        cache.settle()
     with attention(model, DENSE):
         wanted = MODES[mode](task, lambda padding: dense_cache(model, config, padding))
     same(found, wanted)
@@ -105,13 +106,16 @@ def test_compressed_is_the_dense_reference(family: str, packed: str, mode: str) 
     assert encoded(cache) > 0
 
 
-@pytest.mark.parametrize(("family", "ladder", "mode"), each_mode([*LADDERS]))
-def test_demoted_and_evicted_is_the_dense_reference(family: str, ladder: str, mode: str) -> None:
+@pytest.mark.parametrize(("family", "ladder", "mode", "max_cache_len"), each_mode([*LADDERS]))
+def test_demoted_and_evicted_is_the_dense_reference(
+    family: str, ladder: str, mode: str, max_cache_len: int | None
+) -> None:
     model = model_of(family)
     task = tiny_task(model, fresh_seed())
-    with create_tiered_cache(model, LADDERS[ladder]) as cache:
+    with create_tiered_cache(model, LADDERS[ladder], max_cache_len) as cache:
         recording = Recording(cache)
         found = MODES[mode](task, lambda padding: cache)
+        cache.settle()
     with attention(model, DENSE):
         wanted = MODES[mode](task, lambda padding: replay_cache(model, recording, TIERS[ladder]))
     same(found, wanted)

@@ -41,10 +41,13 @@ def kept(cache: TieredKVCache) -> list[torch.Tensor]:
     return [(stored(layer).tier >= 0).sum(-1) for layer in cache.tiered]
 
 
-@pytest.mark.parametrize(("mode", "name"), [(mode, [*CONFIGS][i % 2]) for i, mode in enumerate(MODES)])
-def test_ragged_heads_are_the_dense_reference(mode: str, name: str) -> None:
+@pytest.mark.parametrize(
+    ("mode", "name", "max_cache_len"),
+    [(mode, [*CONFIGS][i % 2], (None, 300)[i // 2 % 2]) for i, mode in enumerate(MODES)],
+)
+def test_ragged_heads_are_the_dense_reference(mode: str, name: str, max_cache_len: int | None) -> None:
     task = tiny_task(model(), fresh_seed())
-    with create_tiered_cache(model(), CONFIGS[name]) as cache:
+    with create_tiered_cache(model(), CONFIGS[name], max_cache_len) as cache:
         recording = Recording(cache)
         found = MODES[mode](task, lambda padding: cache)
     with attention(model(), DENSE):
@@ -55,14 +58,14 @@ def test_ragged_heads_are_the_dense_reference(mode: str, name: str) -> None:
         torch.testing.assert_close(ours.double(), theirs.double(), rtol=0, atol=1e-6 * float(theirs.std()))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_the_budget_is_spent_whatever_the_heads_are_given(name: str) -> None:
+@pytest.mark.parametrize(("name", "max_cache_len"), [("tokens", None), ("tiles", 400), ("tokens", 400)])
+def test_the_budget_is_spent_whatever_the_heads_are_given(name: str, max_cache_len: int | None) -> None:
     """After a prompt and after each of many rankings: to the tile nearest below the budget of all heads of a row."""
     seed, config = fresh_seed(), CONFIGS[name]
     inputs = left_padded([prompt(seed, 190)[0], prompt(seed + 1, 120)[0]])
     share = config.policy.budget
     assert isinstance(share, float)
-    with create_tiered_cache(model(), config) as cache, torch.no_grad():
+    with create_tiered_cache(model(), config, max_cache_len) as cache, torch.no_grad():
         model()(**inputs, past_key_values=cache)
         assert any(bool((counts.amax(1) > counts.amin(1)).any()) for counts in kept(cache)), "no row's heads differ"
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
@@ -81,17 +84,18 @@ def test_the_budget_is_spent_whatever_the_heads_are_given(name: str) -> None:
             cache.rank()
 
 
-def test_padded_rows_equal_their_unpadded_runs() -> None:
-    seed, new = fresh_seed(), 40
+@pytest.mark.parametrize("max_cache_len", [None, 300])
+def test_padded_rows_equal_their_unpadded_runs(max_cache_len: int | None) -> None:
+    seed, new = fresh_seed(), 24
     rows = [prompt(seed + i, length)[0] for i, length in enumerate((101, 164, 60))]
     options = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new}
     batch = left_padded(rows)
     width = batch["input_ids"].shape[1]
-    with create_tiered_cache(model(), CONFIGS["tokens"]) as together:
+    with create_tiered_cache(model(), CONFIGS["tokens"], max_cache_len) as together:
         tokens = model().generate(**batch, past_key_values=together, **options)
     for row, ids in enumerate(rows):
         one = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
-        with create_tiered_cache(model(), CONFIGS["tokens"]) as alone:
+        with create_tiered_cache(model(), CONFIGS["tokens"], max_cache_len) as alone:
             own = model().generate(**one, past_key_values=alone, **options)
         assert torch.equal(tokens[row, width - len(ids) :], own[0])
         for ours, theirs in zip(together.tiered, alone.tiered, strict=True):

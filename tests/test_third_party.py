@@ -18,6 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 EXAMPLE = Path(__file__).parents[1] / "examples" / "fade_policy_knorm"
 MOST_LINES = 40
 
+pytestmark = pytest.mark.slow  # a virtual environment, and Python started in it again and again
+
 
 class Environment:
     """A virtual environment that sees this one's packages, so that nothing is downloaded."""

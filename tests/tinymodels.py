@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -36,6 +38,15 @@ def fresh_seed() -> int:
     seed = int(os.environ.get("FADE_SEED", time.time_ns() % 2**31))
     print(f"FADE_SEED={seed}")
     return seed
+
+
+def by_turns(length: int, *axes: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Every combination of ``axes``, ending in ``max_cache_len``: ``None`` and ``length`` by turns.
+
+    Each value of an axis meets both, where another axis has two values or more.
+    """
+    numbered = itertools.product(*(list(enumerate(axis)) for axis in axes))
+    return [(*(v for _, v in case), (None, length)[sum(number for number, _ in case) % 2]) for case in numbered]
 
 
 def tiny(model_type: str, seed: int, dtype: torch.dtype = torch.float64, **fields: Any) -> PreTrainedModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import assert_same_state, feed, greedy, left_padded, spoiled, tiny_gemma3
-from tiny import fresh_seed, tiny_llama
+from tiny import by_turns, fresh_seed, tiny_llama
 from torch import Tensor
 from transformers import (
     DeepseekV3Config,
@@ -48,6 +49,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "oldest": SMALL | {"policy": {"kind": "position", "budget": 70, "every": 7}},
     "stock": SMALL | {"attention": "stock"},
 }
+LENGTH = 400
+BOTH = pytest.mark.parametrize("max_cache_len", [None, LENGTH])
 BAD = pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 
 
@@ -64,6 +67,12 @@ def llama() -> Any:
 @pytest.fixture(scope="module")
 def gemma() -> Any:
     return tiny_gemma3()
+
+
+def pair(model: Any, name: str, max_cache_len: int | None) -> tuple[TieredKVCache, TieredKVCache]:
+    """Two empty caches of one configuration."""
+    config = FadeConfig(**CONFIGS[name])
+    return create_tiered_cache(model, config, max_cache_len), create_tiered_cache(model, config, max_cache_len)
 
 
 def refuse_step(model: Any, cache: TieredKVCache, ids: Tensor, mask: Tensor | None, layer: int) -> None:
@@ -86,15 +95,16 @@ def refuse_step(model: Any, cache: TieredKVCache, ids: Tensor, mask: Tensor | No
 # --- NaN and infinity ---
 
 
-DEFERRED = pytest.mark.parametrize("deferred", [False, True], ids=["layer by layer", "once a pass, as on a GPU"])
+DEFERRED = (False, True)  # layer by layer, or once a pass as on a GPU
 
 
-@DEFERRED
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_decode_step_that_fails_in_a_deep_layer_never_happened(llama: Any, name: str, deferred: bool) -> None:
+@pytest.mark.parametrize(("name", "deferred", "max_cache_len"), by_turns(LENGTH, CONFIGS, DEFERRED))
+def test_a_decode_step_that_fails_in_a_deep_layer_never_happened(
+    llama: Any, name: str, deferred: bool, max_cache_len: int | None
+) -> None:
     """At every step of 24, so that steps which encode, demote, evict and rank are among those that fail."""
     ids, mask = left_padded((120, 97))
-    plain, tried = (create_tiered_cache(llama, FadeConfig(**CONFIGS[name])) for _ in range(2))
+    plain, tried = pair(llama, name, max_cache_len)
     tried.tiered[0].plan.finite.deferred = deferred
     expected, _ = greedy(llama, feed(llama, ids, plain, mask), plain, 24, mask)
     logits = feed(llama, ids, tried, mask)
@@ -107,14 +117,16 @@ def test_a_decode_step_that_fails_in_a_deep_layer_never_happened(llama: Any, nam
     assert_same_state(tried.cache_state_dict(), plain.cache_state_dict())
 
 
-@DEFERRED
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("size", [5, 33, 90])
-def test_a_chunk_that_fails_in_a_deep_layer_never_happened(llama: Any, name: str, size: int, deferred: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "size", "deferred", "max_cache_len"), by_turns(LENGTH, CONFIGS, [5, 33, 90], DEFERRED)
+)
+def test_a_chunk_that_fails_in_a_deep_layer_never_happened(
+    llama: Any, name: str, size: int, deferred: bool, max_cache_len: int | None
+) -> None:
     ids, mask = left_padded((120, 97))
     more = torch.randint(1, 256, (2, size))
     longer = torch.cat([mask, torch.ones_like(more)], dim=1)
-    plain, tried = (create_tiered_cache(llama, FadeConfig(**CONFIGS[name])) for _ in range(2))
+    plain, tried = pair(llama, name, max_cache_len)
     for cache in (plain, tried):
         feed(llama, ids, cache, mask)
     tried.tiered[0].plan.finite.deferred = deferred
@@ -123,25 +135,28 @@ def test_a_chunk_that_fails_in_a_deep_layer_never_happened(llama: Any, name: str
     assert torch.equal(found, expected)
 
 
-@DEFERRED
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_prompt_that_fails_leaves_an_empty_cache(llama: Any, name: str, deferred: bool) -> None:
+@pytest.mark.parametrize(("name", "deferred", "max_cache_len"), by_turns(LENGTH, CONFIGS, DEFERRED))
+def test_a_prompt_that_fails_leaves_an_empty_cache(
+    llama: Any, name: str, deferred: bool, max_cache_len: int | None
+) -> None:
     ids, mask = left_padded((120, 97))
-    plain, tried = (create_tiered_cache(llama, FadeConfig(**CONFIGS[name])) for _ in range(2))
+    plain, tried = pair(llama, name, max_cache_len)
     empty = live_bytes(tried)
     tried.tiered[0].plan.finite.deferred = deferred
     refuse_step(llama, tried, ids, mask, layer=1)
-    assert live_bytes(tried) == empty
+    if max_cache_len is None:
+        assert live_bytes(tried) == empty
     assert tried.get_seq_length() == 0
     found, expected = (greedy(llama, feed(llama, ids, c, mask), c, 9, mask)[0] for c in (tried, plain))
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("layer", range(5))
-@pytest.mark.parametrize("name", ["packed", "h2o"])
-def test_sliding_layers_are_checked_and_taken_back_too(gemma: Any, name: str, layer: int) -> None:
+@pytest.mark.parametrize(("layer", "name", "max_cache_len"), by_turns(LENGTH, range(5), ["packed", "h2o"]))
+def test_sliding_layers_are_checked_and_taken_back_too(
+    gemma: Any, layer: int, name: str, max_cache_len: int | None
+) -> None:
     ids = torch.randint(1, 256, (2, 70))
-    plain, tried = (create_tiered_cache(gemma, FadeConfig(**CONFIGS[name])) for _ in range(2))
+    plain, tried = pair(gemma, name, max_cache_len)
     refuse_step(gemma, tried, ids, None, layer)
     expected, _ = greedy(gemma, feed(gemma, ids, plain), plain, 9)
     logits = feed(gemma, ids, tried)
@@ -184,12 +199,15 @@ def test_a_finite_sum_that_overflows_is_no_reason_to_refuse(llama: Any) -> None:
     assert cache.get_seq_length() == 40
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma"])
-def test_zeros_are_stored_instead_where_the_configuration_says_so(family: str, request: Any) -> None:
+@pytest.mark.parametrize(("family", "max_cache_len"), [("llama", None), ("gemma", None), ("llama", LENGTH)])
+def test_zeros_are_stored_instead_where_the_configuration_says_so(
+    family: str, max_cache_len: int | None, request: Any
+) -> None:
     model = request.getfixturevalue(family)
     ids = torch.randint(1, 256, (2, 60))
     layer = 2
-    zeroing, plain = (create_tiered_cache(model, FadeConfig(**SMALL, on_nonfinite="zero")) for _ in range(2))
+    config = FadeConfig(**SMALL, on_nonfinite="zero")
+    zeroing, plain = (create_tiered_cache(model, config, max_cache_len) for _ in range(2))
     with spoiled(model, layer, "values", 1, 9, math.inf):
         found = feed(model, ids, zeroing)
     with spoiled(model, layer, "values", 1, 9, 0.0):
@@ -231,8 +249,9 @@ def test_a_state_that_cannot_be_taken_back_is_emptied_and_the_message_says_so() 
     assert torch.equal(greedy(model, feed(model, ids, cache), cache, 4)[0], expected)
 
 
-def test_a_roll_back_is_an_event(llama: Any) -> None:
-    cache = create_tiered_cache(llama, FadeConfig(**SMALL))
+@BOTH
+def test_a_roll_back_is_an_event(llama: Any, max_cache_len: int | None) -> None:
+    cache = create_tiered_cache(llama, FadeConfig(**SMALL), max_cache_len)
     sink = Collector()
     attach_telemetry(cache, sink)
     feed(llama, torch.randint(1, 256, (1, 20)), cache)
@@ -242,14 +261,29 @@ def test_a_roll_back_is_an_event(llama: Any) -> None:
     assert (event.kind, event.layer, event.detail["length"]) == ("rollback", 2, 20)
 
 
-def test_nothing_of_a_failed_step_stays_in_memory(llama: Any) -> None:
-    cache = create_tiered_cache(llama, FadeConfig(**CONFIGS["h2o"]))
+@BOTH
+def test_nothing_of_a_failed_step_stays_in_memory(llama: Any, max_cache_len: int | None) -> None:
+    cache = create_tiered_cache(llama, FadeConfig(**CONFIGS["h2o"]), max_cache_len)
     feed(llama, torch.randint(1, 256, (2, 200)), cache)
     before = cache.memory_report()
     with spoiled(llama, 3, "keys", 0, 60, math.nan), pytest.raises(NonFiniteError):
         feed(llama, torch.randint(1, 256, (2, 90)), cache)
-    # pools that grew keep up to a quarter of spare room
-    assert live_bytes(cache) == cache.memory_report().total <= before.total * 1.25
+    # pools that grew keep up to a quarter of spare room; those that never grow are as they were
+    most = before.total * (1.25 if max_cache_len is None else 1)
+    assert live_bytes(cache) == cache.memory_report().total <= most
+
+
+@BOTH
+def test_a_deep_copy_is_taken_back_for_itself(llama: Any, max_cache_len: int | None) -> None:
+    cache = create_tiered_cache(llama, FadeConfig(**CONFIGS["h2o"]), max_cache_len)
+    ids = torch.randint(1, 256, (2, 90))
+    feed(llama, ids, cache)
+    twin = copy.deepcopy(cache)
+    feed(llama, ids[:, :5], cache)  # what a copy is taken back to is its own
+    refuse_step(llama, twin, ids[:, :3], None, layer=2)
+    assert (cache.get_seq_length(), twin.get_seq_length()) == (95, 90)
+    feed(llama, ids[:, :5], twin)
+    assert torch.equal(feed(llama, ids[:, :1], twin), feed(llama, ids[:, :1], cache))
 
 
 @BAD

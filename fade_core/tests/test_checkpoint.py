@@ -12,7 +12,7 @@ import torch
 from families import assert_same_state, feed, greedy, left_padded, tiny_gemma3, tiny_qwen3
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import fresh_seed, tiny_llama
+from tiny import by_turns, fresh_seed, tiny_llama
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
 from fade_core import FadeConfig, TieredKVCache, create_tiered_cache
@@ -21,6 +21,8 @@ from fade_core.packed import FORMAT_VERSION
 
 SMALL: dict[str, Any] = {"n_sink": 2, "recent_window": 16, "tile": 16}
 TOKENWISE: dict[str, Any] = {"kind": "uniform", "bits": 4, "axis": "token"}
+LENGTH = 300
+BOTH = pytest.mark.parametrize("max_cache_len", [None, LENGTH])
 CONFIGS: dict[str, dict[str, Any]] = {
     "packed": SMALL,
     "grouped": SMALL | {"keys": {"kind": "uniform", "bits": 8, "axis": "channel", "group": 8}, "values": TOKENWISE},
@@ -68,27 +70,27 @@ def saved(llama: Any, tmp_path: Path) -> Path:
     return tmp_path / "cache.safetensors"
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("family", ["llama", "gemma"])
+@pytest.mark.parametrize(("family", "name", "max_cache_len"), by_turns(LENGTH, ["llama", "gemma"], CONFIGS))
 def test_a_loaded_cache_goes_on_with_the_same_tokens_and_the_same_bits(
-    family: str, name: str, request: Any, tmp_path: Path
+    family: str, name: str, max_cache_len: int | None, request: Any, tmp_path: Path
 ) -> None:
     model = request.getfixturevalue(family)
     ids, mask = left_padded((120, 91, 30))
-    cache = create_tiered_cache(model, FadeConfig(**CONFIGS[name]))
+    cache = create_tiered_cache(model, FadeConfig(**CONFIGS[name]), max_cache_len)
     logits = greedy(model, feed(model, ids, cache, mask), cache, 11, mask)[1]
     mask = torch.cat([mask, mask.new_ones(3, 11)], dim=1)
     cache.save(tmp_path / "cache.safetensors")
     state = cache.cache_state_dict()
     loaded = TieredKVCache.load(tmp_path / "cache.safetensors", model)
-    other = create_tiered_cache(model, FadeConfig(**CONFIGS[name]))
+    other = create_tiered_cache(model, FadeConfig(**CONFIGS[name]), max_cache_len)
     feed(model, ids[:, :40], other)  # whatever it held is replaced
     other.load_cache_state_dict(state)
     for copy in (loaded, other):
         assert copy.config == cache.config
         assert copy.get_seq_length() == 131
         assert_same_state(copy.cache_state_dict(), state)
-        assert copy.memory_report().total <= cache.memory_report().total  # no slack is saved
+        if max_cache_len is None:  # no slack is saved
+            assert copy.memory_report().total <= cache.memory_report().total
     expected, last = greedy(model, logits, cache, 25, mask)
     for copy in (loaded, other):
         found, end = greedy(model, logits, copy, 25, mask)
@@ -97,8 +99,33 @@ def test_a_loaded_cache_goes_on_with_the_same_tokens_and_the_same_bits(
         assert_same_state(copy.cache_state_dict(), cache.cache_state_dict())
 
 
-def test_beams_that_share_tiles_are_saved_apart_from_no_one(llama: Any, tmp_path: Path) -> None:
-    cache = create_tiered_cache(llama, FadeConfig(**CONFIGS["h2o"]))
+@pytest.mark.parametrize(
+    ("name", "first", "second"),
+    [(name, *lengths) for name in CONFIGS for lengths in ((None, LENGTH), (LENGTH, None)) if name != "stock"],
+)
+def test_a_cache_with_max_cache_len_goes_on_where_one_without_was_saved_and_the_other_way_round(
+    llama: Any, name: str, first: int | None, second: int | None
+) -> None:
+    ids, mask = left_padded((120, 91))
+    config = FadeConfig(**CONFIGS[name])
+    cache, other = create_tiered_cache(llama, config, first), create_tiered_cache(llama, config, second)
+    logits = greedy(llama, feed(llama, ids, cache, mask), cache, 11, mask)[1]
+    mask = torch.cat([mask, mask.new_ones(2, 11)], dim=1)
+    cache.crop(-9)  # through what has been packed
+    mask = mask[:, :-9]
+    other.load_cache_state_dict(cache.cache_state_dict())
+    assert other.get_seq_length() == 122
+    expected, last = greedy(llama, logits, cache, 25, mask)
+    found, end = greedy(llama, logits, other, 25, mask)
+    assert torch.equal(found, expected)
+    assert torch.equal(end, last)
+
+
+@BOTH
+def test_beams_that_share_tiles_are_saved_apart_from_no_one(
+    llama: Any, tmp_path: Path, max_cache_len: int | None
+) -> None:
+    cache = create_tiered_cache(llama, FadeConfig(**CONFIGS["h2o"]), max_cache_len)
     logits = feed(llama, torch.randint(1, 256, (1, 100)), cache)
     cache.batch_repeat_interleave(4)
     cache.save(tmp_path / "cache.safetensors")
@@ -108,8 +135,9 @@ def test_beams_that_share_tiles_are_saved_apart_from_no_one(llama: Any, tmp_path
     assert torch.equal(greedy(llama, logits, loaded, 20)[0], greedy(llama, logits, cache, 20)[0])
 
 
-def test_the_state_is_a_copy(llama: Any) -> None:
-    cache = create_tiered_cache(llama, FadeConfig(**CONFIGS["h2o"]))
+@BOTH
+def test_the_state_is_a_copy(llama: Any, max_cache_len: int | None) -> None:
+    cache = create_tiered_cache(llama, FadeConfig(**CONFIGS["h2o"]), max_cache_len)
     logits = feed(llama, torch.randint(1, 256, (1, 100)), cache)
     state = cache.cache_state_dict()
     before = {name: tensor.clone() for name, tensor in state["tensors"].items()}
@@ -128,9 +156,10 @@ def test_an_empty_cache_is_saved_too(llama: Any, tmp_path: Path) -> None:
     assert loaded.get_max_length() == 200
 
 
-def test_generate_goes_on_from_a_loaded_cache(llama: Any, tmp_path: Path) -> None:
+@BOTH
+def test_generate_goes_on_from_a_loaded_cache(llama: Any, tmp_path: Path, max_cache_len: int | None) -> None:
     ids = torch.randint(1, 256, (1, 100))
-    cache = create_tiered_cache(llama, FadeConfig(**CONFIGS["ladder"]))
+    cache = create_tiered_cache(llama, FadeConfig(**CONFIGS["ladder"]), max_cache_len)
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 20}
     first = llama.generate(ids, past_key_values=cache, **options)
     cache.save(tmp_path / "cache.safetensors")
@@ -332,13 +361,18 @@ DAMAGE: list[tuple[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "damage"), DAMAGE)
-def test_tensors_that_cannot_be_right_are_refused(llama: Any, name: str, damage: Any) -> None:
+@pytest.mark.parametrize(("number", "max_cache_len"), by_turns(LENGTH, range(len(DAMAGE))))
+def test_tensors_that_cannot_be_right_are_refused(llama: Any, number: int, max_cache_len: int | None) -> None:
+    name, damage = DAMAGE[number]
     state = state_of(llama, CONFIGS["h2o"])
     state["tensors"][name] = damage(state["tensors"][name])
-    untouched(llama, state, f"layer {name[0]} of the saved cache is damaged", CONFIGS["h2o"])
+    untouched(
+        llama, state, f"layer {name[0]} of the saved cache is damaged", CONFIGS["h2o"], max_cache_len=max_cache_len
+    )
     del state["tensors"][name]
-    untouched(llama, state, f"layer {name[0]} of the saved cache is damaged", CONFIGS["h2o"])
+    untouched(
+        llama, state, f"layer {name[0]} of the saved cache is damaged", CONFIGS["h2o"], max_cache_len=max_cache_len
+    )
 
 
 @pytest.mark.parametrize("state", [{}, None, {"header": {}}, {"tensors": {}}, {"header": {"kind": "fade-kv-cache"}}, 3])
@@ -346,9 +380,10 @@ def test_what_is_no_state_is_refused(llama: Any, state: Any) -> None:
     untouched(llama, state, "not a saved FADE cache|saved in format None")
 
 
-def test_a_debug_dump_says_where_everything_lives(llama: Any, tmp_path: Path) -> None:
+@BOTH
+def test_a_debug_dump_says_where_everything_lives(llama: Any, tmp_path: Path, max_cache_len: int | None) -> None:
     ids, mask = left_padded((120, 91))
-    cache = create_tiered_cache(llama, FadeConfig(**CONFIGS["ladder"]))
+    cache = create_tiered_cache(llama, FadeConfig(**CONFIGS["ladder"]), max_cache_len)
     feed(llama, ids, cache, mask)
     cache.dump_debug(tmp_path / "snapshot.json")
     found = json.loads((tmp_path / "snapshot.json").read_text())

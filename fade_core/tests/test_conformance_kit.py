@@ -31,6 +31,7 @@ from fade_core.ops.attention import AttentionOutput, FullSegment, PackedSegment,
 from fade_core.packed import Packed, PackedFormat
 from fade_core.plugins import Registry, use_registry
 from fade_core.plugins.hookspecs import hookimpl
+from fade_core.storage.codec import TorchDequantize, TorchEncode
 from fade_core.testing import (
     check_component,
     check_kernel,
@@ -531,13 +532,13 @@ class Elsewhere(Oracle):
 
 class IgnoresMask(Oracle):
     def __call__(self, query: Tensor, segments: Any, *args: Any, **kwargs: Any) -> AttentionOutput:
-        bare = [replace(s, mask=None) if isinstance(s, PackedSegment) else s for s in segments]
+        bare = [replace(s, mask=None, plain=False) if isinstance(s, PackedSegment) else s for s in segments]
         return decode_attention(query, bare, *args, **kwargs)
 
 
 class IgnoresWindowMask(Oracle):
     def __call__(self, query: Tensor, segments: Any, *args: Any, **kwargs: Any) -> AttentionOutput:
-        bare = [replace(s, mask=None) if isinstance(s, FullSegment) else s for s in segments]
+        bare = [replace(s, mask=None, plain=False) if isinstance(s, FullSegment) else s for s in segments]
         return decode_attention(query, bare, *args, **kwargs)
 
 
@@ -835,7 +836,52 @@ class WrongSide(TorchAppend):
         super().__call__(values, keys, held, rule)
 
 
-@pytest.mark.parametrize("kernel", [KeepsTheGap, WrongSide])
+class ForgetsPositions(TorchAppend):
+    """Takes tokens in and leaves their positions to others."""
+
+    name: ClassVar[str] = "forgets-positions"
+
+    def __call__(self, keys: Tensor, values: Tensor, buffers: Any, rule: Any) -> None:
+        super().__call__(keys, values, replace(buffers, positions=buffers.positions.clone()), rule)
+
+
+class LiesInRuns(TorchAppend):
+    """Does not read the table."""
+
+    name: ClassVar[str] = "lies-in-runs"
+
+    def __call__(self, keys: Tensor, values: Tensor, buffers: Any, rule: Any) -> None:
+        ids = torch.arange(buffers.ids.numel(), dtype=torch.int32).view_as(buffers.ids)
+        super().__call__(keys, values, replace(buffers, ids=ids), rule)
+
+
+@pytest.mark.parametrize("kernel", [KeepsTheGap, WrongSide, ForgetsPositions, LiesInRuns])
 def test_a_faulty_append_is_found(kernel: type[TorchAppend]) -> None:
     results = check_kernel(kernel)
     assert failed(results) == {"appending"}
+
+
+class WritesEverywhere(TorchEncode):
+    """Writes tiles that have no place, too."""
+
+    name: ClassVar[str] = "writes-everywhere"
+
+    def __call__(self, quantizer: Any, tokens: Tensor, into: Any = None) -> Any:
+        into = into and replace(into, ids=torch.where(into.ids < 0, (len(into.fields["meta"]) - 1), into.ids))
+        return super().__call__(quantizer, tokens, into)
+
+
+class ReadsInOrder(TorchDequantize):
+    """Does not read the table."""
+
+    name: ClassVar[str] = "reads-in-order"
+
+    def __call__(self, quantizer: Any, packed: Any, ids: Any = None) -> Any:
+        return super().__call__(quantizer, packed, None if ids is None else torch.arange(ids.numel()).view_as(ids))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "check"), [(WritesEverywhere, "encoding"), (ReadsInOrder, "decoding")], ids=["encode", "dequantize"]
+)
+def test_a_kernel_that_misreads_a_table_is_found(kernel: Any, check: str) -> None:
+    assert failed(check_kernel(kernel)) == {check}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -11,16 +10,14 @@ from types import ModuleType
 
 import pytest
 import torch
+from pages import DOCS, blocks, first_column
 from tiny import fresh_seed, tiny_llama
 
 from fade_core import FadeConfig
-from fade_core.builtin.quantizers.uniform import UniformConfig
 from fade_core.config import LayerOverride, flat_spelling
 from fade_core.config.kernel_selection import OPS
-from fade_core.eval.quality import QualityRow
 from fade_core.plugins import Registry, hookspecs, use_registry
 
-DOCS = Path(__file__).parents[2] / "docs"
 CONFIGURATION = (DOCS / "configuration.md").read_text()
 PLUGINS = (DOCS / "plugins.md").read_text()
 
@@ -29,20 +26,6 @@ PLUGINS = (DOCS / "plugins.md").read_text()
 def core_alone() -> Iterator[None]:
     with use_registry(Registry(entry_points=False)):
         yield
-
-
-def blocks(text: str, language: str) -> list[str]:
-    """Fenced blocks of one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-
-
-def first_column(text: str, header: str) -> list[str]:
-    """Names in backticks in the first column of the tables that start with ``header``."""
-    names: list[str] = []
-    for table in re.findall(rf"^\| {header} \|.*?\n\|[-|]+\n((?:\|.*\n)+)", text, re.MULTILINE):
-        for line in table.splitlines():
-            names += re.findall(r"`(\w+)", line.split("|")[1])
-    return names
 
 
 def test_every_field_is_documented_with_its_default_and_nothing_else_is() -> None:
@@ -123,26 +106,3 @@ def test_the_policy_in_the_documentation_takes_at_most_forty_lines() -> None:
     policy = blocks(PLUGINS, "python")[0]
     assert "hookimpl" in policy
     assert len(policy.splitlines()) <= 40
-
-
-def test_the_override_in_the_page_on_measuring_is_what_the_command_would_print(tmp_path: Path) -> None:
-    (text,) = blocks((DOCS / "evaluation.md").read_text(), "toml")
-    path = tmp_path / "fade.toml"
-    path.write_text(text)
-    override = FadeConfig.from_file(path).layers["2"]
-    assert (override.keys, override.values) == (
-        UniformConfig(bits=8, axis="channel"),
-        UniformConfig(bits=8, axis="token"),
-    )
-
-
-def test_every_task_and_command_of_eval_is_documented() -> None:
-    tasks = [*Registry(entry_points=False).names("eval_tasks"), "quality", "sensitivity"]
-    assert sorted(first_column((DOCS / "evaluation.md").read_text(), "task")) == sorted(tasks)
-
-
-def test_every_figure_of_quality_is_documented() -> None:
-    figures = {name for name in QualityRow.__dataclass_fields__ if name not in ("name", "source", "note")}
-    table = re.search(r"^\| column \|.*?\n\n", (DOCS / "evaluation.md").read_text(), re.DOTALL | re.MULTILINE)
-    assert table is not None
-    assert figures <= set(re.findall(r"`(\w+)`", table.group()))

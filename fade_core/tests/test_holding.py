@@ -22,6 +22,9 @@ LADDER = {
 }
 
 
+BOTH = pytest.mark.parametrize("max_cache_len", [None, 400])
+
+
 @pytest.fixture(scope="module")
 def model() -> Any:
     return tiny_llama(layers=2)
@@ -40,14 +43,15 @@ def tensors(cache: Any) -> list[dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("axis", ["token", "channel"])
-def test_a_held_prompt_goes_where_it_would_have_gone_at_once(model: Any, axis: str) -> None:
+@BOTH
+def test_a_held_prompt_goes_where_it_would_have_gone_at_once(model: Any, axis: str, max_cache_len: int | None) -> None:
     """Holding changes when, not what: the same tokens end up in the same tiers, with the same codes."""
     ids, mask = padded(fresh_seed(), (150, 110))
     config = FadeConfig(**LADDER, keys={"kind": "uniform", "axis": axis})
-    with create_tiered_cache(model, config=config) as cache, torch.no_grad():
+    with create_tiered_cache(model, config, max_cache_len) as cache, torch.no_grad():
         model(ids, attention_mask=mask, past_key_values=cache)
         at_once = tensors(cache)
-    with create_tiered_cache(model, config=config) as cache, torch.no_grad():
+    with create_tiered_cache(model, config, max_cache_len) as cache, torch.no_grad():
         with cache.holding():
             model(ids, attention_mask=mask, past_key_values=cache)
             assert all(bool((layer.tier_map()[0] == 0).all()) for layer in cache.tiered)
@@ -57,9 +61,10 @@ def test_a_held_prompt_goes_where_it_would_have_gone_at_once(model: Any, axis: s
         assert cache.memory_report().total == live_bytes(cache, exclude=model)
 
 
-def test_chunks_and_steps_are_held_and_then_within_the_budget(model: Any) -> None:
+@BOTH
+def test_chunks_and_steps_are_held_and_then_within_the_budget(model: Any, max_cache_len: int | None) -> None:
     ids, mask = padded(fresh_seed(), (160, 120))
-    with create_tiered_cache(model, config=FadeConfig(**LADDER)) as cache, torch.no_grad():
+    with create_tiered_cache(model, FadeConfig(**LADDER), max_cache_len) as cache, torch.no_grad():
         with cache.holding():
             for start, end in ((0, 50), (50, 140), (140, 141), (141, 160)):
                 model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache)
@@ -70,9 +75,10 @@ def test_chunks_and_steps_are_held_and_then_within_the_budget(model: Any) -> Non
             assert int(kept.min()) > 100 - 16
 
 
-def test_after_an_error_nothing_is_ranked_and_the_cache_goes_on(model: Any) -> None:
+@BOTH
+def test_after_an_error_nothing_is_ranked_and_the_cache_goes_on(model: Any, max_cache_len: int | None) -> None:
     ids, mask = padded(fresh_seed(), (90,))
-    with create_tiered_cache(model, config=FadeConfig(**LADDER)) as cache, torch.no_grad():
+    with create_tiered_cache(model, FadeConfig(**LADDER), max_cache_len) as cache, torch.no_grad():
         with contextlib.suppress(KeyboardInterrupt), cache.holding():
             model(ids[:, :80], attention_mask=mask[:, :80], past_key_values=cache)
             raise KeyboardInterrupt
@@ -82,11 +88,14 @@ def test_after_an_error_nothing_is_ranked_and_the_cache_goes_on(model: Any) -> N
 
 
 @pytest.mark.parametrize("queries", [3, 50])
-def test_reading_gives_what_feeding_gives_and_leaves_no_token(model: Any, queries: int) -> None:
+@BOTH
+def test_reading_gives_what_feeding_gives_and_leaves_no_token(
+    model: Any, queries: int, max_cache_len: int | None
+) -> None:
     ids, mask = padded(fresh_seed(), (150, 110))
     new = ids[:, :queries].clamp_min(1)
     seen = torch.cat([mask, torch.ones_like(new)], 1)
-    with create_tiered_cache(model, config=FadeConfig(**LADDER)) as cache, torch.no_grad():
+    with create_tiered_cache(model, FadeConfig(**LADDER), max_cache_len) as cache, torch.no_grad():
         model(ids, attention_mask=mask, past_key_values=cache)
         before = tensors(cache)
         with cache.reading():
@@ -101,9 +110,10 @@ def test_reading_gives_what_feeding_gives_and_leaves_no_token(model: Any, querie
         assert cache.get_seq_length() == 150 + queries
 
 
-def test_an_interrupted_reading_leaves_no_token(model: Any) -> None:
+@BOTH
+def test_an_interrupted_reading_leaves_no_token(model: Any, max_cache_len: int | None) -> None:
     ids, mask = padded(fresh_seed(), (90,))
-    with create_tiered_cache(model, config=FadeConfig(**LADDER)) as cache, torch.no_grad():
+    with create_tiered_cache(model, FadeConfig(**LADDER), max_cache_len) as cache, torch.no_grad():
         model(ids, attention_mask=mask, past_key_values=cache)
         keys = torch.zeros(1, *cache.tiered[0].window.keys.shape[1:2], 4, cache.tiered[0].window.keys.shape[3])
         with contextlib.suppress(KeyboardInterrupt), cache.reading():
@@ -126,10 +136,13 @@ def test_what_cannot_be_read_says_why(model: Any) -> None:
 
 
 @pytest.mark.parametrize("chunk", [None, 40])
-def test_prefill_is_the_models_own_pass_unless_a_policy_has_another(model: Any, chunk: int | None) -> None:
+@BOTH
+def test_prefill_is_the_models_own_pass_unless_a_policy_has_another(
+    model: Any, chunk: int | None, max_cache_len: int | None
+) -> None:
     ids, mask = padded(fresh_seed(), (150, 110))
     places = (mask.cumsum(1) - 1).clamp_min(0)
-    with create_tiered_cache(model, config=FadeConfig(**LADDER)) as cache, torch.no_grad():
+    with create_tiered_cache(model, FadeConfig(**LADDER), max_cache_len) as cache, torch.no_grad():
         for start in range(0, 150, chunk or 150):
             part = slice(start, start + (chunk or 150))
             wanted = model(
@@ -140,7 +153,7 @@ def test_prefill_is_the_models_own_pass_unless_a_policy_has_another(model: Any, 
                 logits_to_keep=2,
             ).logits
         by_hand = tensors(cache)
-    with create_tiered_cache(model, config=FadeConfig(**LADDER)) as cache:
+    with create_tiered_cache(model, FadeConfig(**LADDER), max_cache_len) as cache:
         found = cache.prefill(model, ids, mask, chunk=chunk, logits_to_keep=2).logits
         assert not found.requires_grad
         assert torch.equal(found, wanted)

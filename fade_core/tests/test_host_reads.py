@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fade_core import FadeConfig, create_tiered_cache
+from fade_core.cache.inspection import window_of
 from fade_core.cache.layer import TieredLayer
 
 SHORT = {"n_sink": 3, "recent_window": 16, "tile": 16}
@@ -105,12 +106,12 @@ class Side:
         """Tokens ``[B, H_kv, Q, D]`` come: what follows attention is counted, the check for NaN before it is not."""
         self.layer.update(*(Away.of(t.clone()) if self.device else t.clone() for t in (keys, values)))
         before = len(self.device.reads) if self.device else 0
-        self.layer.settle(padding)
+        self.layer.finish_pending(padding)
         self.reads += self.device.reads[before:] if self.device else []
 
     def state(self) -> dict[str, Tensor]:
         """The window and every store, on the host."""
-        window = self.layer._window()
+        window = window_of(self.layer)
         found = {f"window.{n}": t for n, t in window.state().items()}
         for i, store in enumerate(self.layer.stores):
             found |= {f"store{i}.{n}": t for n, t in store.state().items()}
@@ -158,7 +159,7 @@ def test_positions_are_read_back_only_while_tokens_moved_by_hand_leave_gaps(monk
             assert_same(*(side.state() for side in sides))
     positions = sides[0].layer.stores[0].positions()
     for row, padding in enumerate(PADDING):
-        held = torch.cat([positions[row, 0], sides[0].layer._window().positions()[row, 0]]).tolist()
+        held = torch.cat([positions[row, 0], window_of(sides[0].layer).positions()[row, 0]]).tolist()
         missing = set(range(padding, 400)) - set(held)
         assert missing == {padding + 1, 297}
 

@@ -82,6 +82,7 @@ def test_progress_bars_come_back(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.real_model
+@pytest.mark.slow
 def test_smollm2_comes_out_of_its_wheel_without_importing_it() -> None:
     model, tokenizer = load_model("smollm2", device="cpu")
     assert SMOLLM2.path().suffix == ".gguf"

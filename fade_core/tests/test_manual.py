@@ -32,6 +32,7 @@ LADDER: dict[str, Any] = SMALL | {
     "ladder": [{"tier": "int4", "capacity": 500}, {"tier": "int2", "capacity": 500}],
 }
 FP16, INT4, INT2, EVICTED = 0, 1, 2, -1
+LENGTH = 300
 
 
 @pytest.fixture(autouse=True)
@@ -44,20 +45,39 @@ def llama() -> Any:
     return tiny_llama()
 
 
-def ladder_cache(model: Any, tokens: int = 100, batch: int = 2) -> TieredKVCache:
-    cache = create_tiered_cache(model, FadeConfig(**LADDER))
-    forward_with_tracking(model, torch.randint(1, 256, (batch, tokens)), cache)
-    return cache
+@pytest.fixture(params=[None, LENGTH])
+def max_cache_len(request: Any) -> int | None:
+    """Every test of this file is one of both."""
+    found: int | None = request.param
+    return found
+
+
+@pytest.fixture
+def make(max_cache_len: int | None) -> Any:
+    """Makes a cache of a model and fields of a configuration."""
+    return lambda model, fields: create_tiered_cache(model, FadeConfig(**fields), max_cache_len)
+
+
+@pytest.fixture
+def ladder_cache(make: Any) -> Any:
+    """Makes a cache of two tiers and feeds it a prompt."""
+
+    def made(model: Any, tokens: int = 100, batch: int = 2) -> TieredKVCache:
+        cache: TieredKVCache = make(model, LADDER)
+        forward_with_tracking(model, torch.randint(1, 256, (batch, tokens)), cache)
+        return cache
+
+    return made
 
 
 # --- the loop ---
 
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_qwen3, tiny_gemma3])
-def test_the_loop_of_prefill_steps_and_reassignment(build: Any) -> None:
+def test_the_loop_of_prefill_steps_and_reassignment(build: Any, make: Any) -> None:
     """As a program against the earlier releases writes it, the tracker passed along."""
     model = build()
-    cache = create_tiered_cache(model, FadeConfig(**H2O))
+    cache = make(model, H2O)
     tracker: AttentionTracker = cache.tracker
     ids = torch.randint(1, 256, (1, 90))
     output = forward_with_tracking(model, ids, cache, tracker)
@@ -74,13 +94,13 @@ def test_the_loop_of_prefill_steps_and_reassignment(build: Any) -> None:
     assert cache.get_seq_length() == 120
     assert torch.isfinite(output.logits).all()
     # the same tokens as inside generate, which ranks by itself as often
-    own = create_tiered_cache(model, FadeConfig(**(H2O | {"policy": {"kind": "h2o", "budget": 70, "every": 10}})))
+    own = make(model, H2O | {"policy": {"kind": "h2o", "budget": 70, "every": 10}})
     found = model.generate(ids, past_key_values=own, max_new_tokens=30, do_sample=False)
     assert torch.equal(found[:, 90:], torch.cat(tokens, dim=1))
 
 
-def test_passes_are_tracked_without_eager_attention(llama: Any) -> None:
-    cache = create_tiered_cache(llama, FadeConfig(**LADDER))
+def test_passes_are_tracked_without_eager_attention(llama: Any, make: Any) -> None:
+    cache = make(llama, LADDER)
     ids, mask = left_padded((60, 41))
     forward_with_tracking(llama, ids, cache, attention_mask=mask)
     for step in range(4):
@@ -98,8 +118,8 @@ def mass_of(layer: Any) -> float:
     return window + sum(map(float, stored))
 
 
-def test_ranking_only_some_layers(llama: Any) -> None:
-    cache = create_tiered_cache(llama, FadeConfig(**(H2O | {"policy": {"kind": "h2o", "budget": 40, "every": 1000}})))
+def test_ranking_only_some_layers(llama: Any, make: Any) -> None:
+    cache = make(llama, H2O | {"policy": {"kind": "h2o", "budget": 40, "every": 1000}})
     forward_with_tracking(llama, torch.randint(1, 256, (1, 60)), cache)
     for _ in range(30):
         forward_with_tracking(llama, torch.randint(1, 256, (1, 1)), cache)
@@ -109,7 +129,7 @@ def test_ranking_only_some_layers(llama: Any) -> None:
     assert kept[1] == kept[2]
 
 
-def test_another_tracker_is_refused(llama: Any) -> None:
+def test_another_tracker_is_refused(llama: Any, ladder_cache: Any) -> None:
     cache = ladder_cache(llama)
     before = cache.cache_state_dict()
     other = AttentionTracker(("mass",))
@@ -132,7 +152,7 @@ def random_move_down(now: Tensor) -> Tensor:
     return torch.where(deeper == 3, EVICTED, deeper)
 
 
-def test_tokens_are_where_the_map_sends_them_and_keep_what_they_are(llama: Any) -> None:
+def test_tokens_are_where_the_map_sends_them_and_keep_what_they_are(llama: Any, ladder_cache: Any) -> None:
     cache = ladder_cache(llama)
     for layer in cache.tiered:
         for _ in range(3):
@@ -167,20 +187,20 @@ def tokens_of(layer: Any) -> tuple[Tensor, Tensor]:
     return found[0], found[1]
 
 
-def test_generation_goes_on_with_what_the_map_left(llama: Any) -> None:
+def test_generation_goes_on_with_what_the_map_left(llama: Any, max_cache_len: int | None) -> None:
     """A map that evicts some tokens equals a mask that hides them, where the others keep full precision."""
     config = FadeConfig(n_sink=2, recent_window=16, tile=16, keys=TOKENWISE, policy={"kind": "h2o", "every": 1000},
                         ladder=[{"tier": "fp16", "capacity": 500}])  # fmt: skip
     ids = torch.randint(1, 256, (1, 80))
     evicted = torch.zeros(80, dtype=torch.bool)
     evicted[torch.randperm(60)[:25] + 5] = True
-    cache = create_tiered_cache(llama, config)
+    cache = create_tiered_cache(llama, config, max_cache_len)
     forward_with_tracking(llama, ids, cache)
     for layer in cache.tiered:
         wanted = layer.tier_map()[0, 0].clone()
         wanted[evicted] = EVICTED
         apply_tier_assignment(cache, layer.index, wanted)
-    plain = create_tiered_cache(llama, config)
+    plain = create_tiered_cache(llama, config, max_cache_len)
     forward_with_tracking(llama, ids, plain)
     mask = torch.cat([(~evicted).long()[None], torch.ones(1, 1, dtype=torch.long)], dim=1)
     token = torch.randint(1, 256, (1, 1))
@@ -191,7 +211,7 @@ def test_generation_goes_on_with_what_the_map_left(llama: Any) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_one_map_for_all_rows_and_one_a_row(llama: Any) -> None:
+def test_one_map_for_all_rows_and_one_a_row(llama: Any, ladder_cache: Any) -> None:
     cache = ladder_cache(llama, 100)
     assert cache.tier_names() == ["fp16", "int4", "int2"]
     wanted = cache.tiered[0].tier_map()[0, 0].clone()
@@ -205,9 +225,9 @@ def test_one_map_for_all_rows_and_one_a_row(llama: Any) -> None:
     assert cache.tiered[1].tier_map().max() == INT4  # other layers are as they were
 
 
-def test_padding_is_nowhere_whatever_the_map_says(llama: Any) -> None:
+def test_padding_is_nowhere_whatever_the_map_says(llama: Any, make: Any) -> None:
     ids, mask = left_padded((60, 41))
-    cache = create_tiered_cache(llama, FadeConfig(**LADDER))
+    cache = make(llama, LADDER)
     forward_with_tracking(llama, ids, cache, attention_mask=mask)
     apply_tier_assignment(cache, 0, torch.full((60,), INT2))
     levels = cache.tiered[0].tier_map()
@@ -216,7 +236,7 @@ def test_padding_is_nowhere_whatever_the_map_says(llama: Any) -> None:
     assert bool((levels[1, :, 19:] == INT2).all())
 
 
-def test_moves_are_events(llama: Any) -> None:
+def test_moves_are_events(llama: Any, ladder_cache: Any) -> None:
     cache = ladder_cache(llama, 100, batch=1)
     sink = Collector()
     attach_telemetry(cache, sink)
@@ -240,7 +260,7 @@ def refused(cache: TieredKVCache, layer: int, tiers: Tensor, message: str) -> No
     assert_same_state(cache.cache_state_dict(), before)
 
 
-def test_upward_moves_are_refused(llama: Any) -> None:
+def test_upward_moves_are_refused(llama: Any, ladder_cache: Any) -> None:
     cache = ladder_cache(llama)
     now = cache.tiered[0].tier_map()[0, 0].clone()
     down = now.clone()
@@ -255,7 +275,7 @@ def test_upward_moves_are_refused(llama: Any) -> None:
     refused(cache, 0, per_row, "2 tokens were asked back up the ladder")
 
 
-def test_an_evicted_token_cannot_be_asked_back_but_may_be_named(llama: Any) -> None:
+def test_an_evicted_token_cannot_be_asked_back_but_may_be_named(llama: Any, ladder_cache: Any) -> None:
     cache = ladder_cache(llama)
     wanted = cache.tiered[0].tier_map()[0, 0].clone()
     wanted[10] = EVICTED
@@ -276,12 +296,12 @@ def test_an_evicted_token_cannot_be_asked_back_but_may_be_named(llama: Any) -> N
         (lambda now: now[None], "or .B, H_kv, T. is needed"),
     ],
 )
-def test_maps_that_fit_no_layer_are_refused(llama: Any, change: Any, message: str) -> None:
+def test_maps_that_fit_no_layer_are_refused(llama: Any, change: Any, message: str, ladder_cache: Any) -> None:
     cache = ladder_cache(llama)
     refused(cache, 0, change(cache.tiered[0].tier_map()), message)
 
 
-def test_heads_must_agree_on_what_leaves_the_window(llama: Any) -> None:
+def test_heads_must_agree_on_what_leaves_the_window(llama: Any, ladder_cache: Any) -> None:
     cache = ladder_cache(llama)
     wanted = cache.tiered[0].tier_map().clone()
     wanted[0, 0, -1] = INT4
@@ -289,9 +309,9 @@ def test_heads_must_agree_on_what_leaves_the_window(llama: Any) -> None:
     refused(cache, 0, wanted, "heads of a row disagree")
 
 
-def test_tokens_that_share_scales_move_together(llama: Any) -> None:
+def test_tokens_that_share_scales_move_together(llama: Any, make: Any) -> None:
     config = LADDER | {"keys": {"kind": "uniform", "bits": 4, "axis": "channel"}}
-    cache = create_tiered_cache(llama, FadeConfig(**config))
+    cache = make(llama, config)
     forward_with_tracking(llama, torch.randint(1, 256, (2, 100)), cache)
     wanted = cache.tiered[0].tier_map().clone()
     wanted[..., -1] = INT2
@@ -304,9 +324,9 @@ def test_tokens_that_share_scales_move_together(llama: Any) -> None:
     assert torch.equal(cache.tiered[0].tier_map(), wanted)
 
 
-def test_layers_that_cannot_be_assigned_are_named() -> None:
+def test_layers_that_cannot_be_assigned_are_named(make: Any) -> None:
     model = tiny_gemma3()
-    cache = create_tiered_cache(model, FadeConfig(**LADDER))
+    cache = make(model, LADDER)
     with pytest.raises(InputError, match="empty"):
         apply_tier_assignment(cache, 1, torch.zeros(5, dtype=torch.long))
     greedy(model, feed(model, torch.randint(1, 256, (1, 40)), cache), cache, 1)

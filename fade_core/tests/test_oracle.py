@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tiny import fresh_seed
+from tiny import fresh_seed, give
 from torch import Tensor
 
 from fade_core.builtin.quantizers.full import FullQuantizer
@@ -68,12 +68,12 @@ def store_of(kind: str, counts: Tensor) -> TierStore:
 def window_of(ragged: bool) -> Window:
     """A window of rows of unlike length, NaN behind them."""
     window = Window(BATCH, KV_HEADS, DIM, VALUE_DIM, 20, torch.float32, CPU)
-    window.append(torch.randn(BATCH, KV_HEADS, 9, DIM), torch.randn(BATCH, KV_HEADS, 9, VALUE_DIM), 0)
+    give(window, torch.randn(BATCH, KV_HEADS, 9, DIM), torch.randn(BATCH, KV_HEADS, 9, VALUE_DIM), 0)
     if ragged:
         window.take_out(1, torch.tensor([0, 5, 8]))
         for held in (window.keys, window.values):
-            held[:, :, window.longest :] = torch.nan
-        window.append(torch.randn(BATCH, KV_HEADS, 2, DIM), torch.randn(BATCH, KV_HEADS, 2, VALUE_DIM), 9)
+            held[:, :, window.longest :] = 1e30  # a window is never given what is not finite
+        give(window, torch.randn(BATCH, KV_HEADS, 2, DIM), torch.randn(BATCH, KV_HEADS, 2, VALUE_DIM), 9)
     for held in (window.keys, window.values):
         held[:, :, window.longest :] = torch.nan
     return window

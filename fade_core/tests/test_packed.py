@@ -6,7 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import fresh_seed
 
+from fade_core.builtin.quantizers.uniform import UniformQuantizer
 from fade_core.errors import ConfigError
 from fade_core.packed import (
     WORD_BITS,
@@ -19,6 +21,7 @@ from fade_core.packed import (
     unpack_codes,
     unpack_meta,
 )
+from fade_core.storage.codec import Codec
 
 LAYOUTS = st.sampled_from(["token", "channel"])
 PACKABLE = (1, 2, 3, 4, 5, 6, 8)
@@ -131,3 +134,32 @@ def test_a_format_that_cannot_work_is_refused(fields: dict[str, object], message
 def test_packed_counts_all_its_fields() -> None:
     packed = Packed({"a": torch.zeros(3, dtype=torch.int16), "b": torch.zeros(5)}, 3, torch.float32)
     assert packed.nbytes == 3 * 2 + 5 * 4
+
+
+@pytest.mark.parametrize("all_placed", [True, False])
+def test_tiles_go_into_a_pool_and_come_back(all_placed: bool) -> None:
+    """Places in any order; tiles without one are not written, and are zeros when they are read."""
+    torch.manual_seed(fresh_seed())
+    quantizer = UniformQuantizer(12, 4, "channel", tile=16)
+    tokens = torch.randn(2, 3, 40, 12)
+    wanted = torch.nn.functional.pad(quantizer.decode(quantizer.encode(tokens)), (0, 0, 0, 8))
+    pool = {
+        name: torch.full((25, *shape), -1, dtype=dtype) for name, (shape, dtype) in quantizer.field_shapes().items()
+    }
+    ids = torch.randperm(25)[:18].int().view(2, 3, 3)
+    if not all_placed:
+        ids[0, 1:, 2] = -1
+        ids[1] = -1
+    Codec().encode_into(quantizer, tokens, pool, ids)
+    found = Codec().decode_from(quantizer, pool, ids, torch.float32)
+    assert found.shape == (2, 3, 48, 12)
+    there = (ids >= 0).repeat_interleave(16, 2)  # [B, H_kv, T]
+    there[..., 40:] = False
+    assert torch.equal(found[there], wanted[there])
+    assert not found[(ids < 0).repeat_interleave(16, 2)].any()
+    untouched = torch.ones(25, dtype=torch.bool)
+    untouched[ids[ids >= 0].long()] = False
+    assert all(bool((field[untouched] == -1).all()) for field in pool.values())
+    before = {name: field.clone() for name, field in pool.items()}
+    Codec().encode_into(quantizer, tokens, pool, torch.full_like(ids, -1))
+    assert all(torch.equal(field, before[name]) for name, field in pool.items())

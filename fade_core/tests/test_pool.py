@@ -68,16 +68,21 @@ def test_reserving_ahead_makes_room_for_exactly_what_is_missing(pool: TilePool) 
     assert before == {name: field.data_ptr() for name, field in pool.fields.items()}
 
 
-def test_compacting_frees_memory_and_says_where_tiles_went(pool: TilePool) -> None:
+def test_keeping_some_tiles_frees_the_others(pool: TilePool) -> None:
     held = tiles(12)
     ids = pool.write(held, torch.empty(0, dtype=torch.long))
     before = live_bytes(pool)
-    assert pool.compact(ids[:10]) is None  # a sixth of it is dead: not worth copying
-    alive = ids[[7, 2, 9]]
-    mapping = pool.compact(alive)
-    assert mapping is not None
+    pool.keep(ids[[7, 2, 9]])
     assert pool.capacity == 3
     assert live_bytes(pool) == before // 4
-    assert torch.equal(pool.read(mapping[alive])["k.codes"], held["k.codes"][[7, 2, 9]])
-    assert pool.compact(torch.tensor([-1])) is not None
+    assert torch.equal(pool.read(torch.arange(3))["k.codes"], held["k.codes"][[7, 2, 9]])
+    pool.keep(torch.empty(0, dtype=torch.long))
     assert live_bytes(pool) == 0
+
+
+def test_free_ids_are_given_as_wished(pool: TilePool) -> None:
+    pool.write(tiles(6), torch.empty(0, dtype=torch.long))
+    found = pool.take(4, torch.tensor([0, 3]), torch.tensor([5, 3, 9, 1]))
+    assert found[0] == 5
+    assert found[3] == 1
+    assert set(found.tolist()) == {1, 2, 4, 5}

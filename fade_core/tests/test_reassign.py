@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from fade_core import FadeConfig, TieredKVCache, create_tiered_cache, reassign_tiers
+from fade_core.cache.inspection import dense_shape
 
 PROMPT, ROUNDS, STEPS = 330, 32, 3
 SHORT = {"n_sink": 4, "recent_window": 16, "tile": 16, "policy": {"kind": "h2o", "every": 10_000}}
@@ -32,7 +33,7 @@ def packed_keys(cache: TieredKVCache) -> tuple[Tensor, Tensor]:
     keys, tiers = [], []
     for layer in cache.tiered:
         tier = layer.tier_map()[..., :PROMPT].clamp_min(0)
-        held = torch.zeros(*layer.tier_map().shape, layer.dense_shape("key")[3])
+        held = torch.zeros(*layer.tier_map().shape, dense_shape(layer, "key")[3])
         for store in layer.stores:
             if store.tiles:
                 where = store.positions()

@@ -1,4 +1,4 @@
-"""Holes are counted row by row and head by head; shifts last as long as the book that they were worked out from."""
+"""Holes are counted row by row and head by head; each token carries how far it is moved."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import fresh_seed
+from tiny import fresh_seed, give
 from torch import Tensor
 
 from fade_core.builtin.quantizers.uniform import UniformConfig
 from fade_core.interfaces import QuantizerContext, RopeScheme, Tier
-from fade_core.storage.repositioning import Shift, Shifts, holes_after
+from fade_core.storage.repositioning import Shift, holes_after, note_shifts, shown_shifts
 from fade_core.storage.tier_store import TierStore, Tokens
 from fade_core.storage.window import Window
 
@@ -79,19 +79,25 @@ def layer(rows: int = 2) -> tuple[Window, TierStore]:
     """Three sinks and ten recent tokens around two tiles, of positions 0 to 44; room for three more."""
     quantizer = UniformConfig(bits=4, axis="token").build(QuantizerContext(DIM, tile=TILE))
     tier = Tier("int4", "rest", quantizer, quantizer)
-    window = Window(rows, HEADS, DIM, DIM, 16, torch.float32, torch.device("cpu"))
+    window = Window(rows, HEADS, DIM, DIM, 16, torch.float32, torch.device("cpu"), shifted=True)
     for part in (range(3), range(35, 45)):
-        window.append(torch.zeros(rows, HEADS, len(part), DIM), torch.zeros(rows, HEADS, len(part), DIM), part[0])
-    store = TierStore(tier, rows, HEADS, torch.device("cpu"), torch.float32, True)
+        give(window, torch.zeros(rows, HEADS, len(part), DIM), torch.zeros(rows, HEADS, len(part), DIM), part[0])
+    store = TierStore(tier, rows, HEADS, torch.device("cpu"), torch.float32, True, shifted=True)
     keys = torch.randn(rows, HEADS, 2 * TILE, DIM)
     counts = torch.full((rows, HEADS), 2 * TILE)
     store.append(Tokens(keys, keys, torch.arange(3, 35).expand(rows, 1, -1), counts, {}))
     return window, store
 
 
+def noted(window: Window, store: TierStore) -> tuple[Tensor, Tensor]:
+    """How far packed and full-precision tokens are moved."""
+    return store.book.notes["shift"][:, :, : store.tiles].flatten(2), window.notes["shift"][:, :, : window.longest]
+
+
 def test_nothing_moves_while_nothing_is_missing() -> None:
     window, store = layer()
-    assert Shifts(Adding()).of(window, [store], 45, None) == [None, None]
+    note_shifts(window, [store], 45)
+    assert not any(bool(part.any()) for part in noted(window, store))
 
 
 def test_what_moves_is_what_lies_before_a_hole() -> None:
@@ -99,33 +105,42 @@ def test_what_moves_is_what_lies_before_a_hole() -> None:
     gone = torch.zeros(2, HEADS, 2 * TILE, dtype=torch.bool)
     gone[1, 0, 5:10] = True  # positions 8 to 12
     store.split(gone, decode=False)
-    packed, full = Shifts(Adding()).of(window, [store], 45, None)
-    assert packed is not None
+    note_shifts(window, [store], 45)
+    packed, full = noted(window, store)
+    assert packed[..., :5].tolist() == [[[0] * 5] * 2, [[5] * 5, [0] * 5]]
+    assert not packed[..., 5:].any()
+    assert full[..., :3].tolist() == [[[0] * 3] * 2, [[5] * 3, [0] * 3]]
+    assert not full[..., 3:].any()
+
+
+def test_a_hidden_position_is_no_hole() -> None:
+    window, store = layer()
+    gone = torch.zeros(2, HEADS, 2 * TILE, dtype=torch.bool)
+    gone[..., :TILE] = True  # positions 3 to 18
+    store.split(gone, decode=False)
+    shown = torch.ones(2, 45, dtype=torch.bool)
+    shown[0, 3:9] = False
+    packed, full = shown_shifts(Adding(), window, [store], 45, shown)
+    assert packed is None
     assert full is not None
-    assert packed.reach == 5
-    assert packed.offsets.tolist() == [[[0] * 5] * 2, [[5] * 5, [0] * 5]]
-    assert full.offsets.tolist() == [[[0] * 3] * 2, [[5] * 3, [0] * 3]]
+    assert full.offsets[:, 0, 0].tolist() == [TILE - 6, TILE]
 
 
-def test_shifts_are_kept_until_what_is_stored_changes() -> None:
+def test_tokens_that_come_move_nothing_and_carry_nothing() -> None:
     window, store = layer()
     gone = torch.zeros(2, HEADS, 2 * TILE, dtype=torch.bool)
     gone[..., :TILE] = True
     store.split(gone, decode=False)
-    shifts = Shifts(Adding())
-    first = shifts.of(window, [store], 45, None)
-    assert [s is None for s in first] == [True, False]
-    window.append(torch.zeros(2, HEADS, 1, DIM), torch.zeros(2, HEADS, 1, DIM), 45)
-    assert shifts.of(window, [store], 46, None) is first
-    assert torch.equal(first[1].offsets, torch.full((2, HEADS, 3), TILE))  # type: ignore[union-attr]
-    store.select_rows(torch.tensor([1, 0]))
-    window.select_rows(torch.tensor([1, 0]))
-    assert shifts.of(window, [store], 46, None) is not first
+    note_shifts(window, [store], 45)
+    before = [part.clone() for part in noted(window, store)]
+    give(window, torch.zeros(2, HEADS, 1, DIM), torch.zeros(2, HEADS, 1, DIM), 45)
+    packed, full = noted(window, store)
+    assert torch.equal(packed, before[0])
+    assert torch.equal(full[..., :-1], before[1])
+    assert not full[..., -1].any()
     store.split(torch.ones(2, HEADS, TILE, dtype=torch.bool), decode=False)
-    again = shifts.of(window, [store], 46, None)
-    assert [s.offsets.amax().item() for s in again if s is not None] == [2 * TILE]
-    shifts.forget()
-    assert shifts.tensors() == {}
+    note_shifts(window, [store], 46)
+    assert int(noted(window, store)[1].amax()) == 2 * TILE
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

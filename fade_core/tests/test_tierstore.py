@@ -41,7 +41,7 @@ def content(store: TierStore) -> Content:
     found: Content = [[{} for _ in range(heads)] for _ in range(batch)]
     if not store.tiles:
         return found
-    keys, values = store.decoded()
+    keys, values = (t.clone() for t in store.decoded())  # full precision is read in place
     positions, mass = store.positions(), store.statistics["mass"].flatten(2)
     for b in range(batch):
         for h in range(heads):
@@ -293,49 +293,46 @@ def test_tiles_that_rows_share_are_copied_once_when_they_join() -> None:
     assert live_bytes(store.pool) == one
 
 
+@pytest.mark.parametrize("fixed", [0, 12])
 @pytest.mark.parametrize("kind", ["token", "channel"])
-def test_going_back_undoes_everything_since_hold(kind: str) -> None:
+def test_rolling_back_undoes_everything_since_it_began(kind: str, fixed: int) -> None:
     torch.manual_seed(fresh_seed())
-    store, feed = store_of(kind), Feed(2, 3)
+    store, feed = TierStore(tier(kind), 2, 3, CPU, torch.float32, False, ("mass",), fixed=fixed), Feed(2, 3)
     store.append(feed.take(torch.full((2, 3), 4 * TILE)))
     before = {name: tensor.clone() for name, tensor in store.state().items()}
-    store.hold()
+    store.begin()
     store.statistics["mass"].add_(1)
-    moving = (torch.rand(store.table.shape) < 0.5).repeat_interleave(TILE, -1)
-    moving[..., :TILE] = True
-    store.split(moving, decode=False)
     store.append(feed.take(torch.randint(1, 3 * TILE, (2, 3))))
-    if kind == "token":
-        store.split(torch.rand(2, 3, store.tiles * TILE) < 0.5)
-    poison_other_tiles(store)
-    store.go_back()
+    store.rollback()
+    poison(store)
     after = store.state()
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert_consistent(store)
 
 
-def poison_other_tiles(store: TierStore) -> None:
-    """NaN into tiles that neither the book nor what ``hold`` remembers names."""
-    dead = torch.ones(store.pool.capacity, dtype=torch.bool)
-    dead[store._alive()[store._alive() >= 0]] = False
-    for field in store.pool.fields.values():
-        field[dead] = torch.nan if field.is_floating_point() else -1
-
-
-def test_letting_go_frees_what_was_dropped_meanwhile() -> None:
+def test_a_store_of_fixed_size_never_moves_and_reads_without_its_table_until_tiles_are_shared() -> None:
     torch.manual_seed(fresh_seed())
-    store = store_of("token", 1, 1)
-    store.append(Feed(1, 1).take(torch.tensor([[8 * TILE]])))
-    before = live_bytes(store)
-    store.hold()
-    moving = torch.zeros(1, 1, 8 * TILE, dtype=torch.bool)
-    moving[..., : 6 * TILE] = True
+    store, feed = TierStore(tier("token"), 2, 3, CPU, torch.float32, False, ("mass",), fixed=9), Feed(2, 3)
+    places = {name: field.data_ptr() for name, field in store.pool.fields.items()}
+    store.append(feed.take(torch.full((2, 3), 4 * TILE)))
+    assert store.runs
+    assert store.ahead() == 5
+    moving = torch.zeros(2, 3, 4 * TILE, dtype=torch.bool)
+    moving[..., TILE : 2 * TILE] = True
     store.split(moving, decode=False)
-    store.let_go()
-    assert live_bytes(store) < before * 0.3
-    store.go_back()  # nothing is remembered any more
-    assert store.lengths.tolist() == [[2 * TILE]]
+    assert not store.runs
+    store.select_rows(torch.tensor([1, 1]))
+    store.reserve(1, 9)
+    assert store.ahead() > 0
+    ids = [set(store.book.ids.host[b][store.book.ids.host[b] >= 0].tolist()) for b in (0, 1)]
+    assert ids[0] & ids[1] == set(
+        store.table[0].flatten().tolist()
+    )  # what is written is shared, what is reserved is not
+    assert places == {name: field.data_ptr() for name, field in store.pool.fields.items()}
+    store.clear()
+    assert store.runs
+    assert store.ahead() == 9
 
 
 def test_a_saved_store_holds_live_tiles_only() -> None:

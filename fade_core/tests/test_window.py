@@ -1,4 +1,4 @@
-"""The full-precision window against lists of tokens, with NaN in every slot that is not in use."""
+"""The full-precision window against lists of tokens, with large numbers in every slot that is not in use."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from tiny import fresh_seed
+from tiny import fresh_seed, give
 from torch import Tensor
 
 from fade_core.storage.window import Window
@@ -23,8 +23,8 @@ def window_of(batch: int, capacity: int = 12) -> Window:
 
 
 def content(window: Window) -> Rows:
-    keys, values = window.live()
-    positions, mass = window.positions()[:, 0], window.statistics["mass"]
+    keys, values = (t.clone() for t in window.live())
+    positions, mass = window.positions()[:, 0], window.statistics["mass"].clone()
     return [
         [(int(positions[b, i]), keys[b, :, i], values[b, :, i], mass[b, :, i]) for i in range(int(window.lengths[b]))]
         for b in range(keys.shape[0])
@@ -32,9 +32,9 @@ def content(window: Window) -> Rows:
 
 
 def poison(window: Window) -> None:
-    """NaN into the slack."""
+    """Large numbers into the slack that no row reaches: buffers begin as zeros, and only finite numbers are written."""
     for held in (window.keys, window.values, *window.statistics.values()):
-        held[:, :, window.longest :] = torch.nan
+        held[:, :, window.longest :] = 1e30
 
 
 def assert_same(window: Window, rows: Rows) -> None:
@@ -57,7 +57,7 @@ def assert_same(window: Window, rows: Rows) -> None:
 def append(window: Window, rows: Rows, position: int, count: int) -> None:
     """The same new tokens for the window and for the lists."""
     keys, values = torch.randn(len(rows), HEADS, count, KEY), torch.randn(len(rows), HEADS, count, VALUE)
-    window.append(keys, values, position)
+    give(window, keys, values, position)
     for b, row in enumerate(rows):
         row += [(position + i, keys[b, :, i], values[b, :, i], torch.zeros(HEADS)) for i in range(count)]
 
@@ -66,7 +66,7 @@ def other_window(dice: random.Random, position: int) -> Window:
     """Two rows, one of which may be shorter, or empty."""
     window, count = window_of(2, dice.choice([3, 12, 30])), dice.randint(0, 30)
     if count:
-        window.append(torch.randn(2, HEADS, count, KEY), torch.randn(2, HEADS, count, VALUE), position)
+        give(window, torch.randn(2, HEADS, count, KEY), torch.randn(2, HEADS, count, VALUE), position)
         window.statistics["mass"][:, :, :count] = torch.rand(2, HEADS, count)
         window.take_out(0, torch.tensor([0, dice.randint(0, count)]))
     return window
@@ -136,35 +136,35 @@ def test_any_history_keeps_exactly_the_tokens_it_should(trial: int) -> None:
         assert_same(window, rows)
 
 
-def test_going_back_undoes_everything_since_hold() -> None:
+def test_rolling_back_undoes_everything_since_it_began() -> None:
     torch.manual_seed(fresh_seed())
     window = window_of(2)
-    window.append(torch.randn(2, HEADS, 9, KEY), torch.randn(2, HEADS, 9, VALUE), 0)
+    give(window, torch.randn(2, HEADS, 9, KEY), torch.randn(2, HEADS, 9, VALUE), 0)
     window.take_out(1, torch.tensor([0, 4]))
     before = {name: tensor.clone() for name, tensor in window.state().items()}
     for change in range(4):
-        window.hold()
+        window.begin()
         window.statistics["mass"].add_(1)
         if change != 0:
-            window.append(torch.randn(2, HEADS, 20, KEY), torch.randn(2, HEADS, 20, VALUE), 9)
+            give(window, torch.randn(2, HEADS, 20, KEY), torch.randn(2, HEADS, 20, VALUE), 9)
         if change == 2:
             window.take_out(2, torch.tensor([3, 1]))
         if change == 3:
             window.assign(*torch.ones(2, 2, HEADS, 3, 1), torch.zeros(2, 3), torch.tensor([2, 3]), window.statistics)
-        window.go_back()
+        window.rollback()
         after = window.state()
         assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
         assert window.positions().shape == (2, 1, 9)
 
 
-def test_letting_go_frees_the_old_buffers() -> None:
+def test_committing_frees_what_was_remembered() -> None:
     window = window_of(1, 40)
-    window.append(torch.randn(1, HEADS, 40, KEY), torch.randn(1, HEADS, 40, VALUE), 0)
-    window.hold()
+    give(window, torch.randn(1, HEADS, 40, KEY), torch.randn(1, HEADS, 40, VALUE), 0)
+    window.begin()
     window.take_out(0, torch.tensor([30]))
     window.shrink(12)
-    window.let_go()
-    window.go_back()  # nothing is remembered any more
+    window.commit()
+    window.rollback()  # nothing is remembered any more
     assert window.lengths.tolist() == [10]
     assert live_bytes(window) == sum(t.nbytes for t in window.tensors().values())
     assert window.tensors()["keys"].shape[2] == 12
@@ -173,6 +173,6 @@ def test_letting_go_frees_the_old_buffers() -> None:
 def test_it_grows_by_little() -> None:
     window = window_of(1, 64)
     for position in range(300):
-        window.append(torch.zeros(1, HEADS, 1, KEY), torch.zeros(1, HEADS, 1, VALUE), position)
+        give(window, torch.zeros(1, HEADS, 1, KEY), torch.zeros(1, HEADS, 1, VALUE), position)
     assert window.longest == 300
     assert window.capacity <= 300 * 17 / 16

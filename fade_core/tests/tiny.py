@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from fade_core.ops.append import AppendRule, StepBuffers, append
+from fade_core.storage.window import Window
 
 VOCABULARY = 256
 
@@ -18,6 +25,15 @@ def fresh_seed() -> int:
     seed = int(os.environ.get("FADE_SEED", time.time_ns() % 2**31))
     print(f"FADE_SEED={seed}")
     return seed
+
+
+def by_turns(length: int, *axes: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Every combination of ``axes``, ending in ``max_cache_len``: ``None`` and ``length`` by turns.
+
+    Each value of an axis meets both, where another axis has two values or more.
+    """
+    numbered = itertools.product(*(list(enumerate(axis)) for axis in axes))
+    return [(*(v for _, v in case), (None, length)[sum(number for number, _ in case) % 2]) for case in numbered]
 
 
 def tiny_llama(seed: int = 0, *, layers: int = 3, vocabulary: int = VOCABULARY) -> LlamaForCausalLM:
@@ -53,3 +69,17 @@ def save_tiny(folder: Path, seed: int = 0) -> Path:
     tiny_llama(seed).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+def give(window: Window, keys: Tensor, values: Tensor, position: int) -> None:
+    """New tokens ``[B, H_kv, Q, D]`` for a window, as a step brings them."""
+    window.reserve(window.longest + keys.shape[2])
+    numbers, counters = window.numbers.device, torch.tensor([position, 0, 0])
+    held = window.keys, window.values, window.offsets, numbers, counters, {}, {}, numbers[..., None][..., :0]
+    append(
+        keys,
+        values,
+        StepBuffers(*held, numbers, numbers, window_notes=[*window.notes.values()]),
+        AppendRule(None, 0, 1 << 30),
+    )
+    window.numbers.publish()

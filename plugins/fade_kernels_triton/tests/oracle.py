@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fade_core.builtin.quantizers.uniform import UniformQuantizer
 from fade_core.packed import Packed, PackedFormat
+from fade_core.storage.tier_store import TierStore
 from fade_kernels_triton.operands import PackedTier, Window
 
 
@@ -164,6 +165,20 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
     """``|found - wanted| / |wanted|``; NaN counts as infinite."""
     error = float((found.double() - wanted).norm() / wanted.norm())
     return error if error == error else float("inf")
+
+
+def scatter(store: TierStore) -> None:
+    """A shuffled pool with free tiles between those in use, and rubbish in them: the table is read."""
+    count, ids = store.pool.capacity, store.book.ids.host
+    order = torch.randperm(count + 5)[:count]
+    for name, tiles in store.pool.fields.items():
+        bits = 8 if tiles.dtype == torch.uint8 else 15
+        pool = torch.randint(2**bits, (count + 5, *tiles.shape[1:]), device=tiles.device).to(tiles.dtype)
+        pool[order.to(tiles.device)] = tiles
+        store.pool.fields[name] = pool
+    store.pool.capacity = count + 5
+    ids.copy_(torch.where(ids >= 0, order[ids.clamp_min(0).long()], -1))
+    store._changed()
 
 
 def format_of(bits: int, dim: int, axis: str, tile: int, side: str) -> PackedFormat:

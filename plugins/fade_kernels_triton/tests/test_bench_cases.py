@@ -88,8 +88,8 @@ def test_a_case_knows_what_its_launch_is_looked_up_by(case, monkeypatch, device)
 
 
 def test_every_case_is_one_that_the_kernel_takes():
-    for case in (*PARITY, *TIMED):
-        built = build(case.small, torch.device("cpu"), 0)
+    for case in {case.small for case in (*PARITY, *TIMED)}:  # many cases differ in size alone
+        built = build(case, torch.device("cpu"), 0)
         assert built.query.dtype == case.torch_dtype
         if case.calibrated:
             continue

@@ -109,7 +109,9 @@ def test_kernels_are_checked_and_timed_beside_the_fastest_baseline(where):
     assert [one.shape for one in report.baselines] == [TINY.shape, WIDE.shape]  # once a shape
     assert [(t.case, t.us, t.ratio) for t in report.timings] == [(c.name, 10.0, 3.0) for c in (TINY, TOKEN, WIDE)]
     assert "ZeroDivisionError" in report.baselines[0].troubles["none"]
-    assert [check.case for check in report.checks] == [c.name for c in (TINY, TINY, TOKEN, TOKEN, TINY, TOKEN, WIDE)]
+    assert [t.table_us for t in report.timings] == [10.0] * 3
+    own = [name for c in (TINY, TOKEN, WIDE) for name in (c.name, replace(c, table=True).name)]
+    assert [check.case for check in report.checks] == [*(c.name for c in (TINY, TINY, TOKEN, TOKEN)), *own]
     assert report.timings[0].config == lookup(TINY.launch, where)
     assert report.checks[-1].config == report.timings[-1].config  # what is timed is what was checked
     assert report.timings[0].tb_s == pytest.approx(report.timings[0].nbytes / 10e6)
@@ -297,7 +299,7 @@ def made_up() -> TimingReport:
         skipped=[Note("case d", "the budget was spent")],
         baselines=[BF16],
         timings=[
-            Timing("case a", 4.0, 2 * 10**6, config, BF16),
+            Timing("case a", 4.0, 2 * 10**6, config, BF16, 5.0),
             Timing("case e", 4.0, 2 * 10**6, config, replace(BF16, us={})),
         ],
     )
@@ -318,6 +320,12 @@ def test_json_of_a_report():
     assert (first["times_faster"], first["than"], first["tb_s"], first["us"]) == (2.0, "flex", 0.5, 4.0)
     assert DecodeConfig(**first["config"]) == DecodeConfig(overlap=True, registers=168)
     assert (second["times_faster"], second["than"]) == (None, None)
+    assert (first["table_us"], first["table_to_flat"], second["table_us"], second["table_to_flat"]) == (
+        5.0,
+        1.25,
+        None,
+        None,
+    )
     assert data["skipped"] == [{"what": "case d", "why": "the budget was spent"}]
 
 
@@ -424,13 +432,14 @@ def test_kernels_prints_a_table_and_json_and_writes_files(as_on_a_gpu, tmp_path)
     assert str(MACHINE) in shown.stdout
     (row,) = [line for line in shown.stdout.splitlines() if TOKEN.name in line]
     assert [cell.strip() for cell in row.strip("│ ").split("│")][1:4] == ["10.0", "25.0", "2.50"]
-    assert "parity: 3 checks green" in shown.stdout
+    assert [cell.strip() for cell in row.strip("│ ").split("│")][6:8] == ["10.0", "1.000"]
+    assert "parity: 4 checks green" in shown.stdout
     assert TINY.name not in shown.stdout
     assert (tmp_path / "kernels.png").is_file()
     found = fade("bench", "kernels", "--json")
     data = json.loads(found.stdout)
     assert [timing["case"] for timing in data["timings"]] == [TINY.name, TOKEN.name]
-    assert "parity: 6 checks green" in found.stderr
+    assert "parity: 8 checks green" in found.stderr
 
 
 def test_kernels_exits_with_1_and_names_what_was_not_timed(as_on_a_gpu, monkeypatch, tmp_path):

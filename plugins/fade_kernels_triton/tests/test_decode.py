@@ -93,6 +93,7 @@ def test_partly_filled_tiles(bits, axis, device):
     run(query, [tier], window, splits=Splits(2, 0, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sinks", [False, True])
 def test_more_parts_than_are_merged_at_once(sinks, device):
     """Most of them empty, some with scores far above those that came before: online, every chunk outdoes the last."""

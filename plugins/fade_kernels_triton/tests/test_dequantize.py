@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracle import seed
 from test_encode import CASES
-from test_fixed_cache import model
+from test_kernel_cache import model
 
 from fade_core import FadeConfig, create_tiered_cache
 from fade_core.builtin.quantizers.uniform import UniformQuantizer
@@ -35,6 +35,30 @@ def test_the_kernel_is_the_quantizer(
     assert kernel.accepts(quantizer, part)
     found, wanted = kernel(quantizer, part), quantizer.decode(packed)
     assert found.shape == (2, 3, length, dim)
+    torch.testing.assert_close(found, wanted, rtol=torch.finfo(dtype).eps, atol=0 if device == "cpu" else 1e-6)
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.int64])
+@pytest.mark.parametrize(("bits", "axis", "tile", "dim", "dtype", "length"), CASES[::2])
+def test_tiles_come_from_where_the_table_says(
+    bits: int, axis: str, tile: int, dim: int, dtype: torch.dtype, length: int, kind: torch.dtype, device: str
+) -> None:
+    """Out of a pool whose other tiles are NaN; zeros where there is none."""
+    seed()
+    quantizer = UniformQuantizer(dim, bits, axis, tile=tile)  # type: ignore[arg-type]
+    packed = quantizer.encode((torch.randn(2, 3, length, dim, device=device) + 2).to(dtype))
+    tiles = packed.fields["meta"].shape[2]
+    ids = torch.randperm(6 * tiles + 4, device=device)[: 6 * tiles].view(2, 3, tiles)
+    pool = {
+        n: torch.full((6 * tiles + 4, *f.shape[3:]), -1, dtype=f.dtype, device=device) for n, f in packed.fields.items()
+    }
+    for name, field in packed.fields.items():
+        pool[name][ids] = field
+    ids[1, 1:] = -1
+    kernel, part = TritonDequantize(), Packed(pool, length, dtype)
+    assert kernel.accepts(quantizer, part, ids.to(kind))
+    found, wanted = kernel(quantizer, part, ids.to(kind)), quantizer.decode(packed)
+    wanted[1, 1:] = 0
     torch.testing.assert_close(found, wanted, rtol=torch.finfo(dtype).eps, atol=0 if device == "cpu" else 1e-6)
 
 

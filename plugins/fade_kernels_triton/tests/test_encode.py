@@ -6,13 +6,13 @@ import pytest
 import torch
 from oracle import seed
 from test_append import Turned
-from test_fixed_cache import model
+from test_kernel_cache import model
 
 from fade_core import FadeConfig, create_tiered_cache
 from fade_core.builtin.quantizers.kivi import KiviQuantizer
 from fade_core.builtin.quantizers.uniform import UniformQuantizer
 from fade_core.errors import InputError
-from fade_core.packed import unpack_codes, unpack_meta
+from fade_core.packed import Tiles, unpack_codes, unpack_meta
 from fade_core.testing import check_kernel
 from fade_kernels_triton.encode import TritonEncode
 
@@ -44,6 +44,33 @@ def test_the_kernel_is_the_quantizer(
     assert (found.length, found.dtype) == (wanted.length, wanted.dtype)
     for name, field in wanted.fields.items():
         assert torch.equal(found.fields[name], field.to(found.fields[name].dtype)), name
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.int64])
+@pytest.mark.parametrize(("bits", "axis", "tile", "dim", "dtype", "length"), CASES[::2])
+def test_tiles_go_where_the_table_says(
+    bits: int, axis: str, tile: int, dim: int, dtype: torch.dtype, length: int, kind: torch.dtype, device: str
+) -> None:
+    """Anywhere in a pool of NaN; what has no place is not written, nor is anything else."""
+    seed()
+    quantizer = UniformQuantizer(dim, bits, axis, tile=tile)  # type: ignore[arg-type]
+    tokens = torch.randn(2, 3, length, dim, device=device).to(dtype)
+    wanted = quantizer.encode(tokens).fields
+    tiles = -(-length // tile)
+    ids = torch.randperm(6 * tiles + 4, device=device)[: 6 * tiles].view(2, 3, tiles).to(kind)
+    ids[1, 1:] = -1
+    fields = {
+        name: torch.full((6 * tiles + 4, *shape), -1, dtype=field, device=device)
+        for name, (shape, field) in quantizer.field_shapes().items()
+    }
+    kernel, live = TritonEncode(), ids >= 0
+    assert kernel.accepts(quantizer, tokens, Tiles(fields, ids))
+    assert kernel(quantizer, tokens, Tiles(fields, ids)) is None
+    untouched = torch.ones(6 * tiles + 4, dtype=torch.bool, device=device)
+    untouched[ids[live].long()] = False
+    for name, field in fields.items():
+        assert torch.equal(field[ids[live].long()], wanted[name][live].to(field.dtype)), name
+        assert bool((field[untouched] == -1).all())
 
 
 @pytest.mark.parametrize("spread", [0.0, 1e-6, 1e5])
@@ -107,3 +134,10 @@ def test_what_it_does_not_take_is_refused_with_the_reason(device: str) -> None:
     assert "float64" in kernel.accepts(UniformQuantizer(64, 4), tokens.double()).reason
     assert kernel.accepts(KiviQuantizer(64, 4, group=64), tokens)
     assert "groups" in kernel.accepts(KiviQuantizer(64, 4, group=32), tokens).reason
+    four = UniformQuantizer(64, 4)
+    fields = {name: field.flatten(0, 2) for name, field in four.encode(tokens).fields.items()}
+    apart = {name: field.repeat(2, *(1,) * (field.dim() - 1))[::2] for name, field in fields.items()}
+    ids = torch.zeros(1, 2, 2, dtype=torch.int16, device=device)
+    assert "contiguous" in kernel.accepts(four, tokens, Tiles(apart, ids.int())).reason
+    assert "int16" in kernel.accepts(four, tokens, Tiles(fields, ids)).reason
+    assert "70 tokens for 1 tiles" in kernel.accepts(four, tokens, Tiles(fields, ids[..., :1].int())).reason

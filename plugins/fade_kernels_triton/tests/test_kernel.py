@@ -92,7 +92,8 @@ def tiny_llama(device: str) -> LlamaForCausalLM:
 
 
 def config_of(kernel: str, tiers: str = "one") -> FadeConfig:
-    fields: dict[str, object] = {"n_sink": 2, "recent_window": 16, "kernel": {"kind": kernel}}
+    kernels = {"kind": kernel, "encode": "torch", "dequantize": "torch"}  # interpreted, prompts take long
+    fields: dict[str, object] = {"n_sink": 2, "recent_window": 16, "kernel": kernels}
     if tiers == "two":
         fields["ladder"] = [{"tier": "int4", "capacity": 64}, {"tier": "int2", "capacity": "rest"}]
         fields["policy"] = {"kind": "position", "every": 16}
@@ -106,7 +107,7 @@ def generate(model, kernel, ids, *, tiers="one", **options):
     with cache:
         out = model.generate(
             ids, past_key_values=cache, do_sample=False, return_dict_in_generate=True, output_logits=True,
-            **{"max_new_tokens": 6, "min_new_tokens": 6, **options},
+            **{"max_new_tokens": 4, "min_new_tokens": 4, **options},
         )  # fmt: skip
     return out.sequences, torch.stack(out.logits, 1).float(), sink
 
@@ -124,6 +125,7 @@ def agree(found, wanted, prompt: int) -> None:
                 break  # another token from here on
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("only", [(), ("agreement", "softcap_and_sinks")])
 def test_conformance(device, only):
     dtype = torch.bfloat16 if only else torch.float16
@@ -132,39 +134,41 @@ def test_conformance(device, only):
     assert all(result.passed for result in results), [r for r in results if not r.passed]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tiers", ["one", "two"])
 def test_generates_what_the_oracle_generates(device, tiers):
     torch.manual_seed(seed())
     model = tiny_llama(device)
-    ids = torch.randint(0, 97, (1, 207), device=device)  # the third step fills a tile, which is encoded
+    ids = torch.randint(0, 97, (1, 144), device=device)  # the second step fills a tile, which is encoded
     wanted = generate(model, "torch", ids, tiers=tiers)
     found = generate(model, "triton", ids, tiers=tiers)
     assert not found[2].reasons()
     assert any(e.kind == "encode" for e in found[2].events[-4:])
-    agree(found, wanted, 207)
+    agree(found, wanted, 144)
 
 
 def test_generates_with_padded_rows(device):
     torch.manual_seed(seed())
     model = tiny_llama(device)
-    ids = torch.randint(0, 97, (2, 170), device=device)
+    ids = torch.randint(0, 97, (2, 106), device=device)
     mask = torch.ones_like(ids)
     mask[0, :73] = 0
-    wanted = generate(model, "torch", ids, attention_mask=mask, max_new_tokens=4, min_new_tokens=4)
-    found = generate(model, "triton", ids, attention_mask=mask, max_new_tokens=4, min_new_tokens=4)
+    wanted = generate(model, "torch", ids, attention_mask=mask)
+    found = generate(model, "triton", ids, attention_mask=mask)
     assert not found[2].reasons()
-    agree(found, wanted, 170)
+    agree(found, wanted, 106)
 
 
+@pytest.mark.slow
 def test_generates_from_looked_up_candidates(device):
     torch.manual_seed(seed())
     model = tiny_llama(device)
-    ids = torch.randint(0, 97, (1, 40), device=device).repeat(1, 4)
+    ids = torch.randint(0, 97, (1, 40), device=device).repeat(1, 3)
     options = {"prompt_lookup_num_tokens": 4, "max_new_tokens": 6, "min_new_tokens": 6}
     wanted = generate(model, "torch", ids, **options)
     found = generate(model, "triton", ids, **options)
     assert not found[2].reasons()
-    agree(found, wanted, 160)
+    agree(found, wanted, 120)
 
 
 @torch.no_grad()

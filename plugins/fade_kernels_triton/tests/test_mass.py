@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import seed
+from oracle import scatter, seed
 from test_append import Turned
-from test_fixed_cache import model
+from test_kernel_cache import model
 from torch import Tensor
 
 from fade_core import FadeConfig, FullSegment, PackedSegment, Tier, create_tiered_cache
@@ -29,10 +29,13 @@ CASES = [
 ]
 
 
-def store(tier: Tier, device: str, tiles: int = 3) -> TierStore:
-    """Two rows of two heads, the second row and its last tile cut short; what nobody holds is NaN."""
+def store(tier: Tier, device: str, tiles: int = 3, table: bool = False) -> TierStore:
+    """Two rows of two heads, the second row and its last tile cut short; what nobody holds is NaN.
+
+    Tiles lie in runs, or with a ``table`` anywhere.
+    """
     dim, tile = tier.keys.head_dim, tier.keys.tile
-    held = TierStore(tier, 2, 2, torch.device(device), torch.bfloat16, explicit=False)
+    held = TierStore(tier, 2, 2, torch.device(device), torch.bfloat16, explicit=False, fixed=tiles)
     length = tiles * tile
     keys = torch.randn(2, 2, length, dim, device=device) + 2 * torch.randn(1, 2, 1, dim, device=device)
     counts = torch.tensor([[length] * 2, [length - tile - 9] * 2])
@@ -44,6 +47,8 @@ def store(tier: Tier, device: str, tiles: int = 3) -> TierStore:
         free[used] = False
         if name.endswith("meta"):
             field[free.to(device)] = -1  # two halves of NaN
+    if table:
+        scatter(held)
     return held
 
 
@@ -55,22 +60,22 @@ def tier(bits: int, axis: str, tile: int, dim: int) -> Tier:
 def exact(query: Tensor, segment: PackedSegment, lse: Tensor, **options: Any) -> Tensor:
     """The oracle in float64."""
     keys, values = segment.store.decoded()
-    full = FullSegment(keys.double(), values.double(), segment.mask)
+    full = FullSegment(keys.double(), values.double(), segment.seen(query.shape[2]))
     return attention_mass(query.double(), full, lse.double(), query.shape[-1] ** -0.5, **options)
 
 
-@pytest.mark.parametrize("softcap", [None, 20.0])
+@pytest.mark.parametrize(("softcap", "table"), [(None, False), (20.0, True)])
 @pytest.mark.parametrize(("bits", "axis", "tile", "dim", "group", "queries", "dtype"), CASES)
 def test_the_kernel_is_the_oracle(
     bits: int, axis: str, tile: int, dim: int, group: int, queries: int, dtype: torch.dtype, softcap: float | None,
-    device: str,
+    table: bool, device: str,
 ) -> None:  # fmt: skip
     """As close to float64 as probabilities of fp16 logits can be: a relative error of twice the logits' absolute one."""
     seed()
-    held = store(tier(bits, axis, tile, dim), device)
+    held = store(tier(bits, axis, tile, dim), device, table=table)
     live = held.valid()
-    assert live is not None
-    segment = PackedSegment(held, live[:, :, None].expand(-1, -1, queries, -1), plain=True)
+    assert live is not None and held.runs != table
+    segment = PackedSegment(held, None, plain=True)  # as a cache gives it: the table says which tokens are live
     query = torch.randn(2, 2 * group, queries, dim, device=device).to(dtype)
     scaling = dim**-0.5
     lse = decode_attention(query, [segment], scaling, softcap).lse
@@ -79,7 +84,7 @@ def test_the_kernel_is_the_oracle(
     found, wanted = kernel(query, segment, lse, scaling, softcap), exact(query, segment, lse, softcap=softcap)
     assert found.shape == wanted.shape
     assert bool(found.isfinite().all())
-    assert not bool(found[~segment.mask.expand_as(found)].any())
+    assert not bool(found[~live[:, :, None].expand_as(found)].any())
     keys, _ = held.decoded()
     norms = query.float().norm(dim=-1).max() * keys.float().norm(dim=-1).max() * scaling
     bound = 2 * float(norms) * 2**-10 + 1e-3  # fp16 rounds query and scaled query by 2^-11 each
@@ -134,7 +139,7 @@ DTYPE_CHECKS = ("agreement", "several_queries", "head_shapes", "softcap_and_sink
 def test_a_ranking_cache_sees_the_same_masses(device: str) -> None:
     number = seed()
     llama = model(device)
-    ids, steps = (torch.randint(1, 64, (2, n), generator=torch.Generator().manual_seed(number)) for n in (200, 6))
+    ids, steps = (torch.randint(1, 64, (2, n), generator=torch.Generator().manual_seed(number)) for n in (140, 4))
     held = []
     for kind in ("torch", "triton"):
         config = FadeConfig(

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 from oracle import relative_error, seed
-from test_append import RECENT, SINK, copied
+from test_append import RECENT, SINK, buffers, copied, same_but_codes
 from test_planes import quantizer
 from torch import Tensor
 
-from fade_core import AppendRule, FixedBuffers, append
+from fade_core import AppendRule, StepBuffers, append
 from fade_core.builtin.quantizers.uniform import UniformQuantizer
 from fade_core.errors import InputError
 from fade_core.interfaces import Tier
-from fade_core.packed import Packed
+from fade_core.packed import Packed, Tiles
 from fade_kernels_triton.append import TritonAppend
 from fade_kernels_triton.encode import TritonEncode
 
@@ -67,6 +67,29 @@ def test_prompts_become_the_planes_of_the_quantizer(
     assert relative_error(ours, tokens.double()) < 1.01 * relative_error(theirs, tokens.double())
 
 
+def test_prompts_go_into_the_tiles_of_a_pool(device: str) -> None:
+    """A head's planes lie in the tiles of its row's heads, wherever those are; what has no place is not written."""
+    seed()
+    q = quantizer(3, 64, "key", 1.6, device=device)
+    tokens = tokens_of(q, 2, 100, torch.float16)
+    kernel, wanted = TritonEncode(), q.encode(tokens).fields
+    shapes = {name: (shape, kind) for name, (shape, kind) in q.field_shapes().items()}
+    fields = {n: torch.full((14, *shape), 1, dtype=kind, device=device) for n, (shape, kind) in shapes.items()}
+    ids = torch.randperm(14, device=device)[:12].view(2, 3, 2)
+    unplaced = ids[1, :, 1].clone()
+    ids[1, :, 1] = -1
+    assert kernel.accepts(q, tokens, Tiles(fields, ids))
+    assert kernel(q, tokens, Tiles(fields, ids)) is None
+    there = (ids >= 0)[..., None]  # [B, H_kv, n, 1]
+    found = {name: torch.where(there, field[ids.clamp_min(0)], 0) for name, field in fields.items()}
+    whole = q.planes().row * 3 // 4 // 16 * 16  # words that some plane surely fills
+    for held in (found, wanted):
+        held["codes"] = held["codes"][..., :whole]
+    alike(found, {name: torch.where(there, field, 0) for name, field in wanted.items()})
+    for field in fields.values():
+        assert bool((field[unplaced] == 1).all())
+
+
 @pytest.mark.parametrize("widths", [(0, 2, 6, 8), (0, 2)])
 def test_other_even_widths(widths: tuple[int, ...], device: str) -> None:
     seed()
@@ -91,52 +114,55 @@ def test_tiny_and_huge_tokens_meet_the_ends_of_the_gains(device: str) -> None:
         assert float(ours[row].norm() / theirs[row].norm()) == pytest.approx(1, rel=0.2)
 
 
-def problem(heads: int, dim: int, tile: int, dtype: torch.dtype, device: str) -> tuple[AppendRule, FixedBuffers]:
-    """Three rows, the first about to be full, the second without room for a tile; what is not in use is NaN."""
+def problem(
+    heads: int, dim: int, tile: int, dtype: torch.dtype, device: str, runs: bool = True
+) -> tuple[AppendRule, StepBuffers]:
+    """Three rows, the first about to be full, the second without room for a tile; what is not in use is NaN.
+
+    Without ``runs`` as ``test_append.buffers`` says, heads of a row alike.
+    """
     keys, values = (quantizer(heads, dim, side, 2.25, tile, device=device) for side in ("key", "value"))
     rule = AppendRule(Tier("planes", "rest", keys, values), SINK, SINK + RECENT + tile)
-    lengths = torch.tensor([0, 0, 2], dtype=torch.int32, device=device)
-    lengths = (rule.threshold - lengths)[:, None].expand(-1, heads).contiguous()
-    window = []
-    for q in (keys, values):
-        held = tokens_of(q, 3, rule.threshold + 7, dtype)
-        held[torch.arange(held.shape[2], device=device) >= lengths[..., None]] = torch.nan
-        window.append(held)
-    used = torch.tensor([1, 3, 0], dtype=torch.int32, device=device)[:, None].expand(-1, heads).contiguous()
-    fields = [
-        {
-            name: torch.full((3, heads, 3, *shape), 1, dtype=kind, device=device)
-            for name, (shape, kind) in q.field_shapes().items()
-        }
-        for q in (keys, values)
-    ]
-    return rule, FixedBuffers(*window, *fields, lengths, used, torch.zeros(3, dtype=torch.long, device=device))
+    lengths = rule.threshold - torch.tensor([0, 0, 2], dtype=torch.int32, device=device)
+    window = [tokens_of(q, 3, rule.threshold + tile + 7, dtype) for q in (keys, values)]
+    held = buffers(rule, window, lengths, 3, runs, ragged=False)
+    held.used.copy_(torch.tensor([1, 3, 0])[:, None])
+    for fields in (held.key_fields, held.value_fields):
+        for field in fields.values():
+            field.fill_(1)
+    return rule, held
 
 
 @pytest.mark.parametrize(
-    ("heads", "dim", "tile", "dtype"),
-    [(2, 64, 64, torch.float16), (1, 128, 128, torch.bfloat16), (4, 80, 64, torch.float32)],
+    ("heads", "dim", "tile", "dtype", "runs"),
+    [
+        (2, 64, 64, torch.float16, True),
+        (1, 128, 128, torch.bfloat16, True),
+        (4, 80, 64, torch.float32, True),
+        (3, 64, 64, torch.float16, False),
+    ],
 )
-def test_tiles_that_leave_the_window(heads: int, dim: int, tile: int, dtype: torch.dtype, device: str) -> None:
+def test_tiles_that_leave_the_window(
+    heads: int, dim: int, tile: int, dtype: torch.dtype, runs: bool, device: str
+) -> None:
     seed()
-    rule, ours = problem(heads, dim, tile, dtype, device)
+    rule, ours = problem(heads, dim, tile, dtype, device, runs)
     theirs, kernel = copied(ours), TritonAppend()
-    for _ in range(4):
-        new = torch.randn(2, 3, 1, heads, dim, device=device).to(dtype).transpose(2, 3)  # [B, T, H, D] inside
+    for count in (1, 1, 1) if runs else (1, 2, 3):
+        new = torch.randn(2, 3, count, heads, dim, device=device).to(dtype).transpose(2, 3)  # [B, T, H, D] inside
         assert kernel.accepts(*new, ours, rule)
         kernel(*new, ours, rule)
         append(*new, theirs, rule, look=False)
-    for name in ("lengths", "used", "counters"):
-        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
-    assert ours.used[:, 0].tolist() == [2, 3, 1]
-    live = torch.arange(ours.keys.shape[2], device=device) < ours.lengths[..., None]
-    assert torch.equal(ours.keys[live], theirs.keys[live]) and torch.equal(ours.values[live], theirs.values[live])
-    alike(dict(ours.key_fields), dict(theirs.key_fields))
-    alike(dict(ours.value_fields), dict(theirs.value_fields))
-    for fields in (ours.key_fields, ours.value_fields):
-        assert bool((fields["codes"][0, :, 0] == 1).all()) and bool(
-            (fields["codes"][1] == 1).all()
-        )  # not in their turn
+    same_but_codes(ours, theirs)
+    assert ours.used[:, 0].tolist() == [2 if runs else 3, 3, 1]
+    for found, wanted in ((ours.key_fields, theirs.key_fields), (ours.value_fields, theirs.value_fields)):
+        places = ours.ids.long()  # [B, H_kv, tiles]
+        mine, his = ({name: field[places] for name, field in f.items()} for f in (found, wanted))
+        alike(mine, his)
+        assert bool((mine["codes"][0, :, 0] == 1).all()) and bool((mine["codes"][1] == 1).all())  # not in their turn
+        spare = torch.ones(len(found["codes"]), dtype=torch.bool, device=device)
+        spare[places.flatten()] = False
+        assert bool((found["codes"][spare] == 1).all()) and bool((found["gain"][spare] == 1).all())
 
 
 def test_what_it_cannot_encode_is_refused(device: str) -> None:

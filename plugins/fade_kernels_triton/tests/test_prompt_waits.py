@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_fixed_cache import SHORT, model
+from test_kernel_cache import SHORT, model
 from transformers import DynamicCache
 
 from fade_core import FadeConfig, create_tiered_cache

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from fade_core import FadeConfig, create_tiered_cache
 from fade_core.errors import InputError
-from fade_policy_learned import Geometry, LearnedPolicy, commands
+from fade_policy_learned import Geometry, LearnedPolicy
 from fade_policy_learned.agreement import agreement
 from fade_policy_learned.plugin import fade_commands
 
@@ -26,7 +26,7 @@ class Letters:
 
 @pytest.fixture
 def app(monkeypatch: pytest.MonkeyPatch, model: LlamaForCausalLM) -> typer.Typer:
-    monkeypatch.setattr(commands, "load_model", lambda *_, **__: (model, Letters()))
+    monkeypatch.setattr("fade_core.load_model", lambda *_, **__: (model, Letters()))
     app = typer.Typer()
     app.callback()(lambda: None)  # one command alone would be the whole application
     fade_commands(app)

@@ -8,7 +8,7 @@ import typer
 from typer.testing import CliRunner
 
 from fade_core.errors import InputError
-from fade_quant_rotated import Calibration, commands, load_codebooks
+from fade_quant_rotated import Calibration, load_codebooks
 from fade_quant_rotated.plugin import fade_commands
 
 transformers = pytest.importorskip("transformers")
@@ -33,7 +33,7 @@ def app(monkeypatch: pytest.MonkeyPatch, seed: int) -> typer.Typer:
         head_dim=16,
     )
     model = transformers.LlamaForCausalLM(config).eval()
-    monkeypatch.setattr(commands, "load_model", lambda *_, **__: (model, Letters()))
+    monkeypatch.setattr("fade_core.load_model", lambda *_, **__: (model, Letters()))
     app = typer.Typer()
     fade_commands(app)
     return app

@@ -14,7 +14,7 @@ from fade_quant_rotated.commands import cut
 
 pytestmark = pytest.mark.real_model
 
-TEXTS = Path(__file__).parents[3] / "fade_core" / "src" / "fade_core" / "data" / "texts"
+TEXTS = Path(__file__).parents[2] / "fade_eval" / "src" / "fade_eval" / "data" / "texts"
 PROMPT, STEPS = 384, 32
 
 
@@ -31,8 +31,9 @@ def last(model: torch.nn.Module, cache: object, ids: torch.Tensor) -> torch.Tens
     return model(ids[:, -16:], past_key_values=cache).logits[0].log_softmax(-1)
 
 
-def test_two_calibrated_bits_beat_the_best_rotation_by_far(tmp_path: Path) -> None:
-    model, tokenizer = load_model("smollm2", dtype="float32", device="cpu")
+@pytest.mark.slow
+def test_two_calibrated_bits_beat_the_best_rotation_by_far(tmp_path: Path, smollm2_folder: Path) -> None:
+    model, tokenizer = load_model(smollm2_folder, dtype="float32", device="cpu")
     read = [(TEXTS / f"calibration-{name}-01.txt").read_text("utf-8") for name in ("britannica", "pride_and_prejudice")]
     file = tmp_path / "calibration.safetensors"
     calibrate(model, cut(tokenizer, read, 640, 1280)).save(file)
@@ -56,9 +57,9 @@ def test_two_calibrated_bits_beat_the_best_rotation_by_far(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_the_shipped_file_reaches_far_behind_its_texts() -> None:
+def test_the_shipped_file_reaches_far_behind_its_texts(smollm2_folder: Path) -> None:
     """It was made from pieces of 1,024 tokens."""
-    model, tokenizer = load_model("smollm2", dtype="float32", device="cpu")
+    model, tokenizer = load_model(smollm2_folder, dtype="float32", device="cpu")
     ids = tokenizer((TEXTS / "demo-alice-07.txt").read_text("utf-8"), return_tensors="pt").input_ids[:, :2816]
     side = {"kind": "calibrated", "file": "smollm2", "bits": 2.1}
     exact = last(model, DynamicCache(config=model.config), ids)

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fade_core import load_model
 from fade_core.errors import InputError
 from fade_core.training import Peak, check_folder, pieces_of, read_text, spread, steps
 from fade_policy_learned.agreement import rankings
@@ -41,6 +40,8 @@ def train_policy_command(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
 ) -> None:
     """Train an eviction policy on a model's own attention over text (kind = "learned"); measured on text held out."""
+    from fade_core import load_model  # brings transformers, which `fade --help` does without
+
     check_folder(output)
     texts = [read_text(path) for path in text]
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)

@@ -10,7 +10,6 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
-from fade_core import load_model
 from fade_core.errors import InputError
 from fade_core.training import Peak, check_folder, pieces_of, read_text, spread, steps
 from fade_quant_rotated.allocation import WIDTHS
@@ -48,6 +47,8 @@ def calibrate_command(
 ) -> None:
     """Learn from text how a model's keys and values can be coded in few bits: forward passes only, no gradients."""
     kinds = parse_widths(widths)
+    from fade_core import load_model  # brings transformers, which `fade --help` does without
+
     texts = [read_text(path) for path in text]
     check_folder(output)
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
@@ -83,6 +84,8 @@ def train_codebook_command(
     device: Device = "auto",
 ) -> None:
     """Train product-quantization codebooks for a model's keys and values (kind = "pq")."""
+    from fade_core import load_model  # brings transformers, which `fade --help` does without
+
     texts = [read_text(path) for path in text]
     check_folder(output)
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
