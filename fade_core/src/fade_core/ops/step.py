@@ -113,11 +113,6 @@ class LayerBuffers:
     tiers: tuple[TierBuffers, ...]
     moments: dict[str, Tensor]
 
-    def layout(self) -> str:
-        """Which tensors there are, written out: what a graph depends on."""
-        tiers = [(t.starts is None, list(t.notes), t.runs, t.whole) for t in self.tiers]
-        return repr((list(self.notes), tiers, list(self.moments)))
-
     def appended(self) -> tuple[list[Tensor], list[Tensor]]:
         """Tensors that ``append`` writes, and those that it reads."""
         written = [self.keys, self.values, self.positions, self.lengths, self.counters, *self.notes.values()]
@@ -172,8 +167,8 @@ class StepPlan:
         mass: implementation of ``attention_mass``.
         tracker: what steps note of attention.
         rope: by which keys are moved when they are read; ``None`` if they stay.
-        like: buffers of the layout; only names and flags of them are read.
         refused: op, implementation and reason of calls that the reference computed instead.
+        layouts: which tensor is which in the lists that the ops take, by the name of the layout.
     """
 
     name: str
@@ -273,8 +268,9 @@ def _digest(tensor: Tensor) -> str:
 
 def step_name(plan: StepPlan, held: LayerBuffers) -> str:
     """What a graph calls a step of ``plan`` over buffers like ``held``."""
-    layout = hashlib.sha256(held.layout().encode()).hexdigest()[:8]
-    plan.layouts.setdefault(layout, LayerLayout.of(held))
+    found = LayerLayout.of(held)
+    layout = hashlib.sha256(repr(found).encode()).hexdigest()[:8]
+    plan.layouts.setdefault(layout, found)
     return f"{plan.name}/{layout}"
 
 
