@@ -191,7 +191,7 @@ class Stored:
 
 def stored(layer: TieredLayer) -> Stored:
     """Read a layer slot by slot. A position stored twice, or beyond the logical length, is an ``AssertionError``."""
-    window = layer.window
+    window = layer.held.window
     assert window is not None
     batch, heads, _, dim = window.keys.shape
     keys = window.keys.new_zeros(batch, heads, layer.logical, dim)
@@ -210,7 +210,7 @@ def stored(layer: TieredLayer) -> Stored:
     rows, heads_, slot = (slots < window.lengths[:, None, None]).nonzero(as_tuple=True)
     at = (rows, heads_, slot)
     put(rows, heads_, window.positions()[rows, 0, slot], 0, window.keys[at], window.values[at])
-    for level, store in enumerate(layer.stores, start=1):
+    for level, store in enumerate(layer.held.stores, start=1):
         if not store.table.numel():
             continue
         rows, heads_, n = (store.table >= 0).nonzero(as_tuple=True)

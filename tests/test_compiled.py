@@ -21,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, PreTrainedModel
 
 from fade_core import FadeConfig, TieredKVCache, create_tiered_cache
-from fade_core.cache.inspection import window_of
 from fade_core.errors import InputError
 
 pytestmark = pytest.mark.slow  # each compiles
@@ -127,7 +126,7 @@ def test_a_cache_that_is_not_asked_between_steps_says_so() -> None:
     with create_tiered_cache(model, config, max_cache_len=4000) as cache:
         model(prompt(1, 300), past_key_values=cache, use_cache=True)
         inputs = step_inputs(cache, prompt(2, 1)) | {"position_ids": torch.full((1, 1), 300)}
-        store, window = cache.tiered[0].stores[0], window_of(cache.tiered[0])
+        store, window = cache.tiered[0].held.stores[0], cache.tiered[0].held.window
         room = (
             store.pool.capacity // 2 * 64 - int(store.lengths[0, 0]) + window.capacity - window.longest
         )  # of two heads
@@ -190,7 +189,7 @@ def test_a_hybrid_model_compiles_with_transformers_own_sliding_windows() -> None
 def step_inputs(cache: TieredKVCache, ids: Tensor) -> dict[str, Any]:
     """What ``generate`` hands to a step: a mask over all slots, positions."""
     length = cache.get_seq_length()
-    slots = cache.tiered[0].slots
+    slots = cache.tiered[0].steps.slots
     mask = (torch.arange(slots) <= length).expand(len(ids), 1, 1, -1).contiguous()
     return {"input_ids": ids, "attention_mask": mask, "position_ids": torch.full((len(ids), 1), length)}
 
@@ -232,8 +231,8 @@ def addresses(cache: TieredKVCache) -> list[int]:
     """Where the cache's tokens lie."""
     found = []
     for layer in cache.tiered:
-        found += [window_of(layer).keys.data_ptr(), window_of(layer).values.data_ptr()]
-        found += [field.data_ptr() for store in layer.stores for field in store.pool.fields.values()]
+        found += [layer.held.window.keys.data_ptr(), layer.held.window.values.data_ptr()]
+        found += [field.data_ptr() for store in layer.held.stores for field in store.pool.fields.values()]
     return found
 
 

@@ -110,8 +110,8 @@ class Watch(LogitsProcessor):
         self.cache, self.sizes, self.growths = cache, list[int](), 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        sizes = [store.pool.capacity for layer in self.cache.tiered for store in layer.stores]
-        sizes += [layer.window.keys.shape[2] for layer in self.cache.tiered]  # type: ignore[union-attr]
+        sizes = [store.pool.capacity for layer in self.cache.tiered for store in layer.held.stores]
+        sizes += [layer.held.window.keys.shape[2] for layer in self.cache.tiered]  # type: ignore[union-attr]
         self.growths += bool(self.sizes) and sizes != self.sizes
         self.sizes = sizes
         return scores

@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from fade_core import FadeConfig, TieredKVCache, create_tiered_cache, hookimpl
 from fade_core.cache.attention import fade_attention
 from fade_core.cache.layer import TieredLayer
-from fade_core.cache.manual import apply_tier_assignment_per_sequence
+from fade_core.cache.manual import apply_tier_assignment_per_sequence, assign_layer
 from fade_core.errors import CheckpointError, ConfigError, UnsupportedModelError
 from fade_core.interfaces import Event, Kernel, TelemetrySink
 from fade_core.ops.attention import FullSegment, PackedSegment, TorchDecodeAttention
@@ -219,7 +219,7 @@ def test_packed_keys_are_decoded_and_turned(
     )
     layer = cache.layers[0]
     if quantizer == "kivi":  # whole tiles go
-        layer.assign(_without_tiles(layer))
+        assign_layer(layer, _without_tiles(layer))
     else:
         evict(cache, 0.5)
     assert int((layer.tier_map() >= 0).sum(-1).max()) < LONG - 8
@@ -237,7 +237,7 @@ def test_packed_keys_are_decoded_and_turned(
 def _without_tiles(layer: TieredLayer) -> Tensor:
     """A wish to evict every second packed tile of each head, beginning with another one in each."""
     wanted = layer.tier_map()
-    for store in layer.stores:
+    for store in layer.held.stores:
         for row, head, tile in (store.table >= 0).nonzero().tolist():
             if (row + head + tile) % 2:
                 at = store.positions()[row, head, tile * TILE : (tile + 1) * TILE]
@@ -258,7 +258,7 @@ def test_what_lies_behind_every_hole_is_read_in_pieces(
         layer = cache.layers[0]
         wanted = layer.tier_map()
         wanted[..., 40:60] = -1
-        layer.assign(wanted)
+        assign_layer(layer, wanted)
         layer.holding = True
         query, new = torch.randn(1, 4, queries, 16).double(), torch.randn(2, 1, 2, queries, 16).double()
         found = fade_attention(torch.nn.Identity(), query, *cache.update(new[0], new[1], 0), None)[0]
@@ -287,7 +287,7 @@ def test_hidden_tokens_are_no_holes(max_cache_len: int | None) -> None:
             wanted = cache.layers[0].tier_map()
             if name == "hidden ones go":
                 wanted[..., 34:48] = -1
-                cache.layers[0].assign(wanted)
+                assign_layer(cache.layers[0], wanted)
             new = ids[:, :1]
             logits[name] = model(
                 input_ids=new, attention_mask=mask, position_ids=places[:, -1:], past_key_values=cache, use_cache=True
@@ -300,14 +300,14 @@ def test_hidden_tokens_are_no_holes(max_cache_len: int | None) -> None:
 
 def segments(layer: TieredLayer) -> list[Any]:
     """What a step of one token reads: packed tiers and the window."""
-    return segments_of(layer.plan.step(), layer.buffers, 1, None, look=True)[0]
+    return segments_of(layer.plan.step(), layer.steps.wire(layer.held), 1, None, look=True)[0]
 
 
 def moved_keys(cache: TieredKVCache) -> Tensor:
     """Keys of every packed survivor where a query meets them, in order of position, one row and head after the other."""
     layer = cache.layers[0]
     found = []
-    held = [store for store in layer.stores if store.tiles]
+    held = [store for store in layer.held.stores if store.tiles]
     for store, segment in zip(held, segments(layer), strict=False):  # the window comes last
         keys, at = store.decoded()[0], store.positions()
         keys = keys if segment.shift is None else segment.shift.moved(keys)
@@ -331,19 +331,19 @@ def test_keys_after_32_reassigns_are_those_after_one() -> None:
     for part in gone:
         wanted = often.layers[0].tier_map()
         wanted[..., part] = -1
-        often.layers[0].assign(wanted)
+        assign_layer(often.layers[0], wanted)
         moved_keys(often)
     for cache in (once, exact):
         wanted = cache.layers[0].tier_map()
         wanted[..., torch.cat(gone)] = -1
-        cache.layers[0].assign(wanted)
+        assign_layer(cache.layers[0], wanted)
     assert torch.equal(moved_keys(often), moved_keys(once))
     errors = [
         float((moved_keys(cache) - moved_keys(exact)).norm() / moved_keys(exact).norm()) for cache in (once, often)
     ]
     assert errors[0] == errors[1]
-    plain = float((once.layers[0].stores[0].decoded()[0] - exact.layers[0].stores[0].decoded()[0]).norm())
-    assert errors[0] == pytest.approx(plain / float(exact.layers[0].stores[0].decoded()[0].norm()), rel=1e-4)
+    plain = float((once.layers[0].held.stores[0].decoded()[0] - exact.layers[0].held.stores[0].decoded()[0]).norm())
+    assert errors[0] == pytest.approx(plain / float(exact.layers[0].held.stores[0].decoded()[0].norm()), rel=1e-4)
 
 
 # --- every mode ------------------------------------------------------------------------------------------------------

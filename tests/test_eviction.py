@@ -84,7 +84,7 @@ class Watch(LogitsProcessor):
 
 def check_sinks_and_window(layer: TieredLayer) -> None:
     tiers = stored(layer).tier
-    for row, padding in enumerate(layer.padding.tolist()):
+    for row, padding in enumerate(layer.held.padding.tolist()):
         assert bool((tiers[row, :, :padding] == -1).all())
         assert bool((tiers[row, :, padding : padding + SINKS] == 0).all())
         assert bool((tiers[row, :, max(padding, layer.logical - WINDOW) :] == 0).all())
@@ -93,8 +93,8 @@ def check_sinks_and_window(layer: TieredLayer) -> None:
 def check_budget(layer: TieredLayer, budget: float, slack: int = 0) -> None:
     """At most the budget, or what always stays; ``slack`` for what came since the last ranking."""
     kept = (stored(layer).tier >= 0).sum(-1)
-    for row, padding in enumerate(layer.padding.tolist()):
-        allowed = max(int((layer.logical - padding) * budget), int(layer.window.lengths[row]))
+    for row, padding in enumerate(layer.held.padding.tolist()):
+        allowed = max(int((layer.logical - padding) * budget), int(layer.held.window.lengths[row]))
         assert int(kept[row].max()) <= allowed + slack
 
 
@@ -129,7 +129,7 @@ def test_turn_two_is_fed_its_new_tokens_only(model: PreTrainedModel, policy: str
         answer = greedy(model, cache, {"input_ids": said, "attention_mask": torch.ones_like(said)}, 30)
         assert counts == [120] + [1] * 29
         assert cache.get_seq_length() == 149  # the last token has not been through the model
-        assert all(int(layer.lengths[0]) == 149 for layer in cache.tiered)
+        assert all(int(layer.held.lengths[0]) == 149 for layer in cache.tiered)
         counts.clear()
         grown = torch.cat([answer, prompt(seed + 1, 50)], 1)
         greedy(model, cache, {"input_ids": grown, "attention_mask": torch.ones_like(grown)}, 20)
@@ -206,7 +206,7 @@ def test_every_tier_is_reached_and_counts_are_right(
             for row, real in enumerate((200 + 44, 120 + 44)):
                 counts = torch.stack([(tiers[row] == level).sum(-1) for level in range(4)])
                 assert bool((counts.sum(0) == real).all())
-                assert bool((counts[0] == layer.window.lengths[row]).all())
+                assert bool((counts[0] == layer.held.window.lengths[row]).all())
                 assert bool((counts[1] == 32).all())
                 assert bool((counts[2] <= int(0.4 * real)).all())
                 assert bool((counts[2] > int(0.4 * real) - TILE).all())
@@ -229,7 +229,7 @@ def test_no_token_is_quantised_twice_at_one_precision(
             for _ in range(3):
                 model(prompt(seed + step, 12)[:, -1:], past_key_values=cache, use_cache=True)
             for layer in cache.tiered:  # as if attention had gone elsewhere
-                for held in layer.statistics():
+                for held in layer.held.statistics():
                     held["mass"].mul_(torch.rand_like(held["mass"]))
             cache.rank()
             now = [(layer, stored(layer)) for layer in cache.tiered]

@@ -15,7 +15,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from fade_core import FadeConfig, create_tiered_cache
+from fade_core.cache.inspection import dense
 from fade_core.cache.layer import TieredLayer
+from fade_core.cache.manual import assign_layer
 from fade_core.cache.memory_report import measure
 from fade_core.cache.rows import join_layer, shift
 from fade_core.eviction.ladder import tokens_of
@@ -112,7 +114,7 @@ class Twin:
                 (self.padding - begun).clamp(0, count), {n: torch.rand(self.rows, HEADS, count) for n in names}
             )
         else:
-            for held in self.layer.statistics():
+            for held in self.layer.held.statistics():
                 for statistic in held.values():
                     statistic += torch.rand_like(statistic)
             self.layer.settle()
@@ -122,7 +124,9 @@ class Twin:
         if holding:
             self.layer.holding = True
         elif self.layer.holding:
-            self.layer.release()
+            self.layer.settle()
+            self.layer.holding = False
+            self.layer.settle(prompt=True)
 
     def read(self, count: int) -> None:
         """A forward pass that leaves nothing."""
@@ -148,7 +152,7 @@ class Twin:
         """Rows leave, and with them the columns that the others only pad."""
         self.layer.batch_select_indices(index)
         self.pick(index)
-        cut = min(int(self.layer.padding.min()), self.logical - 1)
+        cut = min(int(self.layer.held.padding.min()), self.logical - 1)
         shift(self.layer, -cut)
         self._pad(-cut)
 
@@ -185,10 +189,10 @@ class Twin:
     def assign(self, share: float) -> None:
         """Some tokens of the window, the same for all heads of a row, and some whole tiles are sent down by hand."""
         self.check()
-        layer, lowest = self.layer, len(self.layer.stores) + 1
+        layer, lowest = self.layer, len(self.layer.held.stores) + 1
         now = stored(layer).tier
         wanted = now.where(now >= 0, lowest)
-        for level, part in enumerate([layer.window, *layer.stores]):
+        for level, part in enumerate([layer.held.window, *layer.held.stores]):
             assert part is not None
             where = part.positions().expand(-1, HEADS, -1)
             tile = TILE if level else 1
@@ -197,7 +201,7 @@ class Twin:
             target = torch.randint(level + 1, lowest + 1, chosen[..., ::tile].shape).repeat_interleave(tile, 2)
             row, head, slot = (chosen.expand_as(where) & (where >= 0)).nonzero(as_tuple=True)
             wanted[row, head, where[row, head, slot]] = target.expand_as(where)[row, head, slot]
-        layer.assign(wanted.where(wanted < lowest, -1))
+        assign_layer(layer, wanted.where(wanted < lowest, -1))
         assert torch.equal(stored(layer).tier, wanted.where(wanted < lowest, -1))
         self.by_hand = self._marks()[1] | (wanted != now.where(now >= 0, lowest))
 
@@ -208,11 +212,11 @@ class Twin:
         layer.rank()
         if not ladder.bounded:
             return
-        window, above = layer.window.lengths, torch.zeros(self.rows, HEADS, dtype=torch.long)
-        budget = ladder.packed_budget(layer.lengths, window)[:, None]
-        for store in layer.stores:
+        window, above = layer.held.window.lengths, torch.zeros(self.rows, HEADS, dtype=torch.long)
+        budget = ladder.packed_budget(layer.held.lengths, window)[:, None]
+        for store in layer.held.stores:
             cut_short = ((TILE - store.counts) * (store.counts > 0)).sum(-1)  # whole tiles may go, and some hold less
-            capacity = tokens_of(store.tier.capacity, layer.lengths)[:, None]
+            capacity = tokens_of(store.tier.capacity, layer.held.lengths)[:, None]
             held, above = store.lengths, above + store.lengths
             if layer.plan.allocates:
                 row = held.sum(1, True) <= (capacity + TILE) * HEADS + cut_short.sum(1, True)
@@ -231,11 +235,10 @@ class Twin:
             assert layer.max_length or live_bytes(layer) == 0
             return
         layer.settle()
-        layer.commit()
         self.frontier = min(max(self.frontier, self.logical - WINDOW), self.logical)
         found = stored(layer)
         assert layer.get_seq_length() == layer.logical == self.logical
-        assert layer.lengths.tolist() == (self.logical - self.padding).clamp_min(0).tolist()
+        assert layer.held.lengths.tolist() == (self.logical - self.padding).clamp_min(0).tolist()
         self._check_places(found.tier)
         self._check_contents(found.keys, found.values, found.tier)
         report = measure(Cache(layers=[layer]))
@@ -254,9 +257,9 @@ class Twin:
             assert bool((tier[real & (first | newest)] == 0).all()), "a sink or a recent token left full precision"
         if not layer.plan.ladder.bounded:
             assert bool((tier[real & ~moved] >= 0).all()), "a token is lost"
-        for store in layer.stores:
+        for store in layer.held.stores:
             check_tiles(store, reserved=layer.max_length is not None)
-        counts = layer.window.lengths[:, None] + sum(store.lengths for store in layer.stores)
+        counts = layer.held.window.lengths[:, None] + sum(store.lengths for store in layer.held.stores)
         assert torch.equal(counts, (tier >= 0).sum(-1))
         assert torch.equal(layer.tier_map(), tier)
         if self.tier is not None:
@@ -265,19 +268,19 @@ class Twin:
         self.tier = tier
 
     def _check_contents(self, keys: Tensor, values: Tensor, tier: Tensor) -> None:
-        ladder = ["fp16", *(store.tier.name for store in self.layer.stores)]
+        ladder = ["fp16", *(store.tier.name for store in self.layer.held.stores)]
         for held, exact in ((keys, self.keys), (values, self.values)):
             # A channel's grid may have spanned tokens that were cropped since: twice the error that is left to explain.
             assert excess(held, exact, tier, ladder) <= 2, "a token is not what was given at its position"
         if not self.layer.plan.ladder.bounded and self.by_hand is None:
             for side, held in (("key", keys), ("value", values)):
-                assert torch.equal(self.layer.dense(side), held)
+                assert torch.equal(dense(self.layer.held, side), held)
 
 
 def twin_of(layer: TieredLayer, padding: Tensor) -> Twin:
     """An empty layer of ``layer``'s plan."""
     empty = torch.zeros(len(padding), HEADS, 0, DIM)
-    return Twin(layer.fresh(), empty, empty, padding)
+    return Twin(TieredLayer(layer.plan, layer.max_length), empty, empty, padding)
 
 
 def share() -> st.SearchStrategy[float]:

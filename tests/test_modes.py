@@ -102,7 +102,7 @@ def test_compressed_is_the_dense_reference(family: str, packed: str, mode: str, 
         wanted = MODES[mode](task, lambda padding: dense_cache(model, config, padding))
     same(found, wanted)
     quantised = [layer.quantised for layer in wanted.cache.layers if isinstance(layer, DenseLayer)]
-    assert quantised == [int(layer.stores[0].lengths[0, 0]) for layer in cache.tiered]
+    assert quantised == [int(layer.held.stores[0].lengths[0, 0]) for layer in cache.tiered]
     assert encoded(cache) > 0
 
 
@@ -124,9 +124,9 @@ def test_demoted_and_evicted_is_the_dense_reference(
 
 
 def evicted_by_padding(layer: TieredLayer) -> int:
-    return int(layer.padding.sum()) * layer.tier_map().shape[1]
+    return int(layer.held.padding.sum()) * layer.tier_map().shape[1]
 
 
 def encoded(cache: TieredKVCache) -> int:
     """Fewest tokens that a row and head of a tiered layer holds in its tiers."""
-    return min(int(sum(store.lengths for store in layer.stores).min()) for layer in cache.tiered)
+    return min(int(sum(store.lengths for store in layer.held.stores).min()) for layer in cache.tiered)

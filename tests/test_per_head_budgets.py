@@ -73,7 +73,7 @@ def test_the_budget_is_spent_whatever_the_heads_are_given(name: str, max_cache_l
             for layer, counts in zip(cache.tiered, kept(cache), strict=True):
                 assert int(layer.logical) == ids.shape[1]
                 for row, count in enumerate(counts):
-                    length, window = int(layer.lengths[row]), int(layer.window.lengths[row])
+                    length, window = int(layer.held.lengths[row]), int(layer.held.window.lengths[row])
                     budget = HEADS * (int(share * length) - window)
                     packed = int(count.sum()) - HEADS * window
                     assert packed <= budget

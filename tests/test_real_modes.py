@@ -72,7 +72,7 @@ def test_safe_is_the_dense_reference_through_all_layers(task: Task) -> None:
 def safe_is_the_dense_reference(task: Task, mode: str) -> None:
     with create_tiered_cache(task.model, SAFE) as cache:
         found = MODES[mode](task, lambda padding: cache)
-        assert all(int(layer.stores[0].lengths.min()) >= 16 for layer in cache.tiered)
+        assert all(int(layer.held.stores[0].lengths.min()) >= 16 for layer in cache.tiered)
     with attention(task.model, DENSE):
         wanted = MODES[mode](task, lambda padding: dense_cache(task.model, SAFE, padding))
     same(found, wanted)
@@ -109,7 +109,7 @@ def test_half_of_the_tokens_still_make_fluent_text(smollm2: tuple[Any, Any], pol
         cache.rank()
         for layer in cache.tiered:
             kept = (stored(layer).tier >= 0).sum(-1)
-            assert bool((kept <= (layer.lengths[:, None] // 2)).all())
+            assert bool((kept <= (layer.held.lengths[:, None] // 2)).all())
     width = batch["input_ids"].shape[1]
     for row in range(2):
         print(policy, row, repr(tokenizer.decode(answers[row, width:])))

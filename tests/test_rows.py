@@ -248,7 +248,7 @@ def test_caches_that_cannot_be_one_are_refused_and_unchanged() -> None:
     assert_refused(cache, filled(60, others), "different weights")
     assert_refused(cache, filled(60, n_sink=5), "different configurations")
     same_mark = filled(60, single)
-    same_mark.weights_mark = cache.weights_mark  # too few of the weights tell the precisions apart
+    same_mark.weights_fingerprint = cache.weights_fingerprint  # too few of the weights tell the precisions apart
     assert_refused(cache, same_mark, "holds torch.float64 on cpu, the other torch.float32")
     with pytest.raises(InputError, match="a str cannot join a TieredKVCache"):
         cache.add_rows("rows")  # type: ignore[arg-type]

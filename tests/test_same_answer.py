@@ -66,10 +66,10 @@ def same_contents(ours: TieredKVCache, theirs: TieredKVCache) -> None:
 
 def statistics(layer: object) -> dict[str, Tensor]:
     """Each statistic at its tokens' positions, ``[B, H_kv, logical]``."""
-    parts = [store for store in layer.stores if store.tiles]  # type: ignore[attr-defined]
-    parts += [layer.window] if layer.window.longest else []  # type: ignore[attr-defined]
+    parts = [store for store in layer.held.stores if store.tiles]  # type: ignore[attr-defined]
+    parts += [layer.held.window] if layer.held.window.longest else []  # type: ignore[attr-defined]
     found: dict[str, Tensor] = {}
-    for part, held in zip(parts, layer.statistics(), strict=True):  # type: ignore[attr-defined]
+    for part, held in zip(parts, layer.held.statistics(), strict=True):  # type: ignore[attr-defined]
         for name, values in held.items():
             shape = (*values.shape[:2], layer.logical + 1)  # type: ignore[attr-defined]
             where = part.positions().expand(*values.shape)

@@ -127,10 +127,10 @@ def test_safe_preset_compresses_and_leaves_the_model_as_it_was(model: PreTrained
         assert report.tokens == cache.get_seq_length() == 190 + 23
         assert len(cache.tiered) == types_of(model).count("full_attention")
         for layer in cache.tiered:
-            store = layer.stores[0]
+            store = layer.held.stores[0]
             assert store.lengths[:, 0].tolist() == [128, 128 if cache.attention == "stock" else 64]
             coded = sum(t.nbytes for n, t in store.pool.tensors().items() if n.startswith(("k.codes", "v.codes")))
-            assert coded * 8 == 4 * 2 * layer.window.keys.shape[-1] * store.pool.capacity * store.tile
+            assert coded * 8 == 4 * 2 * layer.held.window.keys.shape[-1] * store.pool.capacity * store.tile
     assert implementations(model) == before
     tolerance = 1e-5 * float(logits.std())
     torch.testing.assert_close(found[0], logits[0], rtol=0, atol=tolerance)  # the prompt is attended exactly
@@ -145,7 +145,7 @@ def test_a_model_whose_layers_differ_in_heads_is_cached_and_saved(tmp_path: Path
     model = tiny("gemma4_text", seed, **FAMILIES["gemma4_text"], attention_k_eq_v=True, num_global_key_value_heads=1)
     with create_tiered_cache(model) as cache:
         model(**two_rows(seed), past_key_values=cache)
-        assert {layer.window.keys.shape[1] for layer in cache.tiered if layer.window is not None} == {1}
+        assert {layer.held.window.keys.shape[1] for layer in cache.tiered if layer.held.window is not None} == {1}
         cache.save(tmp_path / "cache.safetensors")
     with TieredKVCache.load(tmp_path / "cache.safetensors", model) as again:
         assert again.memory_report().tokens == 190

@@ -395,7 +395,7 @@ def test_a_debug_dump_says_where_everything_lives(llama: Any, tmp_path: Path, ma
         assert shown["padding"] == [0, 29]
         levels = layer.tier_map()
         assert shown["window"] == (levels == 0).sum(-1)[:, 0].tolist()
-        for level, store in enumerate(layer.stores, start=1):
+        for level, store in enumerate(layer.held.stores, start=1):
             assert shown["tiers"][store.tier.name] == (levels == level).sum(-1).tolist()
     with pytest.raises(CheckpointError):
         TieredKVCache.load(tmp_path / "snapshot.json", llama)

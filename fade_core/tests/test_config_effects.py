@@ -11,6 +11,7 @@ from plugin_maker import provider
 from tiny import fresh_seed, tiny_llama
 
 from fade_core import FadeConfig, create_tiered_cache
+from fade_core.cache.inspection import dense
 from fade_core.errors import NonFiniteError
 from fade_core.interfaces import RopeConfig, RopeScheme
 from fade_core.ops.attention import TorchDecodeAttention
@@ -48,12 +49,12 @@ def places(cache: Any, layer: int = 0) -> torch.Tensor:
 
 def error(cache: Any, exact: Any, side: str, layer: int = 0) -> float:
     """Mean absolute difference of what is stored from the exact tokens of the first layer."""
-    difference = cache.layers[layer].dense(side) - exact.layers[layer].dense(side)
+    difference = dense(cache.layers[layer].held, side) - dense(exact.layers[layer].held, side)
     return float(difference.abs().mean())
 
 
 def rungs(cache: Any, layer: int = 0) -> list[str]:
-    return [store.tier.name for store in cache.layers[layer].stores]
+    return [store.tier.name for store in cache.layers[layer].held.stores]
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +131,7 @@ def test_observation_window(model: Any, tokens: torch.Tensor) -> None:
         with cache, torch.no_grad():
             model(tokens[:, :PROMPT], past_key_values=cache)
         cache.layers[0].settle()
-        return float(cache.layers[0].statistics()[-1]["seen"].max())
+        return float(cache.layers[0].held.statistics()[-1]["seen"].max())
 
     assert [mass(window) for window in (1, 20, "all")] == [1, 20, PROMPT]
 
@@ -180,7 +181,7 @@ def test_on_nonfinite(model: Any) -> None:
         cache.update(broken, states, 0)
     with create_tiered_cache(model, config=FadeConfig(on_nonfinite="zero")) as cache:
         cache.update(broken, states, 0)
-        assert torch.equal(cache.layers[0].dense("key"), broken.nan_to_num(0.0))
+        assert torch.equal(dense(cache.layers[0].held, "key", cache.layers[0].pending), broken.nan_to_num(0.0))
 
 
 class Turning(RopeScheme):

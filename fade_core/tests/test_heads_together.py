@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from fade_core import FadeConfig, TieredKVCache, create_tiered_cache
 from fade_core.builtin.quantizers.uniform import UniformConfig, UniformQuantizer
+from fade_core.cache.manual import assign_layer
 from fade_core.interfaces import EvictionPolicy, LayerView, PolicyConfig, Quantizer, QuantizerConfig, QuantizerContext
 from fade_core.packed import Packed
 from fade_core.testing import check_quantizer
@@ -82,7 +83,7 @@ def check(cache: TieredKVCache, exact: DynamicCache) -> int:
     """Every stored token is the one its position says; says how many there are."""
     found = 0
     for layer, held in zip(cache.tiered, exact.layers, strict=True):
-        for store in layer.stores:
+        for store in layer.held.stores:
             if not store.tiles:
                 continue
             live = store.positions() >= 0
@@ -107,7 +108,7 @@ def test_heads_may_lose_different_tiles_and_tokens(filled: Any) -> None:
         gone = 0
         for layer in cache.tiered:
             tiers = layer.tier_map()
-            for store in layer.stores:
+            for store in layer.held.stores:
                 where = store.positions().unflatten(-1, (-1, store.tile))
                 drop = torch.rand(where.shape, generator=generator) < 0.3
                 whole = torch.rand(where.shape[:3], generator=generator) < 0.25
@@ -117,7 +118,7 @@ def test_heads_may_lose_different_tiles_and_tokens(filled: Any) -> None:
                 row, head = drop.nonzero(as_tuple=True)[:2]
                 tiers[row, head, where[drop]] = -1
                 gone += int(drop.sum())
-            layer.assign(tiers)
+            assign_layer(layer, tiers)
         assert check(cache, exact) == before - gone
         before -= gone
 
@@ -127,7 +128,7 @@ def test_crop_saving_and_rows(filled: Any, tmp_path: Any) -> None:
     tiers = cache.tiered[0].tier_map()
     tiers[0, 0, 4:68] = -1
     tiers[0, 1, 68:132] = -1
-    cache.tiered[0].assign(tiers)
+    assign_layer(cache.tiered[0], tiers)
     held = check(cache, exact)
     state = cache.cache_state_dict()
     cache.batch_select_indices(torch.tensor([1, 0, 0]))
@@ -181,5 +182,5 @@ def test_heads_may_have_budgets_of_their_own() -> None:
         cache.layers = tiered[:1]
         assert check(cache, exact)
         cache.layers = tiered
-        first, last = cache.tiered[0].stores[0].lengths[0].tolist()
+        first, last = cache.tiered[0].held.stores[0].lengths[0].tolist()
         assert first < last

@@ -115,7 +115,9 @@ def test_an_interrupted_reading_leaves_no_token(model: Any, max_cache_len: int |
     ids, mask = padded(fresh_seed(), (90,))
     with create_tiered_cache(model, FadeConfig(**LADDER), max_cache_len) as cache, torch.no_grad():
         model(ids, attention_mask=mask, past_key_values=cache)
-        keys = torch.zeros(1, *cache.tiered[0].window.keys.shape[1:2], 4, cache.tiered[0].window.keys.shape[3])
+        keys = torch.zeros(
+            1, *cache.tiered[0].held.window.keys.shape[1:2], 4, cache.tiered[0].held.window.keys.shape[3]
+        )
         with contextlib.suppress(KeyboardInterrupt), cache.reading():
             cache.update(keys, keys, 0)
             raise KeyboardInterrupt

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fade_core import FadeConfig, create_tiered_cache
-from fade_core.cache.inspection import window_of
 from fade_core.cache.layer import TieredLayer
+from fade_core.cache.manual import assign_layer
 
 SHORT = {"n_sink": 3, "recent_window": 16, "tile": 16}
 AGED = {"kind": "position", "budget": 300}
@@ -111,9 +111,9 @@ class Side:
 
     def state(self) -> dict[str, Tensor]:
         """The window and every store, on the host."""
-        window = window_of(self.layer)
+        window = self.layer.held.window
         found = {f"window.{n}": t for n, t in window.state().items()}
-        for i, store in enumerate(self.layer.stores):
+        for i, store in enumerate(self.layer.held.stores):
             found |= {f"store{i}.{n}": t for n, t in store.state().items()}
         return {n: _inner(t) for n, t in found.items()}
 
@@ -153,13 +153,13 @@ def test_positions_are_read_back_only_while_tokens_moved_by_hand_leave_gaps(monk
             for side in sides:
                 wanted = _inner(side.layer.tier_map()).clone()
                 wanted.scatter_(2, gone[:, None, None].expand(-1, wanted.shape[1], -1), -1)
-                side.layer.assign(Away.of(wanted) if side.device else wanted)
+                assign_layer(side.layer, Away.of(wanted) if side.device else wanted)
                 side.take(keys, values)
             assert bool(sides[1].reads) == gaps
             assert_same(*(side.state() for side in sides))
-    positions = sides[0].layer.stores[0].positions()
+    positions = sides[0].layer.held.stores[0].positions()
     for row, padding in enumerate(PADDING):
-        held = torch.cat([positions[row, 0], window_of(sides[0].layer).positions()[row, 0]]).tolist()
+        held = torch.cat([positions[row, 0], sides[0].layer.held.window.positions()[row, 0]]).tolist()
         missing = set(range(padding, 400)) - set(held)
         assert missing == {padding + 1, 297}
 

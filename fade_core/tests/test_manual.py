@@ -113,8 +113,10 @@ def test_passes_are_tracked_without_eager_attention(llama: Any, make: Any) -> No
 
 def mass_of(layer: Any) -> float:
     """Attention that the tokens of a layer received, summed."""
-    window = float(layer.window.state()["statistic.mass"].sum())
-    stored = [s.statistics["mass"].flatten(2).masked_fill(s.positions() < 0, 0).sum() for s in layer.stores if s.tiles]
+    window = float(layer.held.window.state()["statistic.mass"].sum())
+    stored = [
+        s.statistics["mass"].flatten(2).masked_fill(s.positions() < 0, 0).sum() for s in layer.held.stores if s.tiles
+    ]
     return window + sum(map(float, stored))
 
 
@@ -174,11 +176,11 @@ def tokens_of(layer: Any) -> tuple[Tensor, Tensor]:
     """Keys and values at their positions, ``[B, H, T, D]``, zeros where evicted."""
     found = []
     for side in (0, 1):
-        window = layer.window
+        window = layer.held.window
         shape = (*layer.tier_map().shape[:2], layer.logical + 1, 16)
         out = torch.zeros(shape)
         parts = [(window.positions(), window.live()[side])]
-        parts += [(store.positions(), store.decoded()[side]) for store in layer.stores if store.tiles]
+        parts += [(store.positions(), store.decoded()[side]) for store in layer.held.stores if store.tiles]
         for positions, tokens in parts:
             index = positions.expand(-1, shape[1], -1)
             index = index.where(index >= 0, torch.full_like(index, layer.logical))

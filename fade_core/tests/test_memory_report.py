@@ -174,7 +174,9 @@ def test_no_step_concatenates_the_cache(models: dict[str, Any], name: str) -> No
     logits = feed(model, torch.randint(1, 256, (2, context)), cache)
     with Operations() as operations:
         greedy(model, logits, cache, 20)
-    stored = min(int(layer.window.lengths[0] + sum(s.lengths[0, 0] for s in layer.stores)) for layer in cache.tiered)
+    stored = min(
+        int(layer.held.window.lengths[0] + sum(s.lengths[0, 0] for s in layer.held.stores)) for layer in cache.tiered
+    )
     joined = [shape for operation, shape in operations.seen if operation in ("cat", "stack")]
     assert joined  # rotary embeddings are concatenated, at least
     dense = [shape for shape in joined if len(shape) == 4 and max(shape) >= stored // 2]

@@ -171,7 +171,7 @@ def test_a_prompt_is_shown_as_the_model_attended_to_it(watched: Any, padding: in
             assert shown["view"].module is model.model.layers[index].self_attn
             assert (shown["view"].layer, shown["view"].n_sink, shown["view"].recent_window) == (index, 4, 32)
             assert values.seen[0]["outputs"] is shown["outputs"]  # computed once for both sides
-            assert layer.stores[0].tiles
+            assert layer.held.stores[0].tiles
 
 
 def test_it_is_shown_again_until_something_is_encoded_and_after_a_reset(watched: Any) -> None:
@@ -189,9 +189,9 @@ def test_it_is_shown_again_until_something_is_encoded_and_after_a_reset(watched:
             assert [tuple(s["view"].queries.shape[2:]) for s in keys.seen] == [(40, 16), (50, 16)]
             assert keys.seen[1]["view"].keys.shape[2] == 90
             torch.testing.assert_close(keys.seen[1]["outputs"], inputs[0])
-            assert not cache.tiered[0].stores[0].tiles and not events
+            assert not cache.tiered[0].held.stores[0].tiles and not events
             model(ids[:, 90:300], past_key_values=cache)
-            assert cache.tiered[0].stores[0].tiles and len(keys.seen) == 3
+            assert cache.tiered[0].held.stores[0].tiles and len(keys.seen) == 3
             model(ids[:, 300:], past_key_values=cache)
             assert len(keys.seen) == 3  # what is encoded has to be read back
             assert not any(event.kind == "fallback" for event in events)
@@ -217,4 +217,4 @@ def test_a_shortcoming_is_told_once_a_layer_when_tokens_are_encoded(watched: Any
 def test_a_quantizer_that_learns_nothing_costs_nothing(watched: Any) -> None:
     model, _ = watched
     with create_tiered_cache(model, FadeConfig(n_sink=4, recent_window=32)) as cache:
-        assert not any(layer.learning for layer in cache.tiered)
+        assert all(layer.held.packed for layer in cache.tiered)

@@ -54,10 +54,9 @@ def test_rows_are_picked_taken_back_and_saved(covariance: bool) -> None:
     moments = QueryMoments(covariance)
     moments.observe(torch.randn(B, H, 7, D), 1.0)
     first = {name: tensor.clone() for name, tensor in moments.tensors().items()}
-    moments.begin()
     moments.observe(torch.randn(B, H, 2, D), 0.5)
     assert not torch.equal(moments.tensors()["mean"], first["mean"])
-    moments.rollback()
+    moments.restore(first)
     assert all(torch.equal(moments.tensors()[name], tensor) for name, tensor in first.items())
     again = QueryMoments(covariance)
     again.load(moments.tensors(), torch.device("cpu"))

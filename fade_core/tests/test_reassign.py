@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from fade_core import FadeConfig, TieredKVCache, create_tiered_cache, reassign_tiers
-from fade_core.cache.inspection import dense_shape
 
 PROMPT, ROUNDS, STEPS = 330, 32, 3
 SHORT = {"n_sink": 4, "recent_window": 16, "tile": 16, "policy": {"kind": "h2o", "every": 10_000}}
@@ -33,8 +32,8 @@ def packed_keys(cache: TieredKVCache) -> tuple[Tensor, Tensor]:
     keys, tiers = [], []
     for layer in cache.tiered:
         tier = layer.tier_map()[..., :PROMPT].clamp_min(0)
-        held = torch.zeros(*layer.tier_map().shape, dense_shape(layer, "key")[3])
-        for store in layer.stores:
+        held = torch.zeros(*layer.tier_map().shape, layer.held.window.keys.shape[3])
+        for store in layer.held.stores:
             if store.tiles:
                 where = store.positions()
                 row, head, slot = (where >= 0).nonzero(as_tuple=True)
@@ -59,7 +58,7 @@ def test_keys_are_as_good_after_32_reassignments_as_after_one(name: str) -> None
             for _ in range(STEPS):
                 model(torch.randint(1, 255, (2, 1), generator=generator), past_key_values=cache)
             for layer in cache.tiered:  # as if attention had gone elsewhere
-                for statistics in layer.statistics():
+                for statistics in layer.held.statistics():
                     for held in statistics.values():
                         held.mul_(torch.rand(held.shape, generator=generator))
             reassign_tiers(cache, cache.tracker)

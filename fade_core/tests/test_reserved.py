@@ -65,15 +65,15 @@ def test_trusted_masks_that_hide_stored_tokens_are_told_of_afterwards() -> None:
     model = tiny_llama()
     with fed(model, 40, 0, max_cache_len=100) as cache:
         layer = cache.tiered[0]
-        layer.trusting, query = True, torch.zeros(2, 4, 1, 16)
-        mask = torch.ones(2, 1, 1, layer.slots, dtype=torch.bool)
+        layer.steps.assume_padding_mask, query = True, torch.zeros(2, 4, 1, 16)
+        mask = torch.ones(2, 1, 1, layer.steps.slots, dtype=torch.bool)
         layer.maintain(1)
-        layer.attend_compiled(query, mask, 1.0, None, None)
-        assert layer.counters.tolist() == [40, 0, 0]
+        layer.steps.attend_compiled(query, mask, 1.0, None, None)
+        assert layer.steps.counters.tolist() == [40, 0, 0]
         mask[1, ..., 20] = False
-        layer.attend_compiled(query, mask, 1.0, None, None)
-        assert int(layer.counters[ODD_MASK]) == 1
-        layer._behind = True  # as after a compiled step
+        layer.steps.attend_compiled(query, mask, 1.0, None, None)
+        assert int(layer.steps.counters[ODD_MASK]) == 1
+        layer.steps.behind = True  # as after a compiled step
         with pytest.raises(InputError, match="1 steps came with a mask that hides stored tokens"):
             cache.memory_report()
 
@@ -94,7 +94,7 @@ def test_segments_without_looking_are_segments_with_it(holes: bool, policy: str)
             mask = torch.rand(2, 1, 1, layer.logical) < 0.7 if holes else None
             found = []
             for look in (True, False):
-                segments, _ = segments_of(layer.step_plan, layer.buffers, 1, mask, look)
+                segments, _ = segments_of(layer.steps.step_plan, layer.steps.wire(layer.held), 1, mask, look)
                 found.append(decode_attention(query, segments, 0.3))
             torch.testing.assert_close(found[0].output, found[1].output, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(found[0].lse, found[1].lse, rtol=1e-5, atol=1e-5)
@@ -108,9 +108,9 @@ def test_warming_up_leaves_nothing_behind() -> None:
                 for layer in cache.tiered:
                     like = torch.zeros(2, 2, 1, 16)
                     layer.lazy_initialization(like, like)
-                    layer.warm_up()
-                    assert layer.counters.tolist() == [0, 0, 0]
-                    assert not layer.window.lengths.any()
+                    layer.steps.warm_up(layer.held)
+                    assert layer.steps.counters.tolist() == [0, 0, 0]
+                    assert not layer.held.window.lengths.any()
                     assert layer.logical == 0
             model(prompt(1, 40), past_key_values=cache, use_cache=True)
             found.append(go_on(model, cache))

@@ -62,9 +62,9 @@ def test_events_account_for_every_token_of_every_layer(llama: Any, name: str) ->
             sum(e.tokens for e in own if e.kind == "evict" and (e.detail["from"] == "fp16") == full)
             for full in (True, False)
         )
-        held = [int(store.lengths.sum()) for store in layer.stores]
+        held = [int(store.lengths.sum()) for store in layer.held.stores]
         assert encoded - packed == sum(held)
-        assert encoded + unpacked + int(layer.window.lengths.sum()) * 2 == 2 * 2 * cache.get_seq_length()
+        assert encoded + unpacked + int(layer.held.window.lengths.sum()) * 2 == 2 * 2 * cache.get_seq_length()
         if name == "ladder":
             assert packed == 0 or held[1] <= 2 * 2 * 48
             assert demoted > 0

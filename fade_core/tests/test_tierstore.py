@@ -300,10 +300,10 @@ def test_rolling_back_undoes_everything_since_it_began(kind: str, fixed: int) ->
     store, feed = TierStore(tier(kind), 2, 3, CPU, torch.float32, False, ("mass",), fixed=fixed), Feed(2, 3)
     store.append(feed.take(torch.full((2, 3), 4 * TILE)))
     before = {name: tensor.clone() for name, tensor in store.state().items()}
-    store.begin()
+    remembered = store.snapshot()
     store.statistics["mass"].add_(1)
     store.append(feed.take(torch.randint(1, 3 * TILE, (2, 3))))
-    store.rollback()
+    store.restore(remembered)
     poison(store)
     after = store.state()
     assert before.keys() == after.keys()

@@ -143,7 +143,7 @@ def test_rolling_back_undoes_everything_since_it_began() -> None:
     window.take_out(1, torch.tensor([0, 4]))
     before = {name: tensor.clone() for name, tensor in window.state().items()}
     for change in range(4):
-        window.begin()
+        remembered = window.snapshot()
         window.statistics["mass"].add_(1)
         if change != 0:
             give(window, torch.randn(2, HEADS, 20, KEY), torch.randn(2, HEADS, 20, VALUE), 9)
@@ -151,23 +151,10 @@ def test_rolling_back_undoes_everything_since_it_began() -> None:
             window.take_out(2, torch.tensor([3, 1]))
         if change == 3:
             window.assign(*torch.ones(2, 2, HEADS, 3, 1), torch.zeros(2, 3), torch.tensor([2, 3]), window.statistics)
-        window.rollback()
+        window.restore(remembered)
         after = window.state()
         assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
         assert window.positions().shape == (2, 1, 9)
-
-
-def test_committing_frees_what_was_remembered() -> None:
-    window = window_of(1, 40)
-    give(window, torch.randn(1, HEADS, 40, KEY), torch.randn(1, HEADS, 40, VALUE), 0)
-    window.begin()
-    window.take_out(0, torch.tensor([30]))
-    window.shrink(12)
-    window.commit()
-    window.rollback()  # nothing is remembered any more
-    assert window.lengths.tolist() == [10]
-    assert live_bytes(window) == sum(t.nbytes for t in window.tensors().values())
-    assert window.tensors()["keys"].shape[2] == 12
 
 
 def test_it_grows_by_little() -> None:

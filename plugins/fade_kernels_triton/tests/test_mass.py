@@ -155,7 +155,7 @@ def test_a_ranking_cache_sees_the_same_masses(device: str) -> None:
             llama(ids.to(device), past_key_values=cache, use_cache=True)
             for step in steps.split(1, 1):
                 llama(step.to(device), past_key_values=cache, use_cache=True)
-            held.append([layer.stores[0].statistics["mass"].clone() for layer in cache.tiered])
+            held.append([layer.held.stores[0].statistics["mass"].clone() for layer in cache.tiered])
         assert not [event for event in events if event.kind == "fallback"]
     for ours, theirs in zip(*held, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0.02, atol=2e-3)

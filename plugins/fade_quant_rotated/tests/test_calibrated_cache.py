@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fade_core import FadeConfig, TieredKVCache, create_tiered_cache
+from fade_core.cache.manual import assign_layer
 from fade_core.errors import CheckpointError, InputError
 from fade_quant_rotated import load_codebooks, save_codebooks
 from fade_quant_rotated.calibrate import calibrate
@@ -67,7 +68,7 @@ def test_every_stored_token_is_the_one_its_position_says(model: torch.nn.Module,
     with create_tiered_cache(model, config) as cache:
         run(model, cache, ids, 250)
         for layer, held in zip(cache.tiered, exact.layers, strict=True):
-            (store,) = layer.stores
+            (store,) = layer.held.stores
             positions = store.positions()
             for found, wanted in zip(store.decoded(), (held.keys, held.values), strict=True):
                 live = positions >= 0
@@ -87,8 +88,8 @@ def test_heads_may_lose_different_tokens(model: torch.nn.Module, file: str) -> N
             tiers = layer.tier_map()
             tiers[0, 0, 68:132] = -1
             tiers[0, 1, 10:200] = -1
-            layer.assign(tiers)
-            (store,) = layer.stores
+            assign_layer(layer, tiers)
+            (store,) = layer.held.stores
             live = store.positions() >= 0
             index = store.positions().clamp_min(0)[..., None].expand(-1, -1, -1, DIM)
             for found, wanted in zip(store.decoded(), (held.keys, held.values), strict=True):
@@ -149,7 +150,7 @@ def test_codebooks_form_a_tier_and_are_counted(model: torch.nn.Module, file: str
             cache.set_codebooks({"7.keys.centroids": tensors["0.keys.centroids"]})
         cache.set_codebooks(tensors)
         run(model, cache, ids, 250)
-        packed, product = cache.tiered[0].stores
+        packed, product = cache.tiered[0].held.stores
         assert int(product.lengths.min()) > int(packed.lengths.max()) > 0
         held = sum(book.nbytes for book in books.values())
         counted = sum(row.nbytes for row in cache.memory_report().rows if "centroids" in row.kind)

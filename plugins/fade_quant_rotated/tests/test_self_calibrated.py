@@ -131,7 +131,7 @@ def test_padding_is_not_learnt_from_and_rows_add_up(seed: int) -> None:
     alone = moments_of(once, 1, queries=100, shrink=0.0)
     padded = [
         torch.nn.functional.pad(t, (0, 0, pad, 0), value=9.0).expand(2, -1, -1, -1)
-        for t in (once.queries, once.keys, once.values)
+        for t in (once.held.queries, once.keys, once.values)
     ]
     at = torch.arange(400 + pad)
     seen = (at <= at[:, None]) & (at >= pad)
@@ -273,7 +273,7 @@ def test_every_stored_token_is_the_one_its_position_says(model: Any, more: dict)
         model(ids[:, :280], past_key_values=exact, **where)
         model(ids[:, :280], past_key_values=cache, **where)
         for layer, held in zip(cache.tiered, exact.layers, strict=True):
-            (store,) = layer.stores
+            (store,) = layer.held.stores
             positions = store.positions()
             assert store.tiles
             for found, wanted in zip(store.decoded(), (held.keys, held.values), strict=True):
@@ -316,7 +316,7 @@ def test_a_short_prompt_makes_do_with_a_rotation_and_says_so(model: Any) -> None
             model(ids[:, :15], past_key_values=each)
         assert not any(q.state_dict() for q in quantizers(cache))
         found, wanted = (steps(model, each, ids[:, 15:]).softmax(-1) for each in (cache, exact))
-        assert cache.tiered[0].stores[0].tiles
+        assert cache.tiered[0].held.stores[0].tiles
         assert float((found - wanted).abs().sum(-1).mean()) < 0.05
     assert listener.reasons == LAYERS * [
         "the prompt has 11 tokens outside the sinks, 16 are needed to learn from: a plain rotation makes do"
@@ -353,7 +353,7 @@ def test_stock_attention_shows_no_prompt(model: Any) -> None:
     with create_tiered_cache(model, FadeConfig(**FIELDS, attention="stock")) as cache, torch.no_grad():
         attach_telemetry(cache, listener)
         model(ids, past_key_values=cache)
-        assert cache.tiered[0].stores[0].tiles
+        assert cache.tiered[0].held.stores[0].tiles
     assert set(listener.reasons) == {"tokens had to be encoded before a prompt was seen: a plain rotation makes do"}
 
 
@@ -368,7 +368,7 @@ def test_modes_of_generate(model: Any, mode: dict, seed: int) -> None:
         out = model.generate(
             ids, attention_mask=mask, past_key_values=cache, max_new_tokens=70, min_new_tokens=70, **mode
         )
-        assert out.shape[1] == 270 and cache.tiered[0].stores[0].tiles
+        assert out.shape[1] == 270 and cache.tiered[0].held.stores[0].tiles
         assert all(q.state_dict() for q in quantizers(cache))
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -12,8 +11,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from fade_core.cache.handle import CompiledHandle, Handle, is_handle
+from fade_core.cache.handle import CompiledHandle, Handle
 from fade_core.cache.layer import TieredLayer
+from fade_core.cache.masks import as_bool, rows_of
 from fade_core.cache.prompt import dense_with_past, past_masks
 from fade_core.interfaces import PromptView
 from fade_core.ops.attention import AttentionOutput, FullSegment, decode_attention
@@ -21,6 +21,19 @@ from fade_core.support.transfer import sent
 
 NAME = "fade"
 _OBSERVED = 16  # queries whose attention the tracker sees at once
+
+Visible = Callable[[slice | Tensor], Tensor]
+"""The mask of some queries, bool ``[B or 1, H_kv or 1, block, T]``."""
+
+
+class _Call(NamedTuple):
+    """What attention is asked: queries ``[B, H_q, Q, D]``, and the rest as in ``fade_attention``; the mask is boolean."""
+
+    query: Tensor
+    mask: Tensor | None
+    scaling: float
+    softcap: float | None
+    sinks: Tensor | None
 
 
 def fade_attention(
@@ -51,183 +64,141 @@ def fade_attention(
     Returns:
         output ``[B, Q, H_q, D]`` and ``None`` in place of attention weights.
     """
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    call = _Call(
+        query, as_bool(attention_mask), query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux
+    )
     if isinstance(key, CompiledHandle):
-        if not key.stepping:
-            return _eagerly(module, query, key.layer, attention_mask, scaling, softcap, s_aux), None
-        output = key.layer.attend_compiled(query, _as_bool(attention_mask), scaling, softcap, s_aux)
-        return output.transpose(1, 2).contiguous(), None
-    value = cast(Tensor, value)
-    if not is_handle(key):
-        if not softcap and s_aux is None:
-            plain: tuple[Tensor, None] = sdpa_attention_forward(
-                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-            )
-            return plain
-        output = blocked_attention(query, key, value, attention_mask, scaling, softcap, s_aux).output
-        return output.transpose(1, 2).contiguous(), None
-    return _eagerly(module, query, cast(Handle, key).layer, attention_mask, scaling, softcap, s_aux), None
+        layer = cast(TieredLayer, key.layer)
+        output = layer.steps.attend_compiled(*call) if key.stepping else _eagerly(module, layer, call)
+    elif isinstance(key, Handle):
+        output = _eagerly(module, cast(TieredLayer, key.layer), call)
+    elif softcap or s_aux is not None:
+        output = blocked_attention(query, key, cast(Tensor, value), call.mask, call.scaling, softcap, s_aux).output
+    else:
+        given = module, query, key, cast(Tensor, value), attention_mask
+        plain: tuple[Tensor, None] = sdpa_attention_forward(*given, dropout=dropout, scaling=call.scaling, **kwargs)
+        return plain
+    return output.transpose(1, 2).contiguous(), None  # [B, Q, H_q, D]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _eagerly(
-    module: torch.nn.Module,
-    query: Tensor,
-    layer: TieredLayer,
-    attention_mask: Tensor | None,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """Attention ``[B, Q, H_q, D]`` over a layer of the cache, which may then compress what it has taken in."""
-    mask = _as_bool(attention_mask)
-    if layer.pending is not None:
-        output = _chunk_attention(module, layer, query, mask, scaling, softcap, sinks)
-    else:
-        if mask is not None and _is_plain(mask, layer):
-            mask = None
-        if mask is not None:
-            mask = mask[..., : layer.logical]
-        output = layer.attend(query, mask, scaling, softcap, sinks)
-    if layer.compiles and query.device.type != "cpu":  # on a CPU every step's mask is read
-        layer.trusting = attention_mask is None or _is_plain(_last_query(attention_mask), layer)
-    cache = None if layer.owner is None else layer.owner()
-    if cache is not None:
-        cache.conclude()
-    return output.transpose(1, 2).contiguous()
+def _eagerly(module: torch.nn.Module, layer: TieredLayer, call: _Call) -> Tensor:
+    """Attention ``[B, H_q, Q, D]`` over a layer of the cache, which may then compress what it has taken in."""
+    output = layer.attend(*call) if layer.pending is None else _chunk_attention(module, layer, call)
+    layer.attended(call.mask)
+    return output
 
 
-def _last_query(mask: Tensor) -> Tensor:
-    """The mask of the newest query alone, bool ``[B or 1, 1, 1, T]``."""
-    return cast(Tensor, _as_bool(mask))[:, :, -1:]
-
-
-def _chunk_attention(
-    module: torch.nn.Module,
-    layer: TieredLayer,
-    query: Tensor,
-    mask: Tensor | None,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def _chunk_attention(module: torch.nn.Module, layer: TieredLayer, call: _Call) -> Tensor:
     """A prompt, or a chunk of one: exact among its own tokens, over the packed past before it."""
-    keys, values = cast(tuple[Tensor, Tensor], layer.pending)
-    chunk, queries = keys.shape[2], query.shape[2]
-    padding = _leading_padding(mask, chunk) if mask is not None and bool((layer.lengths == chunk).any()) else None
-    past = layer.logical > chunk
+    held, (keys, values), mask = layer.held, cast(tuple[Tensor, Tensor], layer.pending), call.mask
+    chunk, queries = keys.shape[2], call.query.shape[2]
+    padding = None
+    if mask is not None and bool((held.lengths == chunk).any()):
+        padding = layer.plan.masks.leading_padding(mask, chunk)
+    past = held.logical > chunk
     if past:
-        keys, values = dense_with_past(layer, mask)
+        newest = None if mask is None else mask[:, :, -1].any(1)  # [B or 1, T]
+        keys, values = dense_with_past(held, keys, values, newest, layer.plan.rope)
 
     def visible(part: slice | Tensor) -> Tensor:
-        rows = _visible(mask, part, queries, layer.logical, query.device)
+        rows = rows_of(mask, part, queries, held.logical, call.query.device)
         if not past:
             return rows
-        masks = [*past_masks(layer, rows), rows[..., -chunk:]]
+        masks = [*past_masks(held, rows), rows[..., -chunk:]]
         heads = max(m.shape[1] for m in masks)
-        return torch.cat([m.expand(query.shape[0], heads, -1, -1) for m in masks], dim=3)
+        return torch.cat([m.expand(held.rows, heads, -1, -1) for m in masks], dim=3)
 
-    apart = past and any(store.tiles and not store.alike for store in layer.stores)
-    if softcap or sinks is not None or apart:
-        output = _in_blocks(query, keys, values, visible, scaling, softcap, sinks).output
+    apart = past and any(not store.alike for store in held.packed)
+    if call.softcap or call.sinks is not None or apart:
+        output = _in_blocks(call, keys, values, visible).output
     else:
         seen = visible(slice(0, queries)) if past else mask
-        output = sdpa_attention_forward(module, query, keys, values, seen, scaling=scaling)[0].transpose(1, 2)
+        output = sdpa_attention_forward(module, call.query, keys, values, seen, scaling=call.scaling)[0].transpose(1, 2)
         del seen
     if layer.reading:
-        _reread(layer, query, keys, visible, scaling, softcap, sinks)
+        _reread(layer, call, keys, visible)
         layer.finish_pending()
         return output
     observed = None
     if layer.plan.tracker.active and layer.plan.ladder.bounded:
-        observed = _observe(layer, query, keys, visible, scaling, softcap, sinks)
-    _observe_queries(layer, query, scaling, padding)
-    if layer.learning:
-        layer.learn(PromptView(query, keys, values, scaling, softcap, sinks, visible, module))
+        observed = _observe(layer, call, keys, visible, chunk)
+    _observe_queries(layer, call, padding)
+    layer.learn(PromptView(call.query, keys, values, call.scaling, call.softcap, call.sinks, visible, module))
     del keys, values  # the layer alone holds them now, and drops them as it packs
     layer.finish_pending(padding, observed)
     return output
 
 
-def _observe(
-    layer: TieredLayer,
-    query: Tensor,
-    keys: Tensor,
-    visible: Callable[[slice], Tensor],
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> dict[str, Tensor]:
+# --- what a policy is told of a prompt ---
+
+
+def _probabilities(
+    call: _Call, keys: Tensor, visible: Visible, first: int, block: int, apart: bool = False
+) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
+    """What queries from ``first`` on give to all tokens, a block of queries and a KV head at a time.
+
+    Logits of all heads at once would outweigh the keys. Yields the block's first query, the head, its mask, and
+    probabilities ``[B, 1, block, T]``; ``[B, G, block, T]`` if its ``G`` query heads are kept ``apart``.
+    """
+    (heads, total), groups = (keys.shape[1], call.query.shape[2]), call.query.shape[1] // keys.shape[1]
+    for start in range(first, total, block):
+        part = slice(start, min(start + block, total))
+        seen = visible(part)
+        for head in range(heads):
+            ours, mine = slice(head, head + 1), slice(head * groups, (head + 1) * groups)
+            saw = seen if seen.shape[1] == 1 else seen[:, ours]
+            own = keys[:, ours].expand(-1, groups if apart else 1, -1, -1)  # [B, G or 1, T, D]
+            sinks = None if call.sinks is None else call.sinks[mine]
+            asked = call.query[:, mine, part], [FullSegment(own, own[..., :1], saw)], call.scaling, call.softcap, sinks
+            yield start, ours, saw, cast(list[Tensor], decode_attention(*asked, probabilities=True).probabilities)[0]
+
+
+def _observe(layer: TieredLayer, call: _Call, keys: Tensor, visible: Visible, chunk: int) -> dict[str, Tensor]:
     """Feed the tracker with the chunk's last queries; statistics of the chunk's own tokens are returned."""
-    tracker, (heads, tokens), queries = layer.plan.tracker, keys.shape[1:3], query.shape[2]
-    groups = query.shape[1] // heads
-    chunk = cast(tuple[Tensor, Tensor], layer.pending)[0].shape[2]
+    tracker, queries, tokens = layer.plan.tracker, call.query.shape[2], keys.shape[2]
     own = {n: keys.new_zeros((*keys.shape[:2], chunk), dtype=torch.float32) for n in tracker.statistics}
-    held = [*(layer.statistics() if tokens > chunk else ()), own]
+    held = [*(layer.held.statistics() if tokens > chunk else ()), own]
     sizes = [next(iter(statistics.values())).shape[2] for statistics in held]
     for statistics in held:
         tracker.age(statistics, queries)
-    for start in range(queries - tracker.observed(queries), queries, _OBSERVED):
-        part = slice(start, min(start + _OBSERVED, queries))
-        seen = visible(part)
-        for head in range(heads):  # one at a time: logits of all heads would outweigh the keys
-            ours = slice(head, head + 1)
-            saw = seen if seen.shape[1] == 1 else seen[:, ours]
-            segment = FullSegment(keys[:, ours], keys[:, ours, :, :1], saw)
-            mine = slice(head * groups, (head + 1) * groups)
-            sink = None if sinks is None else sinks[mine]
-            found = decode_attention(query[:, mine, part], [segment], scaling, softcap, sink, probabilities=True)
-            split = cast(list[Tensor], found.probabilities)[0].split(sizes, dim=3)
-            shown = saw.expand(-1, -1, -1, tokens).split(sizes, dim=3)
-            for statistics, probabilities, view in zip(held, split, shown, strict=True):
-                tracker.observe({n: t[:, ours] for n, t in statistics.items()}, probabilities, view)
+    for _, head, saw, given in _probabilities(call, keys, visible, queries - tracker.observed(queries), _OBSERVED):
+        shown = saw.expand(-1, -1, -1, tokens).split(sizes, dim=3)
+        for statistics, probabilities, view in zip(held, given.split(sizes, dim=3), shown, strict=True):
+            tracker.observe({n: t[:, head] for n, t in statistics.items()}, probabilities, view)
     return own
 
 
-def _reread(
-    layer: TieredLayer,
-    query: Tensor,
-    keys: Tensor,
-    visible: Callable[[slice], Tensor],
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> None:
+def _reread(layer: TieredLayer, call: _Call, keys: Tensor, visible: Visible) -> None:
     """Feed the statistic "reread" of what is stored with a chunk that only reads; padded queries have no say."""
-    held = layer.statistics()
+    held = layer.held.statistics()
     if not any("reread" in statistics for statistics in held):
         return
-    (batch, heads), queries = keys.shape[:2], query.shape[2]
-    groups = query.shape[1] // heads
-    block = max(_OBSERVED, heads * keys.shape[3] // groups)  # whose logits take no more elements than the keys do
+    queries, groups = call.query.shape[2], call.query.shape[1] // keys.shape[1]
+    block = max(
+        _OBSERVED, keys.shape[1] * keys.shape[3] // groups
+    )  # whose logits take no more elements than the keys do
     sizes = [statistics["reread"].shape[2] for statistics in held]
-    for start in range(0, queries, block):
-        part = slice(start, min(start + block, queries))
-        seen = visible(part)
-        itself = seen[..., -queries:].diagonal(start, -2, -1)[..., None]
-        for head in range(heads):
-            ours, mine = slice(head, head + 1), slice(head * groups, (head + 1) * groups)
-            saw, own = (t if t.shape[1] == 1 else t[:, ours] for t in (seen, itself))
-            alike = keys[:, ours].expand(batch, groups, -1, -1)  # a key head for each query head: none is averaged away
-            segment = FullSegment(alike, alike[..., :1], saw)
-            sink = None if sinks is None else sinks[mine]
-            found = decode_attention(query[:, mine, part], [segment], scaling, softcap, sink, probabilities=True)
-            given = cast(list[Tensor], found.probabilities)[0][..., :-queries].float() * own
-            for statistics, most in zip(held, given.amax(1, keepdim=True).split(sizes, dim=3), strict=True):
-                layer.plan.tracker.observe_rereading({n: t[:, ours] for n, t in statistics.items()}, most)
+    for start, head, saw, given in _probabilities(call, keys, visible, 0, block, apart=True):
+        itself = saw[..., -queries:].diagonal(start, -2, -1)[..., None]
+        most = (given[..., :-queries].float() * itself).amax(1, keepdim=True)
+        for statistics, given_here in zip(held, most.split(sizes, dim=3), strict=True):
+            layer.plan.tracker.observe_rereading({n: t[:, head] for n, t in statistics.items()}, given_here)
 
 
-def _observe_queries(layer: TieredLayer, query: Tensor, scaling: float, padding: Tensor | None) -> None:
+def _observe_queries(layer: TieredLayer, call: _Call, padding: Tensor | None) -> None:
     """Feed the layer's query statistics, if any are kept; ``padding``: leading columns of rows still empty."""
-    if layer.queries is None:
+    held, tracker, count = layer.held, layer.plan.tracker, call.query.shape[2]
+    if held.queries is None:
         return
-    tracker, count = layer.plan.tracker, query.shape[2]
-    first = count - tracker.observed(count)
-    real = None
-    if padding is not None and layer.window is not None:
-        dropped = torch.where(layer.window.lengths == 0, padding, 0)
-        real = sent(torch.arange(first, count) >= dropped[:, None], query.device)
-    layer.queries.observe(query[:, :, first:] * scaling, tracker.keeps(count), real)
+    first, real = count - tracker.observed(count), None
+    if padding is not None:
+        dropped = torch.where(held.window.lengths == 0, padding, 0)
+        real = sent(torch.arange(first, count) >= dropped[:, None], call.query.device)  # [B, Q]
+    held.queries.observe(call.query[:, :, first:] * call.scaling, tracker.keeps(count), real)
+
+
+# --- exact attention ---
 
 
 def blocked_attention(
@@ -240,87 +211,22 @@ def blocked_attention(
     sinks: Tensor | None = None,
 ) -> AttentionOutput:
     """Exact attention in blocks of queries, with soft cap and sinks; causal where ``mask`` is ``None``."""
-    mask = _as_bool(mask)
-
-    def visible(part: slice) -> Tensor:
-        return _visible(mask, part, query.shape[2], key.shape[2], query.device)
-
-    return _in_blocks(query, key, value, visible, scaling, softcap, sinks)
+    call = _Call(query, as_bool(mask), scaling, softcap, sinks)
+    return _in_blocks(
+        call, key, value, lambda part: rows_of(call.mask, part, query.shape[2], key.shape[2], query.device)
+    )
 
 
-def _in_blocks(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    visible: Callable[[slice], Tensor],
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> AttentionOutput:
-    """Exact attention in blocks of queries; ``visible`` gives the mask of each, ``[B or 1, H_kv or 1, block, T]``."""
-    total, block = query.shape[2], _block(query, key)
+def _in_blocks(call: _Call, key: Tensor, value: Tensor, visible: Visible) -> AttentionOutput:
+    """Exact attention in blocks of queries whose logits take no more elements than the keys do, at least 16."""
+    total, block = call.query.shape[2], max(16, key.shape[1] * key.shape[3] // call.query.shape[1])
     found = [
-        decode_attention(query[:, :, part], [FullSegment(key, value, visible(part))], scaling, softcap, sinks)
+        decode_attention(
+            call.query[:, :, part], [FullSegment(key, value, visible(part))], call.scaling, call.softcap, call.sinks
+        )
         for part in (slice(start, min(start + block, total)) for start in range(0, total, block))
     ]
     return AttentionOutput(torch.cat([f.output for f in found], 2), torch.cat([f.lse for f in found], 2))
-
-
-def _block(query: Tensor, key: Tensor) -> int:
-    """Queries whose logits take no more elements than the keys do, at least 16."""
-    return max(16, key.shape[1] * key.shape[3] // query.shape[1])
-
-
-def _visible(mask: Tensor | None, part: slice | Tensor, queries: int, tokens: int, device: torch.device) -> Tensor:
-    """bool ``[B or 1, H or 1, len(part), tokens]`` of what the queries ``part`` may see."""
-    if mask is not None:
-        return mask[:, :, part, :tokens]
-    asked = torch.arange(part.start, part.stop, device=device) if isinstance(part, slice) else part
-    newest = tokens - queries + asked
-    return (torch.arange(tokens, device=device) <= newest[:, None])[None, None]
-
-
-def _as_bool(mask: Tensor | None) -> Tensor | None:
-    """A boolean mask; an additive one forbids what it pushes below half of its dtype's range."""
-    if mask is None or mask.dtype == torch.bool:
-        return mask
-    return mask > torch.finfo(mask.dtype).min / 2
-
-
-_padding_memo: list[tuple[weakref.ref[Tensor], int, Tensor]] = []
-
-
-def _leading_padding(mask: Tensor, chunk: int) -> Tensor:
-    """Columns of the chunk before the first one that its last query sees, int64 ``[B]`` on the CPU.
-
-    All layers of a forward pass share one mask: it is read once.
-    """
-    if _padding_memo and _padding_memo[0][0]() is mask and _padding_memo[0][1] == chunk:
-        return _padding_memo[0][2]
-    seen = mask[:, 0, -1, -chunk:].cpu()
-    padding = torch.where(seen.any(-1), seen.int().argmax(-1), chunk)
-    _padding_memo[:] = [(weakref.ref(mask), chunk, padding)]
-    return padding
-
-
-_plain_memo: list[tuple[weakref.ref[Tensor], int, Tensor, bool]] = []
-
-
-def _is_plain(mask: Tensor, layer: TieredLayer) -> bool:
-    """Whether ``mask`` hides nothing but leading padding, which is not stored, and tokens after the query.
-
-    All layers of a forward pass share one mask: it is read once.
-    """
-    if _plain_memo:
-        known, length, padding, answer = _plain_memo[0]
-        if known() is mask and length == layer.logical and torch.equal(padding, layer.padding):
-            return answer
-    where = torch.arange(layer.logical, device=mask.device)
-    newest = torch.arange(layer.logical - mask.shape[2], layer.logical, device=mask.device)
-    padded = where < sent(layer.padding, mask.device)[:, None, None, None]
-    answer = bool(((mask[..., : layer.logical] == (where <= newest[:, None])) | padded).all())
-    _plain_memo[:] = [(weakref.ref(mask), layer.logical, layer.padding, answer)]
-    return answer
 
 
 def register() -> None:

@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache
 from transformers.configuration_utils import PreTrainedConfig
 
-from fade_core.cache import attention
+from fade_core.cache.attention import NAME
 from fade_core.cache.layer import TieredLayer
 from fade_core.cache.layer_plan import LayerPlan
+from fade_core.cache.masks import MaskReader
 from fade_core.cache.rope_schemes import layer_schemes
 from fade_core.config import FadeConfig
 from fade_core.config.kernel_selection import choose_kernel
@@ -107,6 +108,7 @@ def build(
     tiered = [index for index, plain in enumerate(own_layers) if type(plain) is DynamicLayer]
     budgets = dict(zip(tiered, layer_budgets(config.policy, len(tiered)), strict=True))
     schemes, finite = _schemes(model, config, tiered, mode, max_cache_len), FiniteCheck(tiered[-1])
+    masks = MaskReader()
     static = None if max_cache_len is None else StaticCache(config=text, max_cache_len=bucket(max_cache_len)).layers
     checked: list[QuantizerConfig] = []
     for index, plain in enumerate(own_layers):
@@ -144,7 +146,8 @@ def build(
             emit=emit,
             rope=schemes.get(index),
             finite=finite,
-            meaning=f"{made_from} for {kv_heads(text, index)} heads in {len(own_layers)} layers",
+            masks=masks,
+            compatibility=f"{made_from} for {kv_heads(text, index)} heads in {len(own_layers)} layers",
             query_heads=query_heads(text, index),
         )
         built.layers.append(TieredLayer(plan, max_cache_len))
@@ -172,8 +175,8 @@ def _uncompilable(layers: list[Any]) -> str:
 def _mark_compiled(built: Built, max_cache_len: int | None) -> None:
     tiered = [layer for layer in built.layers if isinstance(layer, TieredLayer)]
     for layer in tiered:
-        layer.compiles = max_cache_len is not None and not built.compile_refusal
-    tiered[0].watches = True
+        layer.steps.compiles = max_cache_len is not None and not built.compile_refusal
+    tiered[0].steps.checks_masks = True
 
 
 def _ladder(
@@ -282,14 +285,14 @@ def _attention_mode(model: PreTrainedModel, config: FadeConfig) -> str:
         return "stock"
     before = model.config._attn_implementation
     try:
-        model.set_attn_implementation(attention.NAME)
+        model.set_attn_implementation(NAME)
     except (ValueError, ImportError) as error:
         if config.attention == "fade":
             raise UnsupportedModelError(
                 f"{type(model).__name__} does not take attn_implementation='fade' ({error}); use attention = 'auto' or 'stock'"
             ) from error
         return "stock"
-    took = model.config.get_text_config(decoder=True)._attn_implementation == attention.NAME
+    took = model.config.get_text_config(decoder=True)._attn_implementation == NAME
     model.set_attn_implementation(before)
     if not took and config.attention == "fade":
         raise UnsupportedModelError(
@@ -305,7 +308,7 @@ def attach(model: PreTrainedModel, cache: Any) -> Callable[[], Any]:
     """Run the model with FADE's attention until the last cache on it lets go."""
     before, users = _attached.get(model, (str(model.config._attn_implementation), set()))
     if not users:
-        model.set_attn_implementation(attention.NAME)
+        model.set_attn_implementation(NAME)
     token = id(cache)
     users.add(token)
     _attached[model] = (before, users)

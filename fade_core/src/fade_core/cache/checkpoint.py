@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,12 +16,12 @@ from torch import Tensor
 from fade_core._version import __version__
 from fade_core.cache.layer import TieredLayer
 from fade_core.cache.layer_state import load_quantizers, other_layer, other_state, tiered_layer, tiered_state
+from fade_core.cache.passes import PassControl
 from fade_core.config import FadeConfig
 from fade_core.errors import CheckpointError, FadeError
 from fade_core.packed import FORMAT_VERSION
 
-if TYPE_CHECKING:
-    from fade_core.cache.tiered_cache import TieredKVCache
+C = TypeVar("C", bound=PassControl)
 
 _KIND = "fade-kv-cache"
 _MARKED = 256
@@ -47,7 +47,7 @@ def fingerprint(model_config: Any) -> str:
     return _hash(json.dumps(facts, sort_keys=True, default=str).encode())
 
 
-def weights_mark(model: Any) -> str | None:
+def weights_fingerprint(model: Any) -> str | None:
     """A short hash of a few of the model's embeddings, or ``None`` where they cannot be read (offloaded, sharded).
 
     Another model of the same shape would read a cache without complaint, and answer nonsense.
@@ -60,7 +60,7 @@ def weights_mark(model: Any) -> str | None:
     return _hash(some.float().cpu().numpy().tobytes())
 
 
-def state_of(cache: TieredKVCache) -> dict[str, Any]:
+def state_of(cache: PassControl) -> dict[str, Any]:
     """Header and tensors of a cache; tensors are clones.
 
     Raises:
@@ -77,7 +77,7 @@ def state_of(cache: TieredKVCache) -> dict[str, Any]:
         "format": FORMAT_VERSION,
         "fade_core": __version__,
         "model": fingerprint(cache.model_config),
-        "weights": cache.weights_mark,
+        "weights": cache.weights_fingerprint,
         "config": cache.config.to_dict(),
         "max_cache_len": cache.length_limit,
         "layers": layers,
@@ -85,15 +85,15 @@ def state_of(cache: TieredKVCache) -> dict[str, Any]:
     return {"header": header, "tensors": {name: t.detach().clone().contiguous() for name, t in tensors.items()}}
 
 
-def restore(cache: TieredKVCache, state: Mapping[str, Any]) -> None:
+def restore(cache: PassControl, state: Mapping[str, Any]) -> None:
     """Fill ``cache`` from ``state_of``'s answer.
 
     Raises:
         CheckpointError: not a cache state, another format, model or configuration; the cache is unchanged then.
     """
     header, tensors = _checked(state)
-    _check_model(header, fingerprint(cache.model_config), cache.weights_mark)
-    if meaning(header["config"]) != meaning(cache.config.to_dict()):
+    _check_model(header, fingerprint(cache.model_config), cache.weights_fingerprint)
+    if compatible_fields(header["config"]) != compatible_fields(cache.config.to_dict()):
         raise CheckpointError(
             "the saved cache was made with another configuration; TieredKVCache.load restores both together"
         )
@@ -121,17 +121,21 @@ def restore(cache: TieredKVCache, state: Mapping[str, Any]) -> None:
     for layer, found in zip(cache.layers, fresh, strict=True):
         vars(layer).update(vars(found))
     for layer in cache.tiered:
-        layer.restored()
+        if layer.is_initialized:
+            layer.steps.replan(fresh=bool(layer.plan.learners))
+            layer.held.look_for_gaps()
+            layer.changed()
+        layer.settle()
 
 
-def save(cache: TieredKVCache, path: str | Path) -> None:
+def save(cache: PassControl, path: str | Path) -> None:
     """Write the cache to ``path`` (safetensors)."""
     state = state_of(cache)
     save_file(state["tensors"] or {"empty": torch.zeros(1)}, str(path), metadata={"fade": json.dumps(state["header"])})
 
 
-def load(path: str | Path, model: Any, kind: type[TieredKVCache]) -> TieredKVCache:
-    """Read what ``save`` wrote. Raises ``CheckpointError`` for anything else."""
+def load(path: str | Path, model: Any, kind: Callable[[Any, FadeConfig, int | None], C]) -> C:
+    """Read what ``save`` wrote into a new cache of a ``kind``. Raises ``CheckpointError`` for anything else."""
     if not Path(path).is_file():
         raise CheckpointError(f"there is no file {path}")
     try:
@@ -144,7 +148,7 @@ def load(path: str | Path, model: Any, kind: type[TieredKVCache]) -> TieredKVCac
     except (SafetensorError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} is not a safetensors file that FADE wrote, or is damaged: {error}") from error
     header, _ = _checked(state)
-    _check_model(header, fingerprint(model.config.get_text_config(decoder=True)), weights_mark(model))
+    _check_model(header, fingerprint(model.config.get_text_config(decoder=True)), weights_fingerprint(model))
     try:
         cache = kind(model, FadeConfig(**header["config"]), header["max_cache_len"])
     except FadeError as error:
@@ -157,16 +161,17 @@ def load(path: str | Path, model: Any, kind: type[TieredKVCache]) -> TieredKVCac
     return cache
 
 
-def dump_debug(cache: TieredKVCache, path: str | Path) -> None:
+def dump_debug(cache: PassControl, path: str | Path) -> None:
     """Write lengths, tiers, bytes and configuration as JSON."""
     report = cache.memory_report()
     layers = []
     for layer in cache.tiered:
         shown: dict[str, Any] = {"layer": layer.index, "logical_length": layer.logical}
-        if layer.window is not None:
-            shown["window"] = layer.window.lengths.tolist()
-            shown["tiers"] = {store.tier.name: store.lengths.tolist() for store in layer.stores}
-            shown["padding"] = layer.padding.tolist()
+        if layer.is_initialized:
+            held = layer.held
+            shown["window"] = held.window.lengths.tolist()
+            shown["tiers"] = {store.tier.name: store.lengths.tolist() for store in held.stores}
+            shown["padding"] = held.padding.tolist()
         layers.append(shown)
     snapshot = {
         "fade_core": __version__,
@@ -205,7 +210,7 @@ def _check_model(header: Mapping[str, Any], shape: str, weights: str | None) -> 
         )
 
 
-def meaning(config: Mapping[str, Any]) -> dict[str, Any]:
+def compatible_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """What decides a cache's contents: not which kernel reads them, nor who is told of events.
 
     A field that did not exist when the cache was saved has its default.

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_map
-
-from fade_core.cache.inspection import dense, dense_shape
-
-if TYPE_CHECKING:
-    from fade_core.cache.layer import TieredLayer
+from transformers.cache_utils import CacheLayerMixin
 
 
 class Handle(Tensor):
@@ -20,24 +17,27 @@ class Handle(Tensor):
     so stock attention works too, at the price of materialising one layer.
     """
 
-    layer: TieredLayer
-    side: str
+    layer: CacheLayerMixin
+    materialise: Callable[[], Tensor]
 
     @staticmethod
-    def __new__(cls, layer: TieredLayer, side: str) -> Handle:
-        """A handle on ``layer``'s "key" or "value" tokens."""
-        handle: Handle = Tensor._make_wrapper_subclass(
-            cls, dense_shape(layer, side), dtype=layer.dtype, device=layer.device
-        )
-        handle.layer, handle.side = layer, side
+    def __new__(
+        cls, layer: CacheLayerMixin, shape: Sequence[int], like: Tensor, materialise: Callable[[], Tensor]
+    ) -> Handle:
+        """A handle on tokens of ``layer``.
+
+        Args:
+            layer: the layer that attention reads.
+            shape: ``[B, H_kv, T, D]``, whatever is stored.
+            like: gives dtype and device.
+            materialise: gives the dequantised tokens, a plain tensor of this shape.
+        """
+        handle: Handle = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
+        handle.layer, handle.materialise = layer, materialise
         return handle
 
-    def materialise(self) -> Tensor:
-        """The dequantised tokens, a plain tensor of the handle's shape."""
-        return dense(self.layer, self.side)
-
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"Handle({self.side}s of layer {self.layer.index}, shape={tuple(self.shape)})"
+        return f"Handle({type(self.layer).__name__}, shape={tuple(self.shape)})"
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -57,14 +57,9 @@ class CompiledHandle:
         stepping: whether it did so by its op, as a step of one token; else attention is eager too.
     """
 
-    def __init__(self, layer: TieredLayer, stepping: bool) -> None:
+    def __init__(self, layer: CacheLayerMixin, stepping: bool) -> None:
         self.layer, self.stepping = layer, stepping
 
     def to(self, *_: Any, **__: Any) -> CompiledHandle:
         """Itself: the tokens stay where they are."""
         return self
-
-
-def is_handle(value: Any) -> bool:
-    """Whether attention got FADE's stand-in rather than real keys."""
-    return isinstance(value, Handle)

@@ -6,15 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
+from fade_core.cache.masks import MaskReader
 from fade_core.eviction.byte_budget import ByteBudget
 from fade_core.eviction.ladder import tokens_of
 from fade_core.eviction.plan import EvictionPlan
-from fade_core.interfaces import Event, Kernel, RopeScheme
+from fade_core.interfaces import Event, Kernel, Quantizer, RopeScheme
 from fade_core.ops.append import MOST_TOKENS, AppendRule, TorchAppend
 from fade_core.ops.attention import TorchAttentionMass, TorchDecodeAttention
 from fade_core.ops.step import StepPlan
 from fade_core.storage.codec import Codec
+from fade_core.storage.tier_store import TierStore
+from fade_core.storage.window import Window
 from fade_core.support.checks import FiniteCheck
 
 REJECTABLE = 64
@@ -36,8 +40,10 @@ class LayerPlan(EvictionPlan):
         rope: rotary embedding by which survivors of an eviction are read at contiguous positions; ``None`` where they keep
             theirs, or carry none.
         finite: refuses what is not finite; shared by the layers of a cache.
-        meaning: what the quantizers were made from, written out; layers of one meaning share compiled steps.
+        compatibility: what the quantizers were made from, written out; layers that agree in it share compiled steps.
         query_heads: query heads of the model.
+        masks: reads the masks of passes; shared by the layers of a cache.
+        told: op and reason of the "fallback" events that were sent.
     """
 
     attention: str = "fade"
@@ -49,13 +55,10 @@ class LayerPlan(EvictionPlan):
     emit: Callable[[Event], None] = lambda event: None
     rope: RopeScheme | None = None
     finite: FiniteCheck = field(default_factory=FiniteCheck)
-    meaning: str = ""
+    compatibility: str = ""
     query_heads: int = 0
-
-    @property
-    def threshold(self) -> int:
-        """Tokens that a full window holds: one tile leaves it before the next token comes."""
-        return self.ladder.n_sink + self.ladder.recent_window + self.ladder.tile
+    masks: MaskReader = field(default_factory=MaskReader)
+    told: set[tuple[str, str]] = field(default_factory=set)
 
     @property
     def ranked(self) -> bool:
@@ -67,14 +70,58 @@ class LayerPlan(EvictionPlan):
         """Whether tokens carry how far they are moved when they are read."""
         return self.rope is not None
 
+    @property
+    def learners(self) -> list[Quantizer]:
+        """The quantizers that learn from a prompt."""
+        return [q for tier in self.ladder.tiers for q in (tier.keys, tier.values) if q.learns]
+
+    def emit_once(self, detail: dict[str, str]) -> None:
+        """Send a "fallback" event, once an op and reason."""
+        if (detail["op"], detail["reason"]) not in self.told:
+            self.told.add((detail["op"], detail["reason"]))
+            self.emit(Event("fallback", self.index, detail=detail))
+
     def step(self) -> StepPlan:
         """What the layer's steps have in common, without a name."""
         ladder = self.ladder
-        threshold = self.threshold if ladder.tiers else NEVER
+        threshold = ladder.threshold if ladder.tiers else NEVER
         rule = AppendRule(
             ladder.tiers[0] if ladder.tiers else None, ladder.n_sink, threshold, self.on_nonfinite, self.index
         )
         return StepPlan("", rule, ladder.tiers, self.append, self.kernel, self.mass_kernel, self.tracker, self.rope)
+
+    def allocate(self, keys: Tensor, values: Tensor, slots: int) -> tuple[Window, tuple[TierStore, ...]]:
+        """An empty window and empty stores for tokens like these, ``[B, H_kv, T, D]``.
+
+        Args:
+            keys: give rows, heads, channels, dtype and device.
+            values: likewise.
+            slots: tokens that buffers are made for, so that they stay where they are; 0 for buffers that grow.
+        """
+        ladder, (batch, heads, _, dim) = self.ladder, keys.shape
+        statistics = self.tracker.statistics if ladder.bounded else ()
+        spare = 0 if isinstance(ladder.budget, ByteBudget) else max(REJECTABLE, MOST_TOKENS)
+        floor = ladder.threshold + spare if slots else 0
+        made = keys.dtype, keys.device, statistics, self.shifted
+        window = Window(batch, heads, dim, values.shape[3], floor, *made, floor=floor)
+        most = max(1, slots // ladder.tile) if slots and self.allocates else 0
+        stores = tuple(
+            TierStore(
+                tier,
+                batch,
+                heads,
+                keys.device,
+                keys.dtype,
+                self.ranked,
+                statistics,
+                self.codec,
+                self.shifted,
+                fixed,
+                most,
+            )
+            for tier, fixed in zip(ladder.tiers, self.room(slots, max(1, batch)), strict=True)
+        )
+        return window, stores
 
     def room(self, slots: int, rows: int) -> list[int]:
         """Tiles of each tier that a row and head needs on average, for ``slots`` tokens in each of ``rows``.
@@ -83,6 +130,8 @@ class LayerPlan(EvictionPlan):
         after it what is demoted at a ranking comes on top.
         """
         ladder, tile = self.ladder, self.ladder.tile
+        if not slots:
+            return [0 for _ in ladder.tiers]
         window = ladder.n_sink + ladder.recent_window
         most = max(1, -(-(slots - window) // tile))
         if not ladder.bounded:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fade_core.cache import inspection
 from fade_core.cache.layer import TieredLayer
 from fade_core.errors import CheckpointError, InputError
 from fade_core.interfaces import Quantizer
@@ -25,21 +24,22 @@ Facts = dict[str, Any]
 
 def tiered_state(layer: TieredLayer) -> tuple[Facts, Tensors]:
     """Numbers and tensors from which ``tiered_layer`` makes an equal layer."""
-    if layer.window is None:
+    if not layer.is_initialized:
         return {"initialized": False}, {}
-    tensors = {f"window.{n}": t for n, t in layer.window.state().items()} | {"padding": layer.padding}
-    if layer.queries is not None:
-        tensors |= {f"queries.{n}": t for n, t in layer.queries.tensors().items()}
-    for i, store in enumerate(layer.stores):
+    held = layer.held
+    tensors = {f"window.{n}": t for n, t in held.window.state().items()} | {"padding": held.padding}
+    if held.queries is not None:
+        tensors |= {f"queries.{n}": t for n, t in held.queries.tensors().items()}
+    for i, store in enumerate(held.stores):
         tensors |= {f"store{i}.{n}": t for n, t in store.state().items()}
         for side, quantizer in _sides(store):
             tensors |= {f"quantizer{i}.{side}.{n}": t for n, t in quantizer.state_dict().items()}
     facts = {
         "initialized": True,
-        "logical": layer.logical,
-        "since_ranking": (layer.logical - layer.ranked_at).tolist(),
+        "logical": held.logical,
+        "since_ranking": (held.logical - held.ranked_at).tolist(),
         "dtype": _name(layer.dtype),
-        "explicit": [store.explicit for store in layer.stores],
+        "explicit": [store.explicit for store in held.stores],
     }
     return facts, tensors
 
@@ -50,7 +50,8 @@ def tiered_layer(like: TieredLayer, facts: Mapping[str, Any], tensors: Mapping[s
     Raises:
         CheckpointError: for a state that no such layer can have.
     """
-    layer = like.fresh()
+    layer = TieredLayer(like.plan, like.max_length)
+    layer.steps.compiles, layer.steps.checks_masks = like.steps.compiles, like.steps.checks_masks
     if not facts["initialized"]:
         return layer
     dtype = getattr(torch, facts["dtype"])
@@ -61,27 +62,26 @@ def tiered_layer(like: TieredLayer, facts: Mapping[str, Any], tensors: Mapping[s
         layer.lazy_initialization(keys[:, :, :0], values[:, :, :0])
     except InputError as error:
         raise CheckpointError(str(error)) from error
-    layer.logical = int(facts["logical"])
-    layer.ranked_at = layer.logical - torch.tensor(facts["since_ranking"], dtype=torch.long)
-    layer.padding = tensors["padding"].cpu().clone()
-    batch = keys.shape[0]
-    _check(layer.padding.shape == (batch,) and _within(layer.padding, 0, layer.logical), "padding")
-    _check(layer.ranked_at.shape == (batch,), "steps since the last ranking")
-    held = inspection.window_of(layer)
-    _check_window(held, window, layer.logical)
-    held.load(window)
-    if layer.queries is not None:
+    held, batch = layer.held, keys.shape[0]
+    held.logical = int(facts["logical"])
+    held.ranked_at = held.logical - torch.tensor(facts["since_ranking"], dtype=torch.long)
+    held.padding = tensors["padding"].cpu().clone()
+    _check(held.padding.shape == (batch,) and _within(held.padding, 0, held.logical), "padding")
+    _check(held.ranked_at.shape == (batch,), "steps since the last ranking")
+    _check_window(held.window, window, held.logical)
+    held.window.load(window)
+    if held.queries is not None:
         _check_queries(_part(tensors, "queries."), batch, keys.shape[3])
-        layer.queries.load(_part(tensors, "queries."), keys.device)
-    _check(len(facts["explicit"]) == len(layer.stores), "number of tiers")
-    for i, (store, explicit) in enumerate(zip(layer.stores, facts["explicit"], strict=True)):
+        held.queries.load(_part(tensors, "queries."), keys.device)
+    _check(len(facts["explicit"]) == len(held.stores), "number of tiers")
+    for i, (store, explicit) in enumerate(zip(held.stores, facts["explicit"], strict=True)):
         own = _part(tensors, f"store{i}.")
         if explicit:
             store.spell_positions()
-        _check_store(store, own, layer.logical)
+        _check_store(store, own, held.logical)
         store.load(own)
-    stored = held.lengths[:, None] + sum(s.lengths for s in layer.stores)
-    _check(bool((stored <= layer.lengths[:, None]).all()), "number of tokens")
+    stored = held.window.lengths[:, None] + sum(s.lengths for s in held.stores)
+    _check(bool((stored <= held.lengths[:, None]).all()), "number of tokens")
     return layer
 
 
@@ -94,7 +94,7 @@ def load_quantizers(layers: Iterable[tuple[TieredLayer, Mapping[str, Tensor]]]) 
     done: list[tuple[Quantizer, Tensors]] = []
     try:
         for layer, tensors in layers:
-            for i, store in enumerate(layer.stores):
+            for i, store in enumerate(layer.held.stores if layer.is_initialized else ()):
                 for side, quantizer in _sides(store):
                     done.append((quantizer, dict(quantizer.state_dict())))
                     quantizer.load_state_dict(_part(tensors, f"quantizer{i}.{side}."))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fade_core.cache.layer import TieredLayer
+from fade_core.cache.tiered_cache import TieredKVCache
 from fade_core.errors import InputError
+from fade_core.eviction.assignment import assign
 from fade_core.eviction.attention_tracker import AttentionTracker
-
-if TYPE_CHECKING:
-    from fade_core.cache.tiered_cache import TieredKVCache
 
 
 def forward_with_tracking(
@@ -74,7 +73,7 @@ def apply_tier_assignment(cache: TieredKVCache, layer_idx: int, tiers: Tensor) -
         raise InputError(
             f"tiers have shape {tuple(tiers.shape)}; [T] is needed (apply_tier_assignment_per_sequence takes rows)"
         )
-    layer.assign(_clamped(layer, tiers.long().expand(*layer.tier_map().shape[:2], -1)))
+    assign_layer(layer, _clamped(layer, tiers.long().expand(*layer.tier_map().shape[:2], -1)))
 
 
 def apply_tier_assignment_per_sequence(cache: TieredKVCache, layer_idx: int, tiers: Tensor) -> None:
@@ -84,7 +83,25 @@ def apply_tier_assignment_per_sequence(cache: TieredKVCache, layer_idx: int, tie
         raise InputError(f"tiers have shape {tuple(tiers.shape)}; [B, T] or [B, H_kv, T] is needed")
     heads = layer.tier_map().shape[1]
     wanted = tiers.long() if tiers.dim() == 3 else tiers.long()[:, None].expand(-1, heads, -1)
-    layer.assign(_clamped(layer, wanted))
+    assign_layer(layer, _clamped(layer, wanted))
+
+
+def assign_layer(layer: TieredLayer, tiers: Tensor) -> None:
+    """Move the tokens of a layer to the tiers that somebody else chose; sinks and window are free to leave.
+
+    Args:
+        layer: the layer.
+        tiers: int64 ``[B, H_kv, logical]``: wanted tier of each position: 0 full precision, ``i`` the ladder's
+            ``i``-th packed tier, -1 evicted. Tokens only move down.
+
+    Raises:
+        InputError: wrong shape, an unknown tier, or a token that would have to move up.
+    """
+    layer.settle()
+    with layer.moving() as moved:
+        moved |= dict(zip(("encode", "demote", "evict"), assign(layer.held, tiers), strict=True))
+        moved["reassign"] = sum(moved.values())
+        layer.held.look_for_gaps()
 
 
 def _clamped(layer: TieredLayer, wanted: Tensor) -> Tensor:

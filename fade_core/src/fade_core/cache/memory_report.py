@@ -7,7 +7,6 @@ from typing import Any
 
 from transformers.cache_utils import Cache
 
-from fade_core.cache.inspection import dense_shape
 from fade_core.cache.layer import TieredLayer
 from fade_core.support.memory import StorageKey, live_storages
 
@@ -94,11 +93,12 @@ def measure(cache: Cache) -> MemoryReport:
             tier, kind = name.split("/", 1)
             rows.append(MemoryRow(index, tier, kind, storage.nbytes()))
         if layer.is_initialized:
-            for side in ("key", "value"):
-                batch, heads, tokens, dim = dense_shape(layer, side)
-                elements = batch * heads * tokens * dim
-                baseline += elements * layer.dtype.itemsize
-                baseline16 += elements * 2
+            window = layer.held.window
+            elements = (
+                layer.held.rows * layer.held.heads * layer.logical * (window.keys.shape[3] + window.values.shape[3])
+            )
+            baseline += elements * layer.dtype.itemsize
+            baseline16 += elements * 2
     shared = _unseen(cache, seen)
     if shared:
         rows.append(MemoryRow(-1, "other", "shared", shared))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLayerMixin, StaticLayer
 
 from fade_core.cache.layer import TieredLayer
+from fade_core.config import FadeConfig
 from fade_core.errors import InputError, UnsupportedModelError
 from fade_core.interfaces import Event
+from fade_core.ops.append import LOGICAL
 from fade_core.support.checks import check_finite, check_room, check_tokens
 
 
@@ -25,6 +28,19 @@ class PassControl(Cache):
     """
 
     layers: list[Any]
+    config: FadeConfig
+    length_limit: int | None
+    attention: str
+    model_config: Any
+    weights_fingerprint: str | None
+    refusals: dict[str, list[tuple[str, str]]]
+    device: torch.device
+    _detach: Callable[[], Any]
+
+    @property
+    def tiered(self) -> list[TieredLayer]:
+        """The layers that FADE compresses."""
+        return [layer for layer in self.layers if isinstance(layer, TieredLayer)]
 
     def start_passes(self) -> None:
         """No pass is under way."""
@@ -57,6 +73,16 @@ class PassControl(Cache):
         outcome = self._roll_back(max(self._updated), len(self.layers))
         if not self.get_seq_length() and self._begun:
             raise InputError(f"the last forward pass was interrupted. {outcome}")
+
+    def detach(self) -> None:
+        """Give the model back the attention it had before. The cache keeps its contents; calling twice is harmless."""
+        self._detach()
+
+    def settle(self) -> None:
+        """Finish what is under way: an interrupted forward pass is undone, what is due is packed and ranked."""
+        self.conclude()
+        for layer in self.tiered:
+            layer.settle()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -116,7 +142,9 @@ class PassControl(Cache):
     def get_query_offset(self, layer_idx: int = 0) -> Any:
         """Logical length for masks; a tensor where only the device knows it (compiled steps)."""
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
-        return layer.query_offset() if isinstance(layer, TieredLayer) else self.get_seq_length(layer_idx)
+        if isinstance(layer, TieredLayer) and layer.steps.stale:
+            return layer.steps.counters[LOGICAL]
+        return self.get_seq_length(layer_idx)
 
     def reset(self) -> None:
         """Forget everything; the cache can be used again. Memory is freed, save for buffers of fixed size, which stay."""

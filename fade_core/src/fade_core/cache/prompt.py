@@ -1,143 +1,189 @@
-"""A prompt, or a chunk of one, on its way into a layer: one left-aligned run of tokens with the window before it."""
+"""A prompt, or a chunk of one: what it reads of the past, and how it goes into a layer; and what leaves a full window."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
-from fade_core.cache.inspection import window_of
+from fade_core.eviction.contents import LayerContents
+from fade_core.eviction.ranking import place
+from fade_core.interfaces import RopeScheme
 from fade_core.ops.attention import READ_AT_ONCE
 from fade_core.ops.step import gathered
-from fade_core.storage.repositioning import Shift
+from fade_core.storage.repositioning import Shift, shown_shifts
+from fade_core.storage.tier_store import Tokens
 from fade_core.storage.window import Window
 from fade_core.support.transfer import sent
 
-if TYPE_CHECKING:
-    from fade_core.cache.layer import TieredLayer
 
-
-def left_aligned(
-    window: Window, chunk: list[Tensor], logical: int, padding: Tensor | None, statistics: Mapping[str, Tensor]
-) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor], Tensor, Tensor]:
-    """The window's tokens and a chunk's, each row from its first token on.
+def place_prompt(
+    held: LayerContents,
+    chunk: list[Tensor],
+    padding: Tensor | None,
+    statistics: Mapping[str, Tensor],
+    kept: int | None,
+) -> tuple[int, int]:
+    """Merge a chunk with the window and send what does not fit down the ladder.
 
     Args:
-        window: full-precision tokens, which are not changed.
+        held: the layer's tokens; ``logical`` counts the chunk's already.
         chunk: keys and values ``[B, H_kv, Q, D]``; emptied, so that each is freed as soon as it is copied.
-        logical: tokens the model has seen, the chunk's included.
         padding: leading columns of the chunk that are padding, int64 ``[B]`` (CPU), for rows still empty.
         statistics: what attention observed of the chunk's tokens, float32 ``[B, H_kv, Q]`` a name.
+        kept: newest tokens that stay in full precision beside the recent window; ``None`` for all.
 
     Returns:
-        keys, values, positions ``[B, T]``, statistics by name, tokens of each row ``[B]`` (CPU), and padding of each
-        ``[B]`` (CPU).
+        tokens that were encoded, and that were evicted, summed over rows and heads.
     """
-    count, device = chunk[0].shape[2], chunk[0].device
-    lengths = window.lengths
+    window, ladder = held.window, held.plan.ladder
+    held.ranked_at = held.ranked_at + chunk[0].shape[2]
+    run, dropped = _with_window(held, chunk, padding, statistics)
+    held.padding = held.padding + dropped
+    lengths = run.counts[:, 0]
+    due = torch.zeros_like(lengths) if kept is None else held.due(lengths - kept)
+    evicted = _send_down(held, run, due, prompt=True)
+    _keep(window, run, due, ladder.n_sink)
+    if kept is not None and ladder.tiers:
+        window.shrink(0)
+    return int(due.sum()) * held.heads - evicted, evicted
+
+
+def compress_due(held: LayerContents, prompt: bool) -> tuple[int, int]:
+    """Encode what has left the window; ``prompt``: it may be placed on any tier. Returns as ``place_prompt``."""
+    window, ladder = held.window, held.plan.ladder
+    due = held.due(window.lengths)
+    counts = window.lengths[:, None].expand(-1, held.heads)
+    run = Tokens(
+        *window.live(), window.positions(), counts, {n: window.note(f"statistic.{n}") for n in window.statistics}
+    )
+    evicted = _send_down(held, run, due, prompt)
+    window.take_out(ladder.n_sink, due)
+    window.shrink(0 if prompt else ladder.threshold)
+    return int(due.sum()) * held.heads - evicted, evicted
+
+
+def _with_window(
+    held: LayerContents, chunk: list[Tensor], padding: Tensor | None, statistics: Mapping[str, Tensor]
+) -> tuple[Tokens, Tensor]:
+    """The window's tokens and a chunk's, each row from its first token on; and the padding that was dropped, ``[B]``."""
+    window, (count, device) = held.window, (chunk[0].shape[2], chunk[0].device)
+    lengths, longest = window.lengths, window.longest
     dropped = torch.zeros_like(lengths) if padding is None else padding.clamp_max(count) * (lengths == 0)
-    positions = torch.arange(logical - count, logical, device=device).expand(len(lengths), -1)
+    counts = (lengths + count - dropped)[:, None].expand(-1, held.heads)
+    positions = torch.arange(held.logical - count, held.logical, device=device).expand(len(lengths), 1, -1)
     none = chunk[0].new_zeros(chunk[0].shape[:3], dtype=torch.float32) if window.statistics else chunk[0]
     observed = {name: statistics.get(name, none) for name in window.statistics}
-    held = window.longest
-    if not held and not bool(dropped.any()):
-        return chunk.pop(0), chunk.pop(), positions, observed, lengths + count, dropped
-    slots = torch.arange(held + count)
-    at = sent((slots - lengths[:, None] + dropped[:, None]).clamp(0, count - 1), device)  # [B, T]
-    old_here = sent(slots[:held] < lengths[:, None], device)  # [B, held]
+    if not longest and not bool(dropped.any()):
+        return Tokens(chunk.pop(0), chunk.pop(), positions, counts, observed), dropped
+    slots = torch.arange(longest + count)
+    at = sent((slots - lengths[:, None] + dropped[:, None]).clamp(0, count - 1), device)[:, None]  # [B, 1, T]
+    old_here = sent(slots[:longest] < lengths[:, None], device)[:, None]  # [B, 1, longest]
 
     def join(old: Tensor, new: Tensor) -> Tensor:
-        wide = at[:, None, :, None] if new.dim() == 4 else at[:, None]
+        wide, here = (at[..., None], old_here[..., None]) if new.dim() == 4 else (at, old_here)
         both = new.gather(2, wide.expand(-1, new.shape[1], -1, *new.shape[3:]))
-        if held:
-            here = old_here[:, None, :, None] if new.dim() == 4 else old_here[:, None]
-            both[:, :, :held] = torch.where(here, old, both[:, :, :held])
+        both[:, :, :longest] = torch.where(here, old, both[:, :, :longest])
         return both
 
-    keys = join(window.live()[0], chunk.pop(0))
-    values = join(window.live()[1], chunk.pop())
-    observed = {name: join(window.statistics[name][:, :, :held], t) for name, t in observed.items()}
-    positions = join(window.positions(), positions[:, None])[:, 0]
-    return keys, values, positions, observed, lengths + count - dropped, dropped
+    keys, values = join(window.live()[0], chunk.pop(0)), join(window.live()[1], chunk.pop())
+    observed = {name: join(window.note(f"statistic.{name}"), t) for name, t in observed.items()}
+    return Tokens(keys, values, join(window.positions(), positions), counts, observed), dropped
 
 
-def keep_in_window(
-    window: Window,
-    keys: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    observed: Mapping[str, Tensor],
-    lengths: Tensor,
-    due: Tensor,
-    n_sink: int,
-) -> None:
-    """Leave in ``window`` what stays of a left-aligned run of ``lengths`` tokens: sinks, and those after the ``due`` ones."""
-    kept = lengths - due
-    slots = torch.arange(int(kept.max()))
-    source = torch.where(slots < n_sink, slots, slots + due[:, None]).clamp_max(keys.shape[2] - 1)
-    source = sent(source, keys.device)  # [B, kept]
-    wide = source[:, None, :, None]
-    window.assign(
-        keys.gather(2, wide.expand(-1, keys.shape[1], -1, keys.shape[3])),
-        values.gather(2, wide.expand(-1, values.shape[1], -1, values.shape[3])),
-        positions.gather(1, source),
-        kept,
-        {n: t.gather(2, source[:, None].expand(-1, t.shape[1], -1)) for n, t in observed.items()},
+def _send_down(held: LayerContents, run: Tokens, due: Tensor, prompt: bool) -> int:
+    """Encode the ``due[b]`` tokens of each row of a ``run`` that come after the sinks; says how many were evicted.
+
+    Those of a ``prompt`` are placed on all tiers at once, if nothing is there yet.
+    """
+    if not bool(due.any()):
+        return 0
+    ladder, first = held.plan.ladder, held.plan.ladder.n_sink
+    part = slice(first, first + int(due.max()))
+    known = (held.logical - run.counts[:, :1] + first) if held.contiguous else None
+    moving = Tokens(
+        run.keys[:, :, part],
+        run.values[:, :, part],
+        run.positions[:, :, part],
+        due[:, None].expand(-1, held.heads).contiguous(),
+        {name: t[:, :, part] for name, t in run.statistics.items()},
+        known,
     )
+    if prompt and ladder.bounded and not held.packed:
+        return place(held, run, moving, due)
+    held.stores[0].append(moving)
+    if prompt:  # it can overflow a tier at once
+        held.ranked_at = held.ranked_at.where(due == 0, held.logical - held.plan.every)
+    return 0
+
+
+def _keep(window: Window, run: Tokens, due: Tensor, n_sink: int) -> None:
+    """Leave in ``window`` what stays of a ``run``: sinks, and those after the ``due`` ones."""
+    kept = run.counts[:, 0] - due
+    slots = torch.arange(int(kept.max()))
+    source = torch.where(slots < n_sink, slots, slots + due[:, None]).clamp_max(run.keys.shape[2] - 1)
+    at = sent(source, run.keys.device)[:, None]  # [B, 1, kept]
+
+    def stays(held: Tensor) -> Tensor:
+        wide = at[..., None] if held.dim() == 4 else at
+        return held.gather(2, wide.expand(-1, held.shape[1], -1, *held.shape[3:]))
+
+    statistics = {name: stays(t) for name, t in run.statistics.items()}
+    window.assign(stays(run.keys), stays(run.values), stays(run.positions)[:, 0], kept, statistics)
 
 
 # --- the past that a chunk reads ---
 
 
-def dense_with_past(layer: TieredLayer, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Keys and values of all that is stored and then of the pending chunk, in full precision ``[B, H_kv, T, D]``.
+def dense_with_past(
+    held: LayerContents, keys: Tensor, values: Tensor, mask: Tensor | None, rope: RopeScheme | None
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of all that is stored and then of a chunk, in full precision ``[B, H_kv, T, D]``.
 
     Args:
-        layer: the layer.
-        mask: that of the pending queries, bool ``[B, 1, Q, logical]`` or ``None``; it only decides which holes count.
+        held: the layer's tokens; ``logical`` counts the chunk's already.
+        keys: the chunk's, ``[B, H_kv, Q, D]``.
+        values: likewise.
+        mask: bool ``[B or 1, T]``, what the newest query may see; ``None`` for all. It only decides which holes count.
+        rope: by which keys are moved when they are read; ``None`` if they stay.
     """
-    window, (keys, values) = window_of(layer), cast(tuple[Tensor, Tensor], layer.pending)
-    held = [store for store in layer.stores if store.tiles]
-    sizes = [*(store.tiles * store.tile for store in held), window.longest]
-    both = tuple(t.new_empty((*t.shape[:2], sum(sizes) + keys.shape[2], t.shape[3])) for t in (keys, values))
-    start, starts = 0, []
-    for store, size in zip(held, sizes, strict=False):  # the window comes after them
-        store.decode_into(*(t[:, :, start : start + size] for t in both))
-        starts.append(start)
-        start += size
-    starts.append(start)
-    for out, recent, new in zip(both, window.live(), (keys, values), strict=True):
-        out[:, :, start : start + window.longest] = recent
-        out[:, :, start + window.longest :] = new
-    for begin, size, shift in zip(starts, sizes, _past_shifts(layer, mask), strict=True):
-        if shift is not None and size:
-            shift.move(both[0][:, :, begin : begin + size], READ_AT_ONCE)
+    stored = sum(part.size for part in held.parts)
+    both = tuple(t.new_empty((*t.shape[:2], stored + keys.shape[2], t.shape[3])) for t in (keys, values))
+    start, shifts = 0, past_shifts(held, rope, mask, held.logical - keys.shape[2])
+    for part, shift in zip(held.parts, shifts, strict=True):
+        here = [t[:, :, start : start + part.size] for t in both]
+        part.decode_into(*here)
+        if shift is not None:
+            shift.move(here[0], READ_AT_ONCE)
+        start += part.size
+    for out, new in zip(both, (keys, values), strict=True):
+        out[:, :, stored:] = new
     return both[0], both[1]
 
 
-def _past_shifts(layer: TieredLayer, mask: Tensor | None) -> list[Shift | None]:
-    """How far each part of what is stored moves, the window last."""
-    shown = None if mask is None else layer.shown_shifts(mask)
-    held = [store for store in layer.stores if store.tiles]
-    if shown is not None:
-        return [*shown, None] if len(shown) == len(held) else [*shown]
-    if layer.plan.rope is None or not layer.plan.shifted:
-        return [None] * (len(held) + 1)
-    window = window_of(layer)
-    notes = [store.book.notes["shift"][:, :, : store.tiles].flatten(2) for store in held]
-    return [Shift(layer.plan.rope, by) for by in [*notes, window.notes["shift"][:, :, : window.longest]]]
+def past_shifts(held: LayerContents, rope: RopeScheme | None, mask: Tensor | None, end: int) -> list[Shift | None]:
+    """How far each part of what is stored moves: as noted, unless ``mask`` (as above) hides more of it than padding."""
+    if rope is None:
+        return [None for _ in held.parts]
+    shown = None if mask is None else hides_stored(held, mask, end)
+    if shown is None:
+        return [Shift(rope, part.note("shift")) for part in held.parts]
+    return shown_shifts(rope, held.window, held.stores, end, shown)
 
 
-def past_masks(layer: TieredLayer, mask: Tensor) -> list[Tensor]:
-    """The share of ``mask`` (bool ``[B or 1, 1, Q, logical]``) of each part of what is stored, the window last."""
-    window, found = window_of(layer), []
-    for store in layer.stores:
-        if store.tiles:
-            where = store.positions()[:, :1] if store.alike else store.positions()
-            found.append(gathered(mask, where, where >= 0))
-    if window.longest:
-        where = window.positions()
+def hides_stored(held: LayerContents, mask: Tensor, end: int) -> Tensor | None:
+    """``mask`` (bool ``[B or 1, T]``) of the positions below ``end``, if it hides more of them than padding."""
+    shown = mask[:, :end]
+    padded = torch.arange(end, device=mask.device) < sent(held.padding, mask.device)[:, None]
+    return None if bool((shown | padded).all()) else shown
+
+
+def past_masks(held: LayerContents, mask: Tensor) -> list[Tensor]:
+    """The share of ``mask`` (bool ``[B or 1, 1, Q, logical]``) of each part of what is stored."""
+    found = []
+    for part in held.parts:
+        where = part.positions()
+        where = where[:, :1] if part.alike else where
         found.append(gathered(mask, where, where >= 0))
     return found

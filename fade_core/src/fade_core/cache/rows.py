@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fade_core.cache.checkpoint import fingerprint, meaning
+from fade_core.cache.checkpoint import compatible_fields, fingerprint
 from fade_core.cache.layer import TieredLayer
+from fade_core.cache.passes import PassControl
 from fade_core.errors import InputError
 from fade_core.eviction.byte_budget import ByteBudget
-from fade_core.storage.window import Window
-
-if TYPE_CHECKING:
-    from fade_core.cache.tiered_cache import TieredKVCache
 
 _SLIDING = "DynamicSlidingWindowLayer"
 _LINEAR = "LinearAttentionLayer"
 _EMPTY = "DummyLayer"
 
 
-def join(cache: TieredKVCache, other: TieredKVCache) -> tuple[int, int]:
+def join(cache: PassControl, other: PassControl) -> tuple[int, int]:
     """Put ``other``'s rows behind ``cache``'s, layer by layer, and leave ``other`` empty.
 
     Keys keep the rotation that they have; the rows that have seen less get padding on the left.
@@ -49,7 +46,7 @@ def join(cache: TieredKVCache, other: TieredKVCache) -> tuple[int, int]:
     return shifts if lengths[0] else (0, shifts[1])
 
 
-def keep(cache: TieredKVCache, rows: Tensor, trim: bool) -> int:
+def keep(cache: PassControl, rows: Tensor, trim: bool) -> int:
     """Keep ``rows`` (int64 ``[n]`` or bool ``[B]``), in this order, and cut off what is padding in all of them.
 
     Returns:
@@ -61,7 +58,7 @@ def keep(cache: TieredKVCache, rows: Tensor, trim: bool) -> int:
     rows = _rows(cache, rows)
     cache.settle()
     cache.reorder_cache(rows)  # layers of linear attention know no other way to choose rows
-    common = min(int(cache.leading_padding.min()), cache.get_seq_length() - 1) if trim else 0
+    common = min(int(cache.tiered[0].held.padding.min()), cache.get_seq_length() - 1) if trim else 0
     if not common:
         return 0  # one column stays even if no row has a token yet: a cache without length is an empty one
     for layer in cache.layers:
@@ -77,7 +74,7 @@ def keep(cache: TieredKVCache, rows: Tensor, trim: bool) -> int:
 # --- what is refused ---
 
 
-def _checked(cache: TieredKVCache, other: TieredKVCache) -> tuple[int, int]:
+def _checked(cache: PassControl, other: PassControl) -> tuple[int, int]:
     """Logical lengths of both. Raises ``InputError`` unless they can be joined."""
     if not isinstance(other, type(cache)):
         raise InputError(
@@ -87,11 +84,14 @@ def _checked(cache: TieredKVCache, other: TieredKVCache) -> tuple[int, int]:
         raise InputError("a cache cannot join itself; batch_repeat_interleave repeats rows")
     if fingerprint(cache.model_config) != fingerprint(other.model_config) or len(cache.layers) != len(other.layers):
         raise InputError("the caches belong to models of different shapes; rows can only join those of the same model")
-    if cache.weights_mark != other.weights_mark:
+    if cache.weights_fingerprint != other.weights_fingerprint:
         raise InputError(
             "the caches belong to models with different weights; rows can only join those of the same model"
         )
-    if meaning(cache.config.to_dict()) != meaning(other.config.to_dict()) or cache.attention != other.attention:
+    if (
+        compatible_fields(cache.config.to_dict()) != compatible_fields(other.config.to_dict())
+        or cache.attention != other.attention
+    ):
         raise InputError("the caches have different configurations; make both with the same one")
     if not other.get_seq_length():
         raise InputError("the cache that should join holds no tokens; run its prompt through the model first")
@@ -114,7 +114,7 @@ def _checked(cache: TieredKVCache, other: TieredKVCache) -> tuple[int, int]:
     return lengths
 
 
-def _resting(cache: TieredKVCache, what: str) -> int:
+def _resting(cache: PassControl, what: str) -> int:
     """Logical length of a cache that nothing is under way in. Raises ``InputError``."""
     for layer in cache.layers:
         if getattr(layer, "record_past", False):
@@ -135,7 +135,7 @@ def _check_tiered(own: TieredLayer, theirs: TieredLayer) -> None:
         raise InputError(
             f"layer {own.index}: this cache holds {own.dtype} on {own.device}, the other {theirs.dtype} on {theirs.device}"
         )
-    rows = own.padding.shape[0] + theirs.padding.shape[0]
+    rows = max(0, own.batch_size) + theirs.batch_size
     budget = own.plan.ladder.budget
     if isinstance(budget, ByteBudget) and budget.shortfall(rows):
         raise InputError(f"layer {own.index}: {budget.shortfall(rows)}")
@@ -154,7 +154,7 @@ def _same(one: Any, other: Any) -> bool:
     return one.keys() == other.keys() and all(torch.equal(t, other[name].to(t.device)) for name, t in one.items())
 
 
-def _rows(cache: TieredKVCache, rows: Tensor) -> Tensor:
+def _rows(cache: PassControl, rows: Tensor) -> Tensor:
     """``rows`` as int64 indices on the CPU. Raises ``InputError``."""
     length = _resting(cache, "this cache")
     batch = cache.tiered[0].batch_size
@@ -185,33 +185,21 @@ def _rows(cache: TieredKVCache, rows: Tensor) -> Tensor:
 
 def shift(layer: TieredLayer, by: int) -> None:
     """Every row has ``by`` more columns of padding on its left (fewer, if negative); keys stay as they are."""
-    if layer.window is None or not by:
-        return
-    layer.window.shift(by)
-    for store in layer.stores:
-        store.shift(by)
-    layer.logical += by
-    layer.padding, layer.ranked_at = layer.padding + by, layer.ranked_at + by
-    layer.changed()
+    if layer.is_initialized and by:
+        layer.held.shift(by)
+        layer.changed()
 
 
 def join_layer(own: TieredLayer, theirs: TieredLayer) -> None:
     """Put copies of ``theirs``' rows behind ``own``'s; both have the same logical length, or ``own`` is empty."""
-    there = cast(Window, theirs.window)
-    if own.window is None:
-        own.lazy_initialization(there.keys[:0], there.values[:0])
-        own.logical = theirs.logical
-        for here, store in zip(own.stores, theirs.stores, strict=True):
+    there = theirs.held
+    if not own.is_initialized:
+        own.lazy_initialization(there.window.keys[:0], there.window.values[:0])
+        own.held.logical = there.logical
+        for here, store in zip(own.held.stores, there.stores, strict=True):
             here.tier.keys.load_state_dict(store.tier.keys.state_dict())
             here.tier.values.load_state_dict(store.tier.values.state_dict())
-    cast(Window, own.window).join(there)
-    for here, store in zip(own.stores, theirs.stores, strict=True):
-        here.join(store)
-    if own.queries is not None and theirs.queries is not None:
-        own.queries.join(theirs.queries, (own.padding.shape[0], theirs.padding.shape[0]))
-    own.padding = torch.cat([own.padding, theirs.padding])
-    own.ranked_at = torch.cat([own.ranked_at, theirs.ranked_at])
-    own.unbroken = own.unbroken and theirs.unbroken
+    own.held.join(there)
     own.changed()
 
 

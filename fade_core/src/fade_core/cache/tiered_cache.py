@@ -7,18 +7,18 @@ import copy
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from fade_core.cache import checkpoint, rows
 from fade_core.cache.builder import Broadcast, attach, build
-from fade_core.cache.layer import TieredLayer
+from fade_core.cache.checkpoint import dump_debug, load, restore, save, state_of, weights_fingerprint
 from fade_core.cache.memory_report import MemoryReport, measure
 from fade_core.cache.passes import PassControl, can_be_read
+from fade_core.cache.rows import join, keep
 from fade_core.config import FadeConfig
 from fade_core.errors import ConfigError, InputError, UnsupportedModelError
 from fade_core.eviction.ladder import describe
@@ -58,46 +58,7 @@ def create_tiered_cache(
     return TieredKVCache(model, config.with_overrides(**overrides) if overrides else config, max_cache_len)
 
 
-class CacheReports:
-    """What a cache holds, in numbers; a part of ``TieredKVCache``."""
-
-    layers: list[Any]
-    config: FadeConfig
-
-    def settle(self) -> None:
-        """Finish what is under way."""
-        raise NotImplementedError
-
-    @property
-    def tiered(self) -> list[TieredLayer]:
-        """The layers that FADE compresses."""
-        return [layer for layer in self.layers if isinstance(layer, TieredLayer)]
-
-    def memory_report(self) -> MemoryReport:
-        """Bytes by layer, tier and kind; ``.total`` is the sum over live tensors."""
-        self.settle()
-        return measure(cast(Cache, self))
-
-    def compressed_storage_bytes(self) -> int:
-        """Bytes of everything the cache holds."""
-        return self.memory_report().total
-
-    def baseline_bytes(self) -> int:
-        """Bytes that an uncompressed cache of the same tokens holds in the model's dtype."""
-        return self.memory_report().baseline
-
-    def compression_ratio(self) -> float:
-        """``baseline_bytes / compressed_storage_bytes``; 1.0 while empty."""
-        report = self.memory_report()
-        return report.baseline / report.total if report.total else 1.0
-
-    def tier_names(self) -> list[str]:
-        """Names of the tiers that ``tier_map`` numbers: full precision first."""
-        tiers = self.tiered[0].plan.ladder.tiers if self.tiered else ()
-        return ["fp16", *(tier.name for tier in tiers)]
-
-
-class TieredKVCache(PassControl, CacheReports, Cache):
+class TieredKVCache(PassControl):
     """Tokens in tiers by age and attention, really freed as they go down; works in every mode of ``generate``.
 
     While the cache lives, its model runs FADE's attention; ``detach`` (or leaving it as a context manager, or dropping the
@@ -117,7 +78,7 @@ class TieredKVCache(PassControl, CacheReports, Cache):
             raise ConfigError(f"max_cache_len={max_cache_len!r} must be a positive number of tokens or None")
         self.config, self.length_limit = config, max_cache_len
         self.model_config = model.config.get_text_config(decoder=True)
-        self.device, self.weights_mark = model.device, checkpoint.weights_mark(model)
+        self.device, self.weights_fingerprint = model.device, weights_fingerprint(model)
         self.sinks: list[TelemetrySink] = []
         self._emit = Broadcast(self.sinks)
         built = build(model, config, max_cache_len, self._emit)
@@ -135,9 +96,8 @@ class TieredKVCache(PassControl, CacheReports, Cache):
         self.conclude()
         memo |= {id(shared): shared for shared in (self.policy, self.tracker, self.config, self.model_config)}
         for layer in self.tiered:
-            ladder = layer.plan.ladder
-            if not any(q.learns for tier in ladder.tiers for q in (tier.keys, tier.values)):
-                memo |= {id(part): part for part in (ladder, *ladder.tiers)}
+            if not layer.plan.learners:
+                memo |= {id(part): part for part in (layer.plan.ladder, *layer.plan.ladder.tiers)}
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         for name, value in vars(self).items():
@@ -147,17 +107,13 @@ class TieredKVCache(PassControl, CacheReports, Cache):
         copied.sinks, copied._own_sinks = copied._emit.sinks, []
         copied.start_passes()
         for layer in copied.tiered:
-            layer.replan()
+            layer.steps.replan(fresh=bool(layer.plan.learners))
         model = self._model()
         attached = model is not None and self.attention == "fade"
         copied._detach = attach(model, copied) if attached and model is not None else lambda: None
         return copied
 
     # --- life with the model ---
-    def detach(self) -> None:
-        """Give the model back the attention it had before. The cache keeps its contents; calling twice is harmless."""
-        self._detach()
-
     def __enter__(self) -> Self:
         return self
 
@@ -244,7 +200,8 @@ class TieredKVCache(PassControl, CacheReports, Cache):
     def leading_padding(self) -> Tensor:
         """Columns of padding before each row's first token, int64 ``[B]`` on the CPU; ``[0]`` while empty."""
         self.settle()
-        return self.tiered[0].padding.clone()
+        layer = self.tiered[0]
+        return layer.held.padding.clone() if layer.is_initialized else torch.zeros(0, dtype=torch.long)
 
     def add_rows(self, other: TieredKVCache) -> tuple[int, int]:
         """Take over the rows of another cache of the same model and configuration, behind one's own.
@@ -267,7 +224,7 @@ class TieredKVCache(PassControl, CacheReports, Cache):
                 budget in bytes can hold, or coded by quantizers that learnt from another prompt; or if the model has
                 layers whose rows cannot be joined. Neither cache has changed then.
         """
-        return rows.join(self, other)
+        return join(self, other)
 
     def keep_rows(self, indices: Tensor | Sequence[int], trim: bool = True) -> int:
         """Keep some rows, in the order given, and free what only the others held.
@@ -284,13 +241,7 @@ class TieredKVCache(PassControl, CacheReports, Cache):
             InputError: for no row at all (``reset`` empties a cache), one named twice or one that does not exist, or in the
                 middle of something, as for ``add_rows``; nothing has changed then.
         """
-        return rows.keep(self, torch.as_tensor(indices), trim)
-
-    def settle(self) -> None:
-        """Finish what is under way: an interrupted forward pass is undone, what is due is packed and ranked."""
-        self.conclude()
-        for layer in self.tiered:
-            layer.settle()
+        return keep(self, torch.as_tensor(indices), trim)
 
     def rank(self) -> None:
         """Re-score every token of every layer and re-fill the ladder now."""
@@ -316,7 +267,8 @@ class TieredKVCache(PassControl, CacheReports, Cache):
             raise
         self.settle()
         for layer in self.tiered:
-            layer.release()
+            layer.holding = False
+            layer.settle(prompt=True)
 
     @property
     def unreadable(self) -> str:
@@ -364,7 +316,8 @@ class TieredKVCache(PassControl, CacheReports, Cache):
                 f"decoding cannot be compiled with this cache: {self.compile_refusal}. Decode uncompiled."
             )
         for layer in self.tiered:
-            layer.compile_steps()
+            layer.steps.compiles = True
+            layer.steps.rewire()
 
     def set_codebooks(self, codebooks: Mapping[str, Tensor]) -> None:
         """Give the quantizers of every layer tensors they need to decode (codebooks), as ``"layer.side.name"``.
@@ -389,28 +342,52 @@ class TieredKVCache(PassControl, CacheReports, Cache):
             quantizer = known[name]
             quantizer.load_state_dict({**quantizer.state_dict(), name.rsplit(".", 1)[1]: tensor})
 
+    # --- what is held, in numbers ---
+    def memory_report(self) -> MemoryReport:
+        """Bytes by layer, tier and kind; ``.total`` is the sum over live tensors."""
+        self.settle()
+        return measure(self)
+
+    def compressed_storage_bytes(self) -> int:
+        """Bytes of everything the cache holds."""
+        return self.memory_report().total
+
+    def baseline_bytes(self) -> int:
+        """Bytes that an uncompressed cache of the same tokens holds in the model's dtype."""
+        return self.memory_report().baseline
+
+    def compression_ratio(self) -> float:
+        """``baseline_bytes / compressed_storage_bytes``; 1.0 while empty."""
+        report = self.memory_report()
+        return report.baseline / report.total if report.total else 1.0
+
+    def tier_names(self) -> list[str]:
+        """Names of the tiers that ``tier_map`` numbers: full precision first."""
+        tiers = self.tiered[0].plan.ladder.tiers if self.tiered else ()
+        return ["fp16", *(tier.name for tier in tiers)]
+
     # --- saving ---
     def cache_state_dict(self) -> dict[str, Any]:
         """Everything that decoding goes on from: tensors and plain numbers."""
         self.settle()
-        return checkpoint.state_of(self)
+        return state_of(self)
 
     def load_cache_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved state; refused with ``CheckpointError``, and nothing changed, if it belongs elsewhere."""
-        checkpoint.restore(self, state)
+        restore(self, state)
 
     def save(self, path: str | Path) -> None:
         """Write the cache to a safetensors file."""
-        checkpoint.save(self, path)
+        save(self, path)
 
     @classmethod
     def load(cls, path: str | Path, model: PreTrainedModel) -> TieredKVCache:
         """A cache as it was saved, on ``model``. Raises ``CheckpointError`` if the file is not for it."""
-        return checkpoint.load(path, model, cls)
+        return load(path, model, cls)
 
     def dump_debug(self, path: str | Path) -> None:
         """Write what lives where (lengths, tiers, bytes, configuration) as JSON."""
-        checkpoint.dump_debug(self, path)
+        dump_debug(self, path)
 
     def __repr__(self) -> str:
         tiered = self.tiered

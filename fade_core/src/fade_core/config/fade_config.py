@@ -12,9 +12,10 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from fade_core.builtin.policies.position import PositionConfig
 from fade_core.builtin.quantizers.uniform import UniformConfig
 from fade_core.builtin.tiers import PackedTier, QuantizedTier
-from fade_core.config import flat_spelling, presets
 from fade_core.config.files import read_table, write_table
+from fade_core.config.flat_spelling import NAMES, Defaults, FlatSpelling, changed, nest
 from fade_core.config.kernel_selection import KernelSelection
+from fade_core.config.presets import AGGRESSIVE, BALANCED, SAFE
 from fade_core.errors import ConfigError, FadeError
 from fade_core.interfaces import ComponentConfig, QuantizerConfig, TierConfig
 from fade_core.plugins.resolve import AnyPolicy, AnyQuantizer, AnyRope, AnySink, AnyTier
@@ -127,7 +128,7 @@ class FadeConfig(CheckedModel):
     on_nonfinite: Literal["raise", "zero"] = "raise"
     telemetry: tuple[AnySink, ...] = ()
 
-    other_names: ClassVar[tuple[str, ...]] = flat_spelling.NAMES
+    other_names: ClassVar[tuple[str, ...]] = NAMES
 
     def __init__(self, /, **data: Any) -> None:
         super().__init__(**data)
@@ -138,17 +139,17 @@ class FadeConfig(CheckedModel):
     @classmethod
     def safe(cls) -> Self:
         """K and V at 4 bits, nothing evicted: the defaults."""
-        return cls(**presets.SAFE)
+        return cls(**SAFE)
 
     @classmethod
     def balanced(cls) -> Self:
         """Smaller than ``safe`` at a small price; see ``fade_core.config.presets``."""
-        return cls(**presets.BALANCED)
+        return cls(**BALANCED)
 
     @classmethod
     def aggressive(cls) -> Self:
         """The smallest cache that still reads well; see ``fade_core.config.presets``."""
-        return cls(**presets.AGGRESSIVE)
+        return cls(**AGGRESSIVE)
 
     # --- files ---
     @classmethod
@@ -172,7 +173,7 @@ class FadeConfig(CheckedModel):
     def json_schema(cls) -> dict[str, Any]:
         """JSON Schema (Draft 2020-12) of what is installed, the flat spelling included."""
         schema = cls.model_json_schema()
-        other = flat_spelling.FlatSpelling.model_json_schema()["properties"]
+        other = FlatSpelling.model_json_schema()["properties"]
         for name, described in other.items():
             schema["properties"][name] = described | {"description": "flat spelling", "deprecated": True}
         return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
@@ -185,13 +186,11 @@ class FadeConfig(CheckedModel):
         change what they mean in this configuration: ``middle_v_bits=2``.
         """
         current = {name: getattr(self, name) for name in type(self).model_fields}
-        wanted = flat_spelling.nest(
-            fields, flat_spelling.Defaults(self.keys, self.values, self.policy, self.ladder, fresh=False)
-        )
+        wanted = nest(fields, Defaults(self.keys, self.values, self.policy, self.ladder, fresh=False))
         for name, value in wanted.items():
             held = current.get(name)
             if isinstance(value, Mapping) and isinstance(held, ComponentConfig) and "kind" not in value:
-                wanted[name] = flat_spelling.changed(held, value)
+                wanted[name] = changed(held, value)
         return type(self)(**(current | wanted))
 
     def for_layer(self, index: int, num_layers: int) -> Self:
@@ -241,7 +240,7 @@ class FadeConfig(CheckedModel):
         if not isinstance(data, Mapping):
             return data
         default = {name: cls.model_fields[name].default for name in ("keys", "values", "policy")}
-        return flat_spelling.nest(data, flat_spelling.Defaults(**default))
+        return nest(data, Defaults(**default))
 
     @model_validator(mode="after")
     def _ladders_work(self) -> Self:

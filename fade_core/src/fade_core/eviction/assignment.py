@@ -8,18 +8,17 @@ import torch
 from torch import Tensor
 
 from fade_core.errors import InputError
-from fade_core.eviction.view import Contents
+from fade_core.eviction.contents import LayerContents
 from fade_core.storage.tier_store import TierStore, Tokens
 
 
-def assign(held: Contents, tiers: Tensor, now: Tensor) -> tuple[int, int, int]:
+def assign(held: LayerContents, tiers: Tensor) -> tuple[int, int, int]:
     """Move tokens; they only move down.
 
     Args:
         held: the layer's tokens.
         tiers: int64 ``[B, H_kv, logical]``: wanted tier of each position: 0 full precision, ``i`` the ladder's ``i``-th packed
             tier, -1 evicted.
-        now: the same of where they are.
 
     Returns:
         tokens that were encoded, demoted and evicted, summed over rows and heads.
@@ -28,7 +27,7 @@ def assign(held: Contents, tiers: Tensor, now: Tensor) -> tuple[int, int, int]:
         InputError: wrong shape, an unknown tier, a token that would have to move up, tokens of a tile or of a row that
             cannot be parted. Nothing has moved then.
     """
-    wanted = _wanted(held, tiers, now)
+    wanted = _wanted(held, tiers)
     leaving = _leaving_window(held, wanted)
     _check_tiles(held, wanted)
     encoded = dropped = 0
@@ -40,7 +39,7 @@ def assign(held: Contents, tiers: Tensor, now: Tensor) -> tuple[int, int, int]:
     return encoded, demoted, evicted + dropped
 
 
-def _wanted(held: Contents, tiers: Tensor, now: Tensor) -> Tensor:
+def _wanted(held: LayerContents, tiers: Tensor) -> Tensor:
     """``tiers`` on this device with the evicted last, ``len(stores) + 1``. Raises ``InputError``."""
     shape = (held.rows, held.heads, held.logical)
     if tuple(tiers.shape) != shape:
@@ -50,7 +49,7 @@ def _wanted(held: Contents, tiers: Tensor, now: Tensor) -> Tensor:
             f"layer {held.index}: tiers must be -1 (evicted), 0 (full precision) or 1..{len(held.stores)} "
             f"({', '.join(s.tier.name for s in held.stores)}); found {int(tiers.min())}..{int(tiers.max())}"
         )
-    now, wanted = (t.masked_fill(t < 0, len(held.stores) + 1) for t in (now, tiers.to(held.device)))
+    now, wanted = (t.masked_fill(t < 0, len(held.stores) + 1) for t in (held.tier_map(), tiers.to(held.device)))
     if bool((wanted < now).any()):
         raise InputError(
             f"layer {held.index}: {int((wanted < now).sum())} tokens were asked back up the ladder; "
@@ -59,7 +58,7 @@ def _wanted(held: Contents, tiers: Tensor, now: Tensor) -> Tensor:
     return wanted
 
 
-def _leaving_window(held: Contents, wanted: Tensor) -> _Leaving | None:
+def _leaving_window(held: LayerContents, wanted: Tensor) -> _Leaving | None:
     """Tokens that a manual assignment takes out of the window; all heads of a row must agree on them."""
     window = held.window
     where = window.positions()
@@ -74,7 +73,7 @@ def _leaving_window(held: Contents, wanted: Tensor) -> _Leaving | None:
     return _Leaving(keys, values, where, stats, target.masked_fill(~leaving, 0))
 
 
-def _check_tiles(held: Contents, wanted: Tensor) -> None:
+def _check_tiles(held: LayerContents, wanted: Tensor) -> None:
     """Refuse to part tokens that share scales. Raises ``InputError``."""
     for store in held.stores:
         if not store.tiles or (store.tier.keys.moves_tokens and store.tier.values.moves_tokens):
@@ -91,7 +90,7 @@ def _check_tiles(held: Contents, wanted: Tensor) -> None:
             )
 
 
-def _move_down(held: Contents, wanted: Tensor) -> tuple[int, int]:
+def _move_down(held: LayerContents, wanted: Tensor) -> tuple[int, int]:
     """Move packed tokens to the tiers they are ``wanted`` in; counts of demoted and evicted ones."""
     demoted = evicted = 0
     for level, store in enumerate(held.stores, start=1):

@@ -40,6 +40,11 @@ class Ladder:
         """Whether a token can ever be moved down or evicted once it is packed."""
         return self.budget is not None or any(t.capacity != "rest" for t in self.tiers)
 
+    @property
+    def threshold(self) -> int:
+        """Tokens that a full window holds: one tile leaves it before the next token comes."""
+        return self.n_sink + self.recent_window + self.tile
+
     def packed_budget(self, lengths: Tensor, window: Tensor) -> Tensor:
         """Tokens that may stay packed, int64 ``[B]``, given real lengths and full-precision tokens of each row."""
         if self.budget is None:

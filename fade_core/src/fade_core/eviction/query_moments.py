@@ -30,7 +30,6 @@ class QueryMoments:
     def __init__(self, covariance: bool) -> None:
         self.covariance = covariance
         self._now: _Moments | None = None
-        self._before: _Moments | None = None
 
     @classmethod
     def over(cls, tensors: Mapping[str, Tensor]) -> QueryMoments:
@@ -110,29 +109,6 @@ class QueryMoments:
 
         self._now = _Moments(both("weight"), both("mean"), None if known.scatter is None else both("scatter"))
 
-    # --- a pass ---
-    def begin(self) -> None:
-        """Remember what is here until ``commit``, so that ``rollback`` can return to it."""
-        now = self._now
-        if now is not None:
-            scatter = None if now.scatter is None else now.scatter.clone()
-            self._before = _Moments(now.weight.clone(), now.mean.clone(), scatter)
-
-    def commit(self) -> None:
-        """Forget what ``begin`` remembered."""
-        self._before = None
-
-    def rollback(self) -> None:
-        """Be again as ``begin`` found it."""
-        before, self._before = self._before, None
-        if before is None or self._now is None:
-            self._now = before
-            return
-        self._now.weight.copy_(before.weight)
-        self._now.mean.copy_(before.mean)
-        if self._now.scatter is not None and before.scatter is not None:
-            self._now.scatter.copy_(before.scatter)
-
     # --- what is held ---
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor held; ``load`` takes them back."""
@@ -145,3 +121,10 @@ class QueryMoments:
         """Take over what ``tensors`` gave."""
         moved = {name: tensor.to(device).clone() for name, tensor in state.items()}
         self._now = _Moments(moved["weight"], moved["mean"], moved.get("scatter")) if moved else None
+
+    def restore(self, before: Mapping[str, Tensor]) -> None:
+        """Be again as when ``tensors`` gave ``before``, in place."""
+        if not before:
+            self._now = None
+        for name, held in self.tensors().items():
+            held.copy_(before[name])

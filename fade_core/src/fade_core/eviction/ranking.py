@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fade_core.errors import InputError
+from fade_core.eviction.contents import LayerContents
 from fade_core.eviction.ladder import in_tiles, lowest
-from fade_core.eviction.view import Contents
 from fade_core.interfaces import LayerView
 from fade_core.storage.tier_store import TierStore, Tokens
 from fade_core.support.transfer import sent
 
 
-def rank(held: Contents, rows: Tensor) -> tuple[int, int]:
+def rank(held: LayerContents, rows: Tensor) -> tuple[int, int]:
     """Score every token and move what is over capacity down the ladder.
 
     Args:
@@ -48,81 +48,67 @@ def rank(held: Contents, rows: Tensor) -> tuple[int, int]:
     return moved, evicted
 
 
-def pour(
-    held: Contents,
-    moving: Tokens,
-    keys: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    observed: Mapping[str, Tensor],
-    due: Tensor,
-    count: Tensor,
-) -> int:
+def place(held: LayerContents, run: Tokens, moving: Tokens, due: Tensor) -> int:
     """Place the prompt's tokens directly: the best into the first tier, the next into the second, and so on.
 
     Args:
         held: the layer's tokens; nothing is packed yet.
-        moving: the tokens that leave the window.
-        keys: all tokens of the prompt and the window, left-aligned, ``[B, H_kv, T, D]``.
-        values: likewise.
-        positions: their logical positions, int64 ``[B, 1, T]``.
-        observed: their statistics, float32 ``[B, H_kv, T]`` a name.
+        run: all tokens of the prompt and the window, left-aligned; positions ``[B, 1, T]``.
+        moving: those of them that leave the window, from slot ``n_sink`` on.
         due: tokens of each row that leave, int64 ``[B]`` on the CPU.
-        count: tokens of each row, likewise.
 
     Returns:
         tokens that found no place, summed over rows and heads.
     """
     ladder, policy = held.plan.ladder, held.plan.policy
-    lengths, window = held.lengths, count - due
-    heads, width = keys.shape[1], moving.keys.shape[2]
-    slots = torch.arange(width, device=held.device)
-    live = (slots < sent(due[:, None], held.device))[:, None].expand(-1, heads, -1)
-    available, room = moving.counts, None
+    count = run.counts[:, 0]
+    window, (width, heads) = count - due, (moving.keys.shape[2], held.heads)
+    live = (torch.arange(width, device=held.device) < sent(due[:, None], held.device))[:, None].expand(-1, heads, -1)
+    room = None
     if policy.positional:
-        scores = slots.float().expand_as(live)
+        scores = torch.arange(width, device=held.device).float().expand_as(live)
     else:
-        total = torch.arange(keys.shape[2], device=held.device)
-        real = (total < sent(count[:, None], held.device))[:, None]
-        where = positions.expand(-1, heads, -1).masked_fill(~real, -1)
-        view = LayerView(
-            where,
-            held.logical,
-            held.index,
-            held.plan.num_layers,
-            dict(observed),
-            keys.float,
-            values.float,
-            lengths,
-            held.query_statistics(),
-        )
+        part = slice(ladder.n_sink, ladder.n_sink + width)
+        real = torch.arange(run.keys.shape[2], device=held.device) < sent(count[:, None], held.device)  # [B, T]
+        where = run.positions.masked_fill(~real[:, None], -1).expand(-1, heads, -1)
+        view = _view(held, where, run.statistics, run.keys.float, run.values.float)
         every = _checked(held, policy.score(view), where.shape)
-        scores = every[:, :, ladder.n_sink : ladder.n_sink + width]
+        scores = every[:, :, part]
         if held.plan.allocates:
             competing = torch.full_like(every, -torch.inf)
-            competing[:, :, ladder.n_sink : ladder.n_sink + width] = scores.masked_fill(~live, -torch.inf)
-            room = _allocated(held, view, competing, ladder.packed_budget(lengths, window), available)
-    takes = ladder.fill(available if room is not None else due, lengths, window, room)
-    rank = torch.argsort(
-        torch.argsort(scores.masked_fill(~live, -torch.inf), dim=-1, descending=True, stable=True), dim=-1
-    )
-    upper = torch.zeros_like(available)
+            competing[:, :, part] = scores.masked_fill(~live, -torch.inf)
+            room = _allocated(held, view, competing, ladder.packed_budget(held.lengths, window), moving.counts)
+    takes = ladder.fill(due if room is None else moving.counts, held.lengths, window, room)
+    order = torch.argsort(scores.masked_fill(~live, -torch.inf), dim=-1, descending=True, stable=True)
+    rank, upper = torch.argsort(order, dim=-1), torch.zeros_like(moving.counts)
     for store, taken in zip(held.stores, takes, strict=True):
         take = taken if taken.dim() == 2 else taken[:, None].expand(-1, heads)
         lower, upper = upper, upper + take
         if not bool(take.any()):
             continue
-        bounds = sent(lower, held.device)[..., None], sent(upper, held.device)[..., None]
-        chosen = (rank >= bounds[0]) & (rank < bounds[1]) & live
+        above, below = (sent(bound, held.device)[..., None] for bound in (lower, upper))
+        chosen = (rank >= above) & (rank < below) & live
         index = torch.argsort(~chosen, dim=-1, stable=True)[..., : int(take.max())]
         first = None
         if policy.positional and moving.first is not None:  # the newest come first: what a tier takes is a run
             first = moving.first + due[:, None] - upper
         store.append(replace(moving, counts=take.contiguous(), first=first), index)
-    return int((available - upper).sum())
+    return int((moving.counts - upper).sum())
 
 
-def _rooms(held: Contents) -> tuple[list[Tensor] | None, Tensor | None]:
+def _view(
+    held: LayerContents,
+    positions: Tensor,
+    statistics: Mapping[str, Tensor],
+    keys: Callable[[], Tensor],
+    values: Callable[[], Tensor],
+) -> LayerView:
+    """What the policy sees of tokens at ``positions`` ``[B, H_kv, T]``."""
+    where = held.logical, held.index, held.plan.num_layers
+    return LayerView(positions, *where, dict(statistics), keys, values, held.lengths, held.query_statistics())
+
+
+def _rooms(held: LayerContents) -> tuple[list[Tensor] | None, Tensor | None]:
     """Packed tokens that each head may keep, ``[B, H_kv]``, with the tiers' scores if the policy was asked for it.
 
     ``None`` for the same in every head.
@@ -140,7 +126,7 @@ def _rooms(held: Contents) -> tuple[list[Tensor] | None, Tensor | None]:
     return scores, _allocated(held, view, competing, budget, packed)
 
 
-def _allocated(held: Contents, view: LayerView, competing: Tensor, budget: Tensor, packed: Tensor) -> Tensor:
+def _allocated(held: LayerContents, view: LayerView, competing: Tensor, budget: Tensor, packed: Tensor) -> Tensor:
     """What the policy lets each head keep of the packed tokens ``packed`` ``[B, H_kv]``, in whole tiles.
 
     Rows that are within the budget keep all, whatever their heads would be given: it would be given up for nothing.
@@ -162,38 +148,21 @@ def _allocated(held: Contents, view: LayerView, competing: Tensor, budget: Tenso
     return torch.where(within, packed, in_tiles(wanted, packed, held.plan.ladder.tile))
 
 
-def _scores(held: Contents) -> tuple[list[Tensor], LayerView]:
+def _scores(held: LayerContents) -> tuple[list[Tensor], LayerView]:
     """The policy's scores of every tier's slots, ``[B, H_kv, tiles * tile]`` each, and what it saw."""
-    window = held.window
-    heads = held.heads
-    parts = [window.positions().expand(-1, heads, -1), *(s.positions().expand(-1, heads, -1) for s in held.stores)]
-    sizes = [p.shape[2] for p in parts]
-    statistics = {
-        n: torch.cat(
-            [window.statistics[n][:, :, : window.longest], *(s.statistics[n].flatten(2) for s in held.stores)], 2
-        )
-        for n in window.statistics
-    }
+    window, parts = held.window, held.everything
+    positions = [part.positions().expand(-1, held.heads, -1) for part in parts]
+    statistics = {n: torch.cat([part.note(f"statistic.{n}") for part in parts], 2) for n in window.statistics}
 
     def decoded(side: int) -> Tensor:
-        return torch.cat([window.live()[side], *(s.decoded()[side] for s in held.stores if s.tiles)], 2).float()
+        return torch.cat([window.decode(side), *(store.decode(side) for store in held.packed)], 2).float()
 
-    view = LayerView(
-        torch.cat(parts, 2),
-        held.logical,
-        held.index,
-        held.plan.num_layers,
-        statistics,
-        lambda: decoded(0),
-        lambda: decoded(1),
-        held.lengths,
-        held.query_statistics(),
-    )
+    view = _view(held, torch.cat(positions, 2), statistics, lambda: decoded(0), lambda: decoded(1))
     scores = _checked(held, held.plan.policy.score(view), view.positions.shape)
-    return list(scores.split(sizes, dim=2)[1:]), view
+    return list(scores.split([p.shape[2] for p in positions], dim=2)[1:]), view
 
 
-def _checked(held: Contents, scores: Tensor, shape: torch.Size) -> Tensor:
+def _checked(held: LayerContents, scores: Tensor, shape: torch.Size) -> Tensor:
     if scores.shape != shape:
         raise InputError(
             f"policy {held.plan.policy.kind!r} scored layer {held.index} with shape {tuple(scores.shape)}; "

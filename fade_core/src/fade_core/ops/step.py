@@ -30,7 +30,9 @@ from fade_core.ops.attention import (
     TorchDecodeAttention,
 )
 from fade_core.storage.repositioning import Shift
+from fade_core.storage.tier_store import TierStore
 from fade_core.storage.tile_view import TileView
+from fade_core.storage.window import Window
 
 _REFERENCES: dict[str, Kernel] = {
     "append": TorchAppend(),
@@ -131,6 +133,20 @@ class LayerBuffers:
             read += [*tier.fields.values(), tier.ids, tier.used, tier.reserved, tier.counts, *_others(tier.notes)]
             read += [] if tier.starts is None else [tier.starts]
         return [self.counters, *written, *self.moments.values()], read
+
+
+def layer_buffers(
+    window: Window, stores: Sequence[TierStore], counters: Tensor, moments: dict[str, Tensor], runs_may_change: bool
+) -> LayerBuffers:
+    """What a step reads and writes of a layer."""
+    tiers = []
+    for store in stores:
+        book = store.book
+        numbers = book.ids.device, book.used.device, book.reserved.device, book.counts.device
+        flags = store.runs and not runs_may_change, book.whole()
+        tiers.append(TierBuffers(store.tier, store.pool.fields, *numbers, book.starts, book.notes, *flags))
+    held = window.keys, window.values, window.offsets, window.numbers.device, counters, window.notes
+    return LayerBuffers(*held, tuple(tiers), moments)
 
 
 def _others(notes: dict[str, Tensor]) -> list[Tensor]:

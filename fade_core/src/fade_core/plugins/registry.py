@@ -26,9 +26,10 @@ from fade_core.interfaces import (
     TelemetrySinkConfig,
     TierConfig,
 )
-from fade_core.plugins import hookspecs
 from fade_core.plugins.record import CORE_DIST, Plugin, PluginInfo, refusal_by_declaration, refusal_by_requirements
 from fade_core.support.validation import did_you_mean
+
+hookspecs = importlib.import_module("fade_core.plugins.hookspecs")
 
 Group = Literal["tiers", "quantizers", "policies", "rope_schemes", "kernels", "telemetry_sinks", "eval_tasks"]
 

@@ -105,7 +105,6 @@ class TierStore:
         kinds |= {"shift": torch.int32} if shifted else {}
         self.book = TileTable(batch, heads, max(fixed, width), self.tile, device, kinds)
         self.runs, self.aligned = True, not explicit
-        self._before: _Before | None = None
         if fixed:
             self.pool.grow(batch * heads * fixed)
             self.clear()
@@ -159,6 +158,15 @@ class TierStore:
         """Tracked statistics, float32 ``[B, H_kv, tiles, tile]`` a name; views."""
         tiles = self.tiles
         return {name: self.book.notes[f"statistic.{name}"][:, :, :tiles] for name in self.names}
+
+    @property
+    def size(self) -> int:
+        """Slots of the longest row and head, ``tiles * tile``."""
+        return self.tiles * self.tile
+
+    def note(self, name: str) -> Tensor:
+        """A number kept of each token, ``[B, H_kv, tiles * tile]``, a view."""
+        return self.book.notes[name][:, :, : self.tiles].flatten(2)
 
     def valid(self) -> Tensor | None:
         """bool ``[B, H_kv, tiles * tile]`` of live tokens, or ``None`` if every slot is live."""
@@ -216,6 +224,13 @@ class TierStore:
         """All tokens in full precision: keys and values ``[B, H_kv, tiles * tile, D]``."""
         keys, values = self.packed()
         return self.codec.decode(self.tier.keys, keys), self.codec.decode(self.tier.values, values)
+
+    def decode(self, side: int) -> Tensor:
+        """All keys (0) or values (1) in full precision, ``[B, H_kv, size, D]``."""
+        view = self.view()
+        if side:
+            return self.codec.decode(self.tier.values, view.packed_values())
+        return self.codec.decode(self.tier.keys, view.packed_keys())
 
     def decode_into(self, keys: Tensor, values: Tensor) -> None:
         """Write ``decoded()`` into buffers ``[B, H_kv, tiles * tile, D]``, in pieces."""
@@ -418,19 +433,12 @@ class TierStore:
             book.starts = None
 
     # --- a pass ---
-    def begin(self) -> None:
-        """Remember what is here until ``commit``, so that ``rollback`` can return to it."""
-        self._before = _Before(self.book.used.host.clone(), {n: t.clone() for n, t in self.statistics.items()})
+    def snapshot(self) -> _Before:
+        """What ``restore`` needs to take a pass back."""
+        return _Before(self.book.used.host.clone(), {n: t.clone() for n, t in self.statistics.items()})
 
-    def commit(self) -> None:
-        """Forget what ``begin`` remembered."""
-        self._before = None
-
-    def rollback(self) -> None:
-        """Be again as ``begin`` found it: tiles that came since are reserved, or free."""
-        before, self._before = self._before, None
-        if before is None:
-            return
+    def restore(self, before: _Before) -> None:
+        """Be again as ``snapshot`` found it: tiles that came since are reserved, or free."""
         live = torch.arange(self.book.width) < before.used[..., None]
         self.book.counts.host.masked_fill_(~live, self.tile)
         self.book.used.host.copy_(before.used)

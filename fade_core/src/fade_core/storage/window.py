@@ -72,7 +72,6 @@ class Window:
         self.notes = {name: torch.zeros((batch, heads, capacity), dtype=d, device=device) for name, d in kinds.items()}
         self.numbers = Mirror(torch.zeros((batch, heads), dtype=torch.int32), device)
         self.floor = floor
-        self._before: _Before | None = None
 
     # --- what is here ---
     @property
@@ -100,6 +99,29 @@ class Window:
     def statistics(self) -> dict[str, Tensor]:
         """Tracked statistics, float32 ``[B, H_kv, capacity]`` a name."""
         return {name[10:]: note for name, note in self.notes.items() if name.startswith("statistic.")}
+
+    @property
+    def size(self) -> int:
+        """Slots that are read of each row: as many as the longest has tokens."""
+        return self.longest
+
+    @property
+    def alike(self) -> bool:
+        """Whether all heads of a row hold tokens of the same positions: always."""
+        return True
+
+    def decode(self, side: int) -> Tensor:
+        """Keys (0) or values (1) ``[B, H_kv, longest, D]``, a view."""
+        return self.live()[side]
+
+    def decode_into(self, keys: Tensor, values: Tensor) -> None:
+        """Write ``live()`` into buffers ``[B, H_kv, longest, D]``."""
+        for out, held in zip((keys, values), self.live(), strict=True):
+            out.copy_(held)
+
+    def note(self, name: str) -> Tensor:
+        """A number kept of each token, ``[B, H_kv, longest]``, a view."""
+        return self.notes[name][:, :, : self.longest]
 
     def live(self) -> tuple[Tensor, Tensor]:
         """Keys and values ``[B, H_kv, longest, D]``, views; slots past a row's length are finite but meaningless."""
@@ -214,10 +236,10 @@ class Window:
             self._resize(slots)
 
     # --- a pass ---
-    def begin(self) -> None:
-        """Remember what is here until ``commit``, so that ``rollback`` can return to it."""
+    def snapshot(self) -> _Before:
+        """What ``restore`` needs to take a pass back."""
         longest = self.longest
-        self._before = _Before(
+        return _Before(
             self.keys[:, :, :longest].clone(),
             self.values[:, :, :longest].clone(),
             self.offsets[:, :longest].clone(),
@@ -225,15 +247,8 @@ class Window:
             self.lengths,
         )
 
-    def commit(self) -> None:
-        """Forget what ``begin`` remembered."""
-        self._before = None
-
-    def rollback(self) -> None:
-        """Be again as ``begin`` found it."""
-        before, self._before = self._before, None
-        if before is None:
-            return
+    def restore(self, before: _Before) -> None:
+        """Be again as ``snapshot`` found it."""
         longest = before.keys.shape[2]
         if longest > self.capacity:
             self._resize(longest, keep=False)

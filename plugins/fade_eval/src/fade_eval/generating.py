@@ -294,7 +294,7 @@ class _Runs:
         prefill, cache = self.generate(name, steps, clock, kept)
         kernels = ""
         if isinstance(cache, TieredKVCache) and name == FIXED:
-            plan = cache.tiered[0].step_plan
+            plan = cache.tiered[0].steps.step_plan
             kernels = f"{plan.append.name}, {plan.attention.name}"
         took = [1e3 * (after - before) for before, after in itertools.pairwise(clock.times)]
         late = took[min(self.warmup, len(took) - 1) :]

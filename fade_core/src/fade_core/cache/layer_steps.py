@@ -1,0 +1,192 @@
+"""How the decode steps of a layer run: the two ops, on buffers that eager and compiled steps share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fade_core.cache.layer_plan import NEVER, LayerPlan
+from fade_core.errors import InputError, NonFiniteError
+from fade_core.eviction.contents import LayerContents
+from fade_core.ops.append import LOGICAL, NONFINITE, ODD_MASK
+from fade_core.ops.step import LayerBuffers, layer_buffers, plan_step, read_all, step_buffers, step_name, take_in
+from fade_core.storage.capacity import bucket
+from fade_core.storage.repositioning import Shift
+from fade_core.support.transfer import sent
+
+
+class LayerSteps:
+    """The steps of one layer.
+
+    Args:
+        plan: what the layer is made of.
+        max_length: most tokens the layer may see, or ``None``.
+
+    Attributes:
+        counters: int64 ``[3]`` on the device (``fade_core.ops.append``).
+        first: position of each row's first token, int64 ``[B]`` on the device.
+        slots: width of the masks of compiled steps.
+        compiles: whether ``generate`` may compile steps.
+        ready: whether the next token may come straight into the window: every row holds one.
+        behind: whether steps have changed lengths that the host has not read back.
+        stale: whether the logical length is among them: compiled steps tell the host nothing.
+        coming: tokens that have been announced since then, at most.
+        checks_masks: whether this layer looks at the masks of compiled steps, for all layers.
+        assume_padding_mask: whether the mask of a compiled step is taken to hide padding alone, as the prompt's did.
+    """
+
+    def __init__(self, plan: LayerPlan, max_length: int | None) -> None:
+        self.plan, self.max_length = plan, max_length
+        self.compiles = self.checks_masks = False
+        self.counters = self.first = torch.zeros(0, dtype=torch.long)
+        self.forget()
+
+    def allocate(self, rows: int, device: torch.device) -> None:
+        """Numbers for so many rows."""
+        self.counters = torch.zeros(3, dtype=torch.long, device=device)
+        self.first = torch.zeros(rows, dtype=torch.long, device=device)
+
+    def forget(self) -> None:
+        """The layer holds nothing; numbers of fixed size stay where they are."""
+        self.ready = self.behind = self.stale = self.assume_padding_mask = False
+        self.coming = 0
+        self.slots = bucket(self.max_length or 1)
+        if self.max_length is None:
+            self.counters = self.first = torch.zeros(0, dtype=torch.long)
+        self.counters.zero_()
+        self.rewire()
+
+    # --- getting ready ---
+    def replan(self, fresh: bool) -> None:
+        """Take the plan of the quantizers as they are now; ``fresh``: under a name that no other has."""
+        self.step_plan = plan_step(self.plan.step(), self.plan.compatibility, fresh)
+        checked = replace(self.step_plan.rule, on_nonfinite="checked")
+        self._rules = checked, replace(checked, threshold=NEVER)
+        self.rewire()
+
+    def rewire(self) -> None:
+        """Buffers are others now, or may be."""
+        self._buffers: LayerBuffers | None = None
+        self._appended: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self._attended: tuple[list[Tensor], list[Tensor]] = ([], [])
+
+    def start_from(self, held: LayerContents) -> None:
+        """The host has moved tokens: steps go on from what is there now."""
+        self.counters[LOGICAL].fill_(held.logical)  # an assignment would wait for the GPU
+        padding = sent(held.padding, self.first.device)
+        if len(self.first) == len(padding):
+            self.first.copy_(padding)
+        else:
+            self.first = padding.clone()
+        self.ready = bool((held.window.numbers.host > 0).all())
+        self.rewire()
+
+    def wire(self, held: LayerContents) -> LayerBuffers:
+        """What a step reads and writes; the compiler is promised that it stays where it is."""
+        if self._buffers is not None:
+            return self._buffers
+        moments = {} if held.queries is None else held.queries.tensors()
+        # a graph is not told that tiles lie in runs, and then that they do not
+        moves = self.compiles and self.plan.ladder.bounded
+        self._buffers = layer_buffers(held.window, held.stores, self.counters, moments, moves)
+        if self.compiles:
+            self._appended, self._attended = self._buffers.appended(), self._buffers.attended()
+            self.name = step_name(self.step_plan, self._buffers)
+            for tensor in (*self._appended[0], *self._appended[1], *self._attended[0], *self._attended[1], self.first):
+                # unguarded: another cache of the same shapes runs the same graph, and CUDA graphs are recorded anew
+                torch._dynamo.mark_static_address(tensor, guard=False)
+        return self._buffers
+
+    @torch.no_grad()
+    def warm_up(self, held: LayerContents) -> None:
+        """Run a step on empty buffers and undo it.
+
+        What ops and quantizers make once and keep (compiled kernels, rotations on the device) is made here, outside the
+        memory pool of a CUDA graph, where nothing may stay behind.
+        """
+        held.window.reserve(1)
+        (batch, heads, _, dim), keys = held.window.keys.shape, held.window.keys
+        self.append(held, keys.new_zeros((batch, heads, 1, dim)), held.window.values[:, :, :1].clone(), False)
+        query = keys.new_zeros((batch, max(self.plan.query_heads, heads), 1, dim))
+        self.attend(held, query, None, 1.0, None, None)
+        self.counters.zero_()
+        held.window.clear()
+
+    # --- the two ops ---
+    def append(self, held: LayerContents, keys: Tensor, values: Tensor, keep: bool) -> None:
+        """Take in new tokens ``[B, H_kv, Q, D]``; ``keep``: nothing leaves the window for them."""
+        take_in(self.step_plan, keys, values, step_buffers(self.wire(held)), self._rules[keep])
+        self.tell_refused()
+
+    def append_compiled(self, keys: Tensor, values: Tensor) -> None:
+        """``append`` inside a graph."""
+        self.behind = self.stale = True
+        torch.ops.fade.append(keys, values, *self._appended, self.name)
+
+    def attend(
+        self,
+        held: LayerContents,
+        query: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+        shifts: Sequence[Shift | None] | None = None,
+    ) -> Tensor:
+        """Attention ``[B, H_q, Q, D]`` of the tokens that have just been taken in; arguments as ``read_all``'s."""
+        output = read_all(self.step_plan, query, self.wire(held), mask, sinks, scaling, softcap, shifts)
+        self.tell_refused()
+        return output
+
+    def attend_compiled(
+        self, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None, sinks: Tensor | None
+    ) -> Tensor:
+        """``attend`` inside a graph.
+
+        On a CPU every mask is honoured. Elsewhere nothing may be read back: while the prompt's mask hid nothing but
+        padding, a step's is taken to do the same, and the first layer counts the steps for which that was wrong.
+        """
+        first = None
+        if self.assume_padding_mask:
+            mask, first = (mask, self.first) if self.checks_masks else (None, None)
+        output: Tensor = torch.ops.fade.attend(query, *self._attended, mask, sinks, scaling, softcap, self.name, first)
+        return output
+
+    # --- what went wrong ---
+    def read_back(self, held: LayerContents) -> None:
+        """Read back the lengths that steps have changed.
+
+        Raises:
+            InputError: if compiled steps went past ``max_cache_len``, were given a mask that hid stored tokens, or more of
+                them came than tiles were reserved for.
+            NonFiniteError: if compiled steps were given NaN or infinity.
+        """
+        counters = self.counters.cpu().tolist()
+        held.logical, self.coming = counters[LOGICAL], 0
+        held.window.numbers.pull()
+        for store in held.stores[:1]:
+            store.book.used.pull()
+        what, error = "", InputError
+        if self.max_length is not None and held.logical > self.max_length:
+            what = f"{held.logical} tokens were fed to a cache of max_cache_len={self.max_length}"
+        elif held.window.longest > held.window.capacity:
+            what = (
+                f"{held.window.longest} tokens were fed to a window of {held.window.capacity}: compiled steps went by and "
+                "nothing made room; ask the cache for get_mask_sizes(1, 0) before each step, as generate does"
+            )
+        if counters[ODD_MASK]:
+            what = f"{counters[ODD_MASK]} steps came with a mask that hides stored tokens, while the prompt's hid padding alone"
+        if counters[NONFINITE]:
+            error, what = NonFiniteError, "steps brought NaN or infinity"
+        if what:  # again and again, until reset
+            raise error(f"layer {self.plan.index}: {what}; compiled steps cannot refuse. Call reset() and start again")
+        self.behind = self.stale = False
+
+    def tell_refused(self) -> None:
+        """Say, once a reason, which calls the reference computed in place of a kernel."""
+        for op, kernel, reason in sorted(self.step_plan.refused):
+            self.plan.emit_once({"op": op, "kernel": kernel, "reason": reason})
+        self.step_plan.refused.clear()

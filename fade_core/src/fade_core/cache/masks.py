@@ -1,0 +1,74 @@
+"""What masks say: read once a pass, however many layers ask."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from fade_core.support.transfer import sent
+
+T = TypeVar("T")
+
+
+def as_bool(mask: Tensor | None) -> Tensor | None:
+    """A boolean mask; an additive one forbids what it pushes below half of its dtype's range."""
+    if mask is None or mask.dtype == torch.bool:
+        return mask
+    return mask > torch.finfo(mask.dtype).min / 2
+
+
+def rows_of(mask: Tensor | None, part: slice | Tensor, queries: int, tokens: int, device: torch.device) -> Tensor:
+    """bool ``[B or 1, H or 1, len(part), tokens]`` of what the queries ``part`` may see; causal without a ``mask``."""
+    if mask is not None:
+        return mask[:, :, part, :tokens]
+    newest = torch.arange(tokens - queries, tokens, device=device)[part]
+    return (torch.arange(tokens, device=device) <= newest[:, None])[None, None]
+
+
+class MaskReader:
+    """Reads the masks of a cache's passes: its layers share one, which is looked at once."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[weakref.ref[Tensor], int, object]] = {}
+
+    def _once(self, question: str, mask: Tensor, length: int, ask: Callable[[], T]) -> T:
+        known = self._known.get(question)
+        if known is None or known[0]() is not mask or known[1] != length:
+            self._known[question] = known = weakref.ref(mask), length, ask()
+        return cast(T, known[2])
+
+    def leading_padding(self, mask: Tensor, chunk: int) -> Tensor:
+        """Columns of a chunk before the first one that its last query sees, int64 ``[B]`` on the CPU."""
+
+        def ask() -> Tensor:
+            seen = mask[:, 0, -1, -chunk:].cpu()
+            return torch.where(seen.any(-1), seen.int().argmax(-1), chunk)
+
+        return self._once("padding", mask, chunk, ask)
+
+    def hides_padding_alone(self, mask: Tensor, logical: int, padding: Tensor, newest: bool = False) -> bool:
+        """Whether a mask hides nothing but leading padding, which is not stored, and tokens after the query.
+
+        Args:
+            mask: bool ``[B or 1, 1, Q, T]``.
+            logical: tokens the model has seen, the queries' own included.
+            padding: columns of padding before each row's first token, int64 ``[B]`` on the CPU.
+            newest: look at the newest query alone.
+        """
+
+        def ask() -> tuple[Tensor, bool]:
+            where, rows = torch.arange(logical, device=mask.device), mask[:, :, -1:] if newest else mask
+            padded = where < sent(padding, mask.device)[:, None, None, None]  # [B, 1, 1, logical]
+            causal = where <= where[logical - rows.shape[2] :, None]  # [Q, logical]
+            return padding, bool(((rows[..., :logical] == causal) | padded).all())
+
+        question = "newest" if newest else "all"
+        asked, answer = self._once(question, mask, logical, ask)
+        if not torch.equal(asked, padding):  # another layer's
+            del self._known[question]
+            answer = self._once(question, mask, logical, ask)[1]
+        return answer
