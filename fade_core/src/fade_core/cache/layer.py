@@ -25,7 +25,7 @@ from fade_core.eviction.ranking import pour, rank
 from fade_core.eviction.view import Contents
 from fade_core.interfaces import Event, PromptView
 from fade_core.ops.append import LOGICAL, MOST_TOKENS, NONFINITE, ODD_MASK
-from fade_core.ops.step import LayerBuffers, TierBuffers, plan_step, read_all, step_buffers, step_name, take_in
+from fade_core.ops.step import LayerBuffers, layer_buffers, plan_step, read_all, step_name, take_in
 from fade_core.storage.capacity import bucket
 from fade_core.storage.repositioning import Shift, note_shifts, shown_shifts
 from fade_core.storage.tier_store import TierStore, Tokens
@@ -287,7 +287,7 @@ class TieredLayer(CacheLayerMixin):
             self.step_plan,
             window.keys.new_zeros((batch, heads, 1, dim)),
             window.values[:, :, :1].clone(),
-            step_buffers(buffers),
+            buffers,
         )
         query = window.keys.new_zeros((batch, max(self.plan.query_heads, heads), 1, dim))
         read_all(self.step_plan, query, buffers, None, None, 1.0, None)
@@ -338,7 +338,7 @@ class TieredLayer(CacheLayerMixin):
             self.begin(step=True)
             # tokens that may be taken back, or are to stay, leave the window to nobody; most steps find it not full anyway
             kept = self.record_past or self.holding or self._room_left
-            take_in(self.step_plan, keys, values, step_buffers(self.buffers), self._rules[kept])
+            take_in(self.step_plan, keys, values, self.buffers, self._rules[kept])
             self._tell_refused()
             self._known += queries
             self._behind = True
@@ -795,23 +795,13 @@ class TieredLayer(CacheLayerMixin):
         window = self._window
         if self._buffers is not None or window is None:
             return
-        tiers, moves = (
-            [],
-            self.compiles and self.plan.ladder.bounded,
-        )  # a graph is not told that tiles are in runs, and then not
-        for store in self._stores:
-            book = store.book
-            numbers = book.ids.device, book.used.device, book.reserved.device, book.counts.device
-            flags = store.runs and not moves, book.whole()
-            tiers.append(TierBuffers(store.tier, store.pool.fields, *numbers, book.starts, book.notes, *flags))
-        moments = {} if self.queries is None else self.queries.tensors()
-        held = window.keys, window.values, window.offsets, window.numbers.device, self.counters, window.notes
-        self._buffers = LayerBuffers(*held, tuple(tiers), moments)
+        moves = self.compiles and self.plan.ladder.bounded  # a graph is not told that tiles are in runs, and then not
+        self._buffers = held = layer_buffers(window, self._stores, self.counters, self.queries, moves)
         if not self.compiles:
             return
-        self._appended, self._attended = self._buffers.appended(), self._buffers.attended()
-        self.step_name = step_name(self.step_plan, self._buffers)
-        for tensor in (*self._appended[0], *self._appended[1], *self._attended[0], *self._attended[1], self.first):
+        self._appended, self._attended = held.operands("append"), held.operands("attend")
+        self.step_name = step_name(self.step_plan, held)
+        for tensor in (*held.tensors.values(), self.first):
             # unguarded: another cache of the same shapes runs the same graph, and CUDA graphs are recorded anew
             torch._dynamo.mark_static_address(tensor, guard=False)
 
