@@ -300,7 +300,7 @@ def test_hidden_tokens_are_no_holes(max_cache_len: int | None) -> None:
 
 def segments(layer: TieredLayer) -> list[Any]:
     """What a step of one token reads: packed tiers and the window."""
-    return segments_of(layer.plan.step(), layer.steps.wire(layer.held), 1, None, look=True)[0]
+    return segments_of(layer.plan.step(), layer.steps.wire(layer.held), None, on_host=True)[0]
 
 
 def moved_keys(cache: TieredKVCache) -> Tensor:

@@ -166,9 +166,9 @@ def test_append_is_what_it_is_by_hand_whether_it_looks_or_not(axis: str, bits: i
         keys, values = torch.randn(2, 4, 2, count, 12)
         if int(wanted.lengths.max()) + count > wanted.keys.shape[2]:
             break  # a row has used its tiles up
-        append(keys, values, seen, rule, look=True)
+        append(keys, values, seen, rule, on_host=True)
         with NoHostRead():
-            append(keys, values, blind, rule, look=False)
+            append(keys, values, blind, rule, on_host=False)
         by_hand(keys, values, wanted, rule)
         same_live(seen, wanted)
         same_live(blind, wanted)
@@ -185,16 +185,16 @@ def test_two_tiles_leave_at_once() -> None:
     seen.lengths[:] = torch.tensor([rule.threshold + TILE, rule.threshold + TILE, rule.threshold - 1])[:, None]
     blind, wanted = copied(seen), copied(seen)
     keys, values = torch.randn(2, 3, 2, 1, 8)
-    append(keys, values, seen, rule, look=True)
-    append(keys, values, blind, rule, look=False)
+    append(keys, values, seen, rule, on_host=True)
+    append(keys, values, blind, rule, on_host=False)
     by_hand(keys, values, wanted, rule)
     assert seen.used[:, 0].tolist() == [1, 2, 0]
     same_live(seen, wanted)
     same_live(blind, wanted)
 
 
-@pytest.mark.parametrize("look", [True, False])
-def test_a_layer_without_tiles_fills_its_window(look: bool) -> None:
+@pytest.mark.parametrize("on_host", [True, False])
+def test_a_layer_without_tiles_fills_its_window(on_host: bool) -> None:
     rule, buffers = rule_and_buffers(2, 2, 8, 3, "channel", 4)
     rule = AppendRule(rule.tier, rule.n_sink, 2**30)
     none = torch.zeros(2, 2, dtype=torch.int32)
@@ -204,7 +204,7 @@ def test_a_layer_without_tiles_fills_its_window(look: bool) -> None:
     )
     before = buffers.lengths.clone()
     new = torch.randn(2, 2, 3, 8)
-    append(new, new, bare, rule, look)
+    append(new, new, bare, rule, on_host)
     assert torch.equal(bare.lengths, before + 3)
     assert torch.equal(bare.keys[1, :, int(before[1, 0]) :][:, :3], new[1])
 
@@ -214,12 +214,12 @@ def test_a_full_store_is_never_written_over() -> None:
     rule, held = rule_and_buffers(2, 2, 8, 3, "channel", 4)
     held.used.fill_(3)
     held.lengths.fill_(rule.threshold)
-    for look in (True, False):
+    for on_host in (True, False):
         ours = copied(held)
         for name, field in ours.key_fields.items():
             held.key_fields[name].copy_(field)
         for _ in range(20):
-            append(torch.randn(2, 2, 1, 8), torch.randn(2, 2, 1, 8), ours, rule, look)
+            append(torch.randn(2, 2, 1, 8), torch.randn(2, 2, 1, 8), ours, rule, on_host)
         for name, field in ours.key_fields.items():
             assert torch.equal(field, held.key_fields[name])
 
@@ -230,13 +230,13 @@ def test_what_is_not_finite_is_refused_or_counted_or_stored_as_zero(bad: float) 
     before, token = copied(held), torch.randn(2, 2, 1, 8)
     token[1, 0, 0, 3] = bad
     with pytest.raises(NonFiniteError, match="row 1"):
-        append(token, token, held, rule, look=True)
+        append(token, token, held, rule, on_host=True)
     same_live(held, before)
-    append(token, token, held, rule, look=False)
+    append(token, token, held, rule, on_host=False)
     assert held.counters.tolist() == [1, 1, 0]
     zero = AppendRule(rule.tier, rule.n_sink, rule.threshold, "zero")
-    for look in (True, False):
+    for on_host in (True, False):
         held = copied(before)
-        append(token, token, held, zero, look)
+        append(token, token, held, zero, on_host)
         assert float(held.keys[1, 0, int(held.lengths[1, 0]) - 1, 3]) == 0
         assert int(held.counters[NONFINITE]) == 0

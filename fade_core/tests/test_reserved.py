@@ -93,8 +93,8 @@ def test_segments_without_looking_are_segments_with_it(holes: bool, policy: str)
             layer, query = cache.tiered[0], torch.randn(2, 4, 1, 16)
             mask = torch.rand(2, 1, 1, layer.logical) < 0.7 if holes else None
             found = []
-            for look in (True, False):
-                segments, _ = segments_of(layer.steps.step_plan, layer.steps.wire(layer.held), 1, mask, look)
+            for on_host in (True, False):
+                segments, _ = segments_of(layer.steps.step_plan, layer.steps.wire(layer.held), mask, on_host)
                 found.append(decode_attention(query, segments, 0.3))
             torch.testing.assert_close(found[0].output, found[1].output, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(found[0].lse, found[1].lse, rtol=1e-5, atol=1e-5)

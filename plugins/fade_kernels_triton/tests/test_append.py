@@ -182,7 +182,7 @@ def _steps(rule: AppendRule, ours: StepBuffers, counts: tuple[int, ...]) -> None
         new = new.transpose(2, 3)  # as a model has it: [B, T, H, D] inside
         assert kernel.accepts(*new, ours, rule)
         kernel(*new, ours, rule)
-        append(*new, theirs, rule, look=False)
+        append(*new, theirs, rule, on_host=False)
         same(ours, theirs)
 
 
@@ -196,7 +196,7 @@ def test_flat_tiny_and_huge_tokens(spread: float, axis: str, device: str) -> Non
     theirs = copied(ours)
     new = torch.randn(2, 1, 2, 1, 64, device=device)
     TritonAppend()(*new, ours, rule)
-    append(*new, theirs, rule, look=False)
+    append(*new, theirs, rule, on_host=False)
     same(ours, theirs)
 
 
@@ -209,7 +209,7 @@ def test_what_is_not_finite_is_counted_or_zero(on_nonfinite: str, device: str) -
     new = torch.randn(2, 2, 2, 1, 64, device=device).half()
     new[0, 1, 0, 0, 3], new[1, 0, 1, 0, 63] = torch.inf, torch.nan
     TritonAppend()(*new, ours, rule)
-    append(*new, theirs, rule, look=False)
+    append(*new, theirs, rule, on_host=False)
     assert (int(ours.counters[1]) > 0) == (int(theirs.counters[1]) > 0) == (on_nonfinite == "raise")
     ours.counters[1] = theirs.counters[1]  # tokens here, steps there
     for held in (ours, theirs):
@@ -259,7 +259,7 @@ def test_tokens_are_turned_before_they_are_encoded(bits: int, tile: int, dim: in
     new = torch.randn(2, 2, 2, 1, dim, device=device).half()
     assert TritonAppend().accepts(*new, ours, rule)
     TritonAppend()(*new, ours, rule)
-    append(*new, theirs, rule, look=False)
+    append(*new, theirs, rule, on_host=False)
     assert torch.equal(ours.lengths, theirs.lengths)
     for side, mine, his in zip(
         sides, (ours.key_fields, ours.value_fields), (theirs.key_fields, theirs.value_fields), strict=True
@@ -283,7 +283,7 @@ def test_a_full_store_lets_the_window_fill_up_and_writes_nowhere_else(device: st
     for _ in range(7):
         new = torch.randn(2, 1, 2, 1, 64, device=device).half()
         TritonAppend()(*new, ours, rule)
-        append(*new, theirs, rule, look=False)
+        append(*new, theirs, rule, on_host=False)
     assert torch.equal(ours.keys, theirs.keys)
     for name, field in ours.key_fields.items():
         assert torch.equal(field, theirs.key_fields[name])

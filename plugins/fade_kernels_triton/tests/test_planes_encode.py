@@ -152,7 +152,7 @@ def test_tiles_that_leave_the_window(
         new = torch.randn(2, 3, count, heads, dim, device=device).to(dtype).transpose(2, 3)  # [B, T, H, D] inside
         assert kernel.accepts(*new, ours, rule)
         kernel(*new, ours, rule)
-        append(*new, theirs, rule, look=False)
+        append(*new, theirs, rule, on_host=False)
     same_but_codes(ours, theirs)
     assert ours.used[:, 0].tolist() == [2 if runs else 3, 3, 1]
     for found, wanted in ((ours.key_fields, theirs.key_fields), (ours.value_fields, theirs.value_fields)):

@@ -12,7 +12,7 @@ from fade_core.cache.layer_plan import NEVER, LayerPlan
 from fade_core.errors import InputError, NonFiniteError
 from fade_core.eviction.contents import LayerContents
 from fade_core.ops.append import LOGICAL, NONFINITE, ODD_MASK
-from fade_core.ops.step import LayerBuffers, layer_buffers, plan_step, read_all, step_buffers, step_name, take_in
+from fade_core.ops.step import LayerBuffers, layer_buffers, plan_step, read_all, step_name, take_in
 from fade_core.storage.capacity import bucket
 from fade_core.storage.repositioning import Shift
 from fade_core.support.transfer import sent
@@ -88,12 +88,11 @@ class LayerSteps:
         """What a step reads and writes; the compiler is promised that it stays where it is."""
         if self._buffers is not None:
             return self._buffers
-        moments = {} if held.queries is None else held.queries.tensors()
         # a graph is not told that tiles lie in runs, and then that they do not
         moves = self.compiles and self.plan.ladder.bounded
-        self._buffers = layer_buffers(held.window, held.stores, self.counters, moments, moves)
+        self._buffers = layer_buffers(held.window, held.stores, self.counters, held.queries, moves)
         if self.compiles:
-            self._appended, self._attended = self._buffers.appended(), self._buffers.attended()
+            self._appended, self._attended = self._buffers.operands("append"), self._buffers.operands("attend")
             self.name = step_name(self.step_plan, self._buffers)
             for tensor in (*self._appended[0], *self._appended[1], *self._attended[0], *self._attended[1], self.first):
                 # unguarded: another cache of the same shapes runs the same graph, and CUDA graphs are recorded anew
@@ -118,7 +117,7 @@ class LayerSteps:
     # --- the two ops ---
     def append(self, held: LayerContents, keys: Tensor, values: Tensor, keep: bool) -> None:
         """Take in new tokens ``[B, H_kv, Q, D]``; ``keep``: nothing leaves the window for them."""
-        take_in(self.step_plan, keys, values, step_buffers(self.wire(held)), self._rules[keep])
+        take_in(self.step_plan, keys, values, self.wire(held), self._rules[keep])
         self.tell_refused()
 
     def append_compiled(self, keys: Tensor, values: Tensor) -> None:

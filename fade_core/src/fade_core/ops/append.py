@@ -94,13 +94,13 @@ class StepBuffers:
     runs: bool = False
 
 
-def append(keys: Tensor, values: Tensor, buffers: StepBuffers, rule: AppendRule, look: bool | None = None) -> None:
+def append(keys: Tensor, values: Tensor, buffers: StepBuffers, rule: AppendRule, on_host: bool | None = None) -> None:
     """Write new tokens behind the window; where the window is full, encode its oldest tiles into the pool first.
 
     A row gives up a tile as often as its window holds ``rule.threshold`` tokens and more and a tile is reserved.
 
-    On a CPU the lengths are looked at, so that nothing is encoded in vain. Elsewhere nothing is read back: every call
-    encodes the tiles that would be next and keeps those of full windows.
+    On a CPU the lengths are read, so that nothing is encoded in vain. Elsewhere nothing is read back: every call encodes
+    the tiles that would be next and keeps those of full windows.
 
     Args:
         keys: ``[B, H_kv, Q, D]`` in the window's dtype, ``1 <= Q <= 32``.
@@ -108,30 +108,23 @@ def append(keys: Tensor, values: Tensor, buffers: StepBuffers, rule: AppendRule,
         buffers: what the layer holds. Tokens past the window's capacity are all written to its last slot; which of them
             stays there is not said.
         rule: when and how tokens leave the window.
-        look: whether lengths and tokens may be read on the host; ``None``: if they lie there.
+        on_host: whether lengths and tokens may be read on the host; ``None``: if they lie there.
 
     Raises:
         NonFiniteError: if they may, for NaN or infinity under ``on_nonfinite="raise"``; nothing has changed then. ``counters``
             says so otherwise.
     """
-    host = keys.device.type == "cpu" if look is None else look
-    keys, values = _finite(keys, values, buffers, rule, host)
+    on_host = keys.device.type == "cpu" if on_host is None else on_host
+    keys, values = _finite(keys, values, buffers, rule, on_host)
+    lengths: list[int] = buffers.lengths[:, 0].tolist() if on_host else []
+    if not lengths or max(lengths) >= rule.threshold:
+        _encode_oldest(buffers, rule, on_host)
+        lengths = buffers.lengths[:, 0].tolist() if on_host else []
     count, capacity = keys.shape[2], buffers.keys.shape[2]
-    lengths: list[int] = []
-    if host:
-        lengths = buffers.lengths[:, 0].tolist()
-        if max(lengths) >= rule.threshold:
-            due = _due(buffers, rule)
-            left = due.tolist()
-            if any(left):
-                _encode_oldest(buffers, rule, due)
-                lengths = [held - rule.tile * tiles for held, tiles in zip(lengths, left, strict=True)]
-    elif most := _most_due(buffers, rule):
-        _encode_oldest(buffers, rule, _due(buffers, rule), most)
     fresh = buffers.counters[LOGICAL]  # []
     if count > 1:
         fresh = fresh + torch.arange(count, device=keys.device)  # [Q]
-    if lengths and min(lengths) == max(lengths) <= capacity - count:  # one place for all rows
+    if lengths and min(lengths) == max(lengths) <= capacity - count:  # the same slots in all rows
         start = lengths[0]
         buffers.keys.narrow(2, start, count).copy_(keys)
         buffers.values.narrow(2, start, count).copy_(values)
@@ -139,23 +132,24 @@ def append(keys: Tensor, values: Tensor, buffers: StepBuffers, rule: AppendRule,
         for note in buffers.window_notes:
             note.narrow(2, start, count).zero_()
     else:
-        rows = torch.arange(len(keys), device=keys.device)[:, None]
         slots = buffers.lengths[:, :1] + torch.arange(count, device=keys.device)  # [B, Q]
-        slots = slots.clamp_max(capacity - 1).long()
-        buffers.keys[rows, :, slots] = keys.transpose(1, 2)
-        buffers.values[rows, :, slots] = values.transpose(1, 2)
-        buffers.positions[rows, slots] = fresh.int().expand_as(slots)
+        at = torch.arange(len(keys), device=keys.device)[:, None], slots.clamp_max(capacity - 1).long()
+        buffers.keys.transpose(1, 2)[at] = keys.transpose(1, 2)  # [B, Q, H_kv, D]
+        buffers.values.transpose(1, 2)[at] = values.transpose(1, 2)
+        buffers.positions[at] = fresh.int()
         for note in buffers.window_notes:
-            note[rows, :, slots] = note.new_zeros(())  # a number of Python's would come from the host
+            note.transpose(1, 2)[at] = note.new_zeros(())  # a number of Python's would come from the host
     buffers.lengths.add_(count)
     buffers.counters[LOGICAL] += count
 
 
-def _finite(keys: Tensor, values: Tensor, buffers: StepBuffers, rule: AppendRule, host: bool) -> tuple[Tensor, Tensor]:
-    """Keys and values as they are, with zeros for what is not finite, refused, or counted where the host may not look."""
+def _finite(
+    keys: Tensor, values: Tensor, buffers: StepBuffers, rule: AppendRule, on_host: bool
+) -> tuple[Tensor, Tensor]:
+    """Keys and values as they are, with zeros for what is not finite, refused, or counted where the host may not read."""
     if rule.on_nonfinite == "checked":
         return keys, values
-    if host:
+    if on_host:
         if bool(torch.isfinite(keys.sum() + values.sum())):
             return keys, values
         return check_finite(rule.layer, keys, values, int(buffers.counters[LOGICAL]), rule.on_nonfinite)
@@ -165,46 +159,39 @@ def _finite(keys: Tensor, values: Tensor, buffers: StepBuffers, rule: AppendRule
     return keys, values
 
 
-def _due(buffers: StepBuffers, rule: AppendRule) -> Tensor:
-    """int64 ``[B]``: tiles that leave each row's window before the next tokens come."""
-    over = (buffers.lengths[:, 0].long() - rule.threshold).div(rule.tile, rounding_mode="floor") + 1
-    return over.minimum((buffers.reserved - buffers.used)[:, 0]).clamp(0, _most_due(buffers, rule))
-
-
 def _most_due(buffers: StepBuffers, rule: AppendRule) -> int:
-    """Most tiles that can be due in any row, known without looking; 0 where there is no tile."""
-    if rule.tier is None or not all(
-        len(field) for field in (*buffers.key_fields.values(), *buffers.value_fields.values())
-    ):
+    """Most tiles that can leave any row's window, known from shapes alone; 0 where there is no tile."""
+    pools = *buffers.key_fields.values(), *buffers.value_fields.values()
+    if rule.tier is None or not all(map(len, pools)):
         return 0
     capacity = buffers.keys.shape[2]
     over, inside = (capacity - rule.threshold) // rule.tile + 1, (capacity - rule.n_sink) // rule.tile
     return max(0, min(over, inside, buffers.ids.shape[2]))
 
 
-def _encode_oldest(buffers: StepBuffers, rule: AppendRule, due: Tensor, most: int | None = None) -> None:
-    """Encode the oldest ``due`` (int64 ``[B]``) tiles of each row into the pool, and close the gaps that they leave.
+def _encode_oldest(buffers: StepBuffers, rule: AppendRule, on_host: bool) -> None:
+    """Encode the oldest tiles of full windows into the pool, and close the gaps that they leave.
 
-    Args:
-        buffers: what the layer holds.
-        rule: when and how tokens leave the window.
-        due: tiles to encode a row.
-        most: if given, nothing is read back, and at most so many are due in a row.
+    On the host these are the tiles that are due, and no more. Elsewhere as many are encoded as can be due at all: what is
+    not due repeats a tile that is, so that no two write different things to one place; if none is, all write what was there.
     """
-    tier = rule.packed
-    first, tile, capacity = rule.n_sink, rule.tile, buffers.keys.shape[2]
-    kept: Tensor | None = None
-    if most is None:
-        row, number = (torch.arange(int(due.max()), device=due.device) < due[:, None]).nonzero(as_tuple=True)
-        rows = due.nonzero().flatten()
+    most = _most_due(buffers, rule)
+    if not most:
+        return
+    tier, first, tile, capacity = rule.packed, rule.n_sink, rule.tile, buffers.keys.shape[2]
+    over = (buffers.lengths[:, 0].long() - rule.threshold).div(tile, rounding_mode="floor") + 1
+    due = over.minimum((buffers.reserved - buffers.used)[:, 0]).clamp(0, most)  # [B]
+    leaves = torch.arange(most, device=due.device) < due[:, None]  # [B, most]
+    if on_host:
+        wanted, rows = None, due.nonzero().flatten()
+        row, number = leaves.nonzero(as_tuple=True)  # [P]
+        if not len(row):
+            return
     else:
-        row = torch.arange(len(due), device=due.device).repeat_interleave(most)  # [P], P = B * most
-        number = torch.arange(most, device=due.device).repeat(len(due))
-        leaves = number < due[row]
-        # what does not leave does once more what the first that leaves does: then no two write different things to one place
-        chosen = torch.where(leaves, torch.arange(len(row), device=due.device), leaves.int().argmax())
-        row, number, kept = row[chosen], number[chosen], leaves.any()
-        rows = torch.arange(len(due), device=due.device)
+        wanted, rows = leaves.any(), torch.arange(len(due), device=due.device)
+        flat = leaves.flatten()  # [P], P = B * most
+        chosen = torch.where(flat, torch.arange(len(flat), device=due.device), flat.int().argmax())
+        row, number = chosen // most, chosen % most
     pairs, heads = row[:, None], torch.arange(buffers.ids.shape[1], device=due.device)
     at = (buffers.used[row] + number[:, None]).clamp_max(buffers.ids.shape[2] - 1).long()  # [P, H_kv]
     place = (pairs, heads, at)
@@ -217,16 +204,15 @@ def _encode_oldest(buffers: StepBuffers, rule: AppendRule, due: Tensor, most: in
         tokens = window.transpose(1, 2)[pairs, slots].transpose(1, 2)  # [P, H_kv, tile, D]
         packed = quantizer.encode(tokens)
         for name, field in fields.items():  # [N, *tile_shape]
-            # ids of what does not leave may be anything
-            inside = pool if kept is None else pool.clamp(0, len(field) - 1)
-            _put(field, (inside,), packed.fields[name][:, :, 0], kept)
+            inside = pool.clamp(0, len(field) - 1)  # ids of what does not leave may be anything
+            _put(field, (inside,), packed.fields[name][:, :, 0], wanted)
+    positions = buffers.positions[pairs, slots]  # [P, tile]
     if buffers.starts is not None:
-        _put(buffers.starts, place, buffers.positions[pairs, slots[:, :1]].expand_as(at), kept)
+        _put(buffers.starts, place, positions[:, :1].expand_as(at), wanted)
     if buffers.tile_positions is not None:
-        positions = buffers.positions[pairs, slots]  # [P, tile]
-        _put(buffers.tile_positions, place, positions[:, None].expand(-1, len(heads), -1), kept)
+        _put(buffers.tile_positions, place, positions[:, None].expand(-1, len(heads), -1), wanted)
     for recent, packed_notes in zip(buffers.window_notes, buffers.tile_notes, strict=True):
-        _put(packed_notes, place, recent.transpose(1, 2)[pairs, slots].transpose(1, 2), kept)
+        _put(packed_notes, place, recent.transpose(1, 2)[pairs, slots].transpose(1, 2), wanted)
     source = torch.arange(first, capacity, device=due.device) + tile * due[rows][:, None]  # [R, capacity - first]
     source = source.clamp_max(capacity - 1)
     by_slot = [t.transpose(1, 2) for t in (buffers.keys, buffers.values, *buffers.window_notes)]
@@ -236,10 +222,10 @@ def _encode_oldest(buffers: StepBuffers, rule: AppendRule, due: Tensor, most: in
     buffers.used.add_(due[:, None].int())
 
 
-def _put(held: Tensor, at: tuple[Tensor, ...], new: Tensor, kept: Tensor | None) -> None:
-    """Write ``new`` to the places ``at``; what is there stays where ``kept`` is false."""
+def _put(held: Tensor, at: tuple[Tensor, ...], new: Tensor, wanted: Tensor | None) -> None:
+    """Write ``new`` to the places ``at``; what is there stays where ``wanted`` is false."""
     new = new.to(held.dtype)
-    held[at] = new if kept is None else torch.where(kept, new, held[at])
+    held[at] = new if wanted is None else torch.where(wanted, new, held[at])
 
 
 class TorchAppend(Kernel):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,63 +59,20 @@ class TritonAppend(Kernel):
             raise InputError(f"the quantizers of tier {rule.packed.name!r} have ways of their own to encode")
         from fade_kernels_triton.jit.append import append_kernel
 
-        rows, heads, capacity, dim = buffers.keys.shape
-        append_kernel[(rows * heads,)](
-            keys,
-            values,
-            buffers.keys,
-            buffers.values,
-            *_fields(rule.packed.keys, buffers.key_fields, keys),
-            *_fields(rule.packed.values, buffers.value_fields, keys),
-            *_counts_and_notes(buffers),
+        launch = _launch(keys, values, buffers, rule)
+        append_kernel[launch.grid](
+            *launch.tensors,
             key_plain.rotation,
             value_plain.rotation,
-            heads,
-            keys.shape[2],
-            capacity,
-            buffers.ids.shape[2],
-            rule.threshold,
-            rule.n_sink,
-            *keys.stride()[:3],
-            *values.stride()[:3],
+            *launch.sizes,
+            *launch.strides,
             KEY_BITS=fmt.bits,
             VALUE_BITS=value_fmt.bits,
             KEY_CHANNEL=fmt.axis == "channel",
             KEY_OUTWARD=key_plain.outward,
             VALUE_OUTWARD=value_plain.outward,
-            RUNS=buffers.runs,
-            TILE=fmt.tile,
-            BLOCK=BLOCK,
-            MOST=MOST_TOKENS,
-            ZERO=rule.on_nonfinite == "zero",
-            D=dim,
-            DP=max(16, 1 << (dim - 1).bit_length()),
-            num_warps=4,
+            **launch.constants,
         )
-
-
-def _fields(quantizer: Quantizer, fields: Mapping[str, Tensor], like: Tensor) -> list[Tensor]:
-    """Codes, then metadata or gains; empty ones for a layer that has no tiles."""
-    return [
-        fields[name] if fields else like.new_empty(0, dtype=dtype)
-        for name, (_, dtype) in quantizer.field_shapes().items()
-    ]
-
-
-def _counts_and_notes(buffers: StepBuffers) -> tuple[object, ...]:
-    """What both kernels take after the fields: counts, table, positions and notes; notes as words of 4 bytes."""
-    notes = (tuple(note.view(torch.int32) for note in side) for side in (buffers.window_notes, buffers.tile_notes))
-    return (
-        buffers.lengths,
-        buffers.counters,
-        buffers.ids,
-        buffers.used,
-        buffers.reserved,
-        buffers.positions,
-        buffers.starts,
-        buffers.tile_positions,
-        *notes,
-    )
 
 
 def _append_planes(keys: Tensor, values: Tensor, buffers: StepBuffers, rule: AppendRule) -> None:
@@ -125,42 +82,74 @@ def _append_planes(keys: Tensor, values: Tensor, buffers: StepBuffers, rule: App
     key_layout, value_layout = rule.packed.keys.planes(), rule.packed.values.planes()
     if key_layout is None or value_layout is None:
         raise InputError(f"tier {rule.packed.name!r} has no planes")
+    launch = _launch(keys, values, buffers, rule)
+    append_planes_kernel[launch.grid](
+        *launch.tensors,
+        *encoding_of(key_layout),
+        *encoding_of(value_layout),
+        *launch.sizes,
+        key_layout.worth.shape[1],
+        value_layout.worth.shape[1],
+        key_layout.row,
+        value_layout.row,
+        *launch.strides,
+        KEY_PLANES=key_layout.planes.shape[1],
+        VALUE_PLANES=value_layout.planes.shape[1],
+        KEY_GAINS=gains_of(key_layout),
+        VALUE_GAINS=gains_of(value_layout),
+        **launch.constants,
+    )
+
+
+class _Launch(NamedTuple):
+    """What both kernels take, in their order; each has arguments of its own after ``tensors`` and around ``strides``."""
+
+    grid: tuple[int]
+    tensors: tuple[object, ...]
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    constants: dict[str, int | bool]
+
+
+def _launch(keys: Tensor, values: Tensor, buffers: StepBuffers, rule: AppendRule) -> _Launch:
     rows, heads, capacity, dim = buffers.keys.shape
-    append_planes_kernel[(rows * heads,)](
+    tensors = (
         keys,
         values,
         buffers.keys,
         buffers.values,
         *_fields(rule.packed.keys, buffers.key_fields, keys),
         *_fields(rule.packed.values, buffers.value_fields, keys),
-        *_counts_and_notes(buffers),
-        *encoding_of(key_layout),
-        *encoding_of(value_layout),
-        heads,
-        keys.shape[2],
-        capacity,
-        buffers.ids.shape[2],
-        rule.threshold,
-        rule.n_sink,
-        key_layout.worth.shape[1],
-        value_layout.worth.shape[1],
-        key_layout.row,
-        value_layout.row,
-        *keys.stride()[:3],
-        *values.stride()[:3],
-        KEY_PLANES=key_layout.planes.shape[1],
-        VALUE_PLANES=value_layout.planes.shape[1],
-        KEY_GAINS=gains_of(key_layout),
-        VALUE_GAINS=gains_of(value_layout),
-        RUNS=buffers.runs,
-        TILE=key_layout.tile,
-        BLOCK=BLOCK,
-        MOST=MOST_TOKENS,
-        ZERO=rule.on_nonfinite == "zero",
-        D=dim,
-        DP=max(16, 1 << (dim - 1).bit_length()),
-        num_warps=4,
+        buffers.lengths,
+        buffers.counters,
+        buffers.ids,
+        buffers.used,
+        buffers.reserved,
+        buffers.positions,
+        buffers.starts,
+        buffers.tile_positions,
+        *(tuple(n.view(torch.int32) for n in notes) for notes in (buffers.window_notes, buffers.tile_notes)),  # words
     )
+    constants = {
+        "RUNS": buffers.runs,
+        "TILE": rule.tile,
+        "BLOCK": BLOCK,
+        "MOST": MOST_TOKENS,
+        "ZERO": rule.on_nonfinite == "zero",
+        "D": dim,
+        "DP": max(16, 1 << (dim - 1).bit_length()),
+        "num_warps": 4,
+    }
+    sizes = heads, keys.shape[2], capacity, buffers.ids.shape[2], rule.threshold, rule.n_sink
+    return _Launch((rows * heads,), tensors, sizes, (*keys.stride()[:3], *values.stride()[:3]), constants)
+
+
+def _fields(quantizer: Quantizer, fields: Mapping[str, Tensor], like: Tensor) -> list[Tensor]:
+    """Codes, then metadata or gains; empty ones for a layer that has no tiles."""
+    return [
+        fields[name] if fields else like.new_empty(0, dtype=dtype)
+        for name, (_, dtype) in quantizer.field_shapes().items()
+    ]
 
 
 def _values(keys: PackedFormat) -> PackedFormat:
