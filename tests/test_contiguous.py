@@ -238,7 +238,7 @@ def _without_tiles(layer: TieredLayer) -> Tensor:
     """A wish to evict every second packed tile of each head, beginning with another one in each."""
     wanted = layer.tier_map()
     for store in layer.stores:
-        for row, head, tile in (store.table >= 0).nonzero().tolist():
+        for row, head, tile in (store.table.live_ids() >= 0).nonzero().tolist():
             if (row + head + tile) % 2:
                 at = store.positions()[row, head, tile * TILE : (tile + 1) * TILE]
                 wanted[row, head, at[at >= 0]] = -1

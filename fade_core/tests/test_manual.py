@@ -177,7 +177,7 @@ def tokens_of(layer: Any) -> tuple[Tensor, Tensor]:
         window = layer.window
         shape = (*layer.tier_map().shape[:2], layer.logical + 1, 16)
         out = torch.zeros(shape)
-        parts = [(window.positions(), window.live()[side])]
+        parts = [(window.live_positions(), window.live()[side])]
         parts += [(store.positions(), store.decoded()[side]) for store in layer.stores if store.tiles]
         for positions, tokens in parts:
             index = positions.expand(-1, shape[1], -1)

@@ -63,7 +63,7 @@ def logits(
     cache.settle()
     assert not fallbacks.reasons
     store = cache.tiered[0].stores[0]
-    return torch.cat(found, 1).float(), (store.lengths[:, 0].tolist(), store.packed()[0])
+    return torch.cat(found, 1).float(), (store.lengths[:, 0].tolist(), store.view().packed_keys())
 
 
 @pytest.mark.slow

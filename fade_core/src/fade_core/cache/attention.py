@@ -127,7 +127,7 @@ def _chunk_attention(
         heads = max(m.shape[1] for m in masks)
         return torch.cat([m.expand(query.shape[0], heads, -1, -1) for m in masks], dim=3)
 
-    apart = past and any(store.tiles and not store.alike for store in layer.stores)
+    apart = past and any(store.tiles and not store.heads_aligned for store in layer.stores)
     if softcap or sinks is not None or apart:
         output = _in_blocks(query, keys, values, visible, scaling, softcap, sinks).output
     else:

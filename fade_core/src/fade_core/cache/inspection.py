@@ -54,7 +54,7 @@ def tier_map(layer: HoldsTokens) -> Tensor:
     window, logical = window_of(layer), layer.logical
     shape = (*window.keys.shape[:2], logical + 1)
     where = torch.full(shape, -1, dtype=torch.long, device=layer.device)
-    for level, found in enumerate([window.positions(), *(s.positions() for s in layer.stores)]):
+    for level, found in enumerate([window.live_positions(), *(s.positions() for s in layer.stores)]):
         index = found.expand(-1, shape[1], -1)
         where.scatter_(2, index.where(index >= 0, torch.full_like(index, logical)), level)
     return where[..., :logical]
@@ -68,7 +68,9 @@ def tensors(layer: HoldsTokens) -> dict[str, Tensor]:
     held = {f"fp16/{n}": t for n, t in window.tensors().items()}
     for store in layer.stores:
         tiled = "tiles." if store.tier.name == "fp16" else ""  # beside the window, which is fp16 too
-        held.update({f"{store.tier.name}/{tiled}{n}": t for n, t in store.tensors().items()})
+        held.update(
+            {f"{store.tier.name}/{tiled}{n}": t for n, t in {**store.pool.fields, **store.table.tensors()}.items()}
+        )
         for side, quantizer in (("k", store.tier.keys), ("v", store.tier.values)):
             held.update({f"{store.tier.name}/{side}.state.{n}": t for n, t in quantizer.state_dict().items()})
     held |= {"layer/padding": layer.padding, "layer/ranked_at": layer.ranked_at, "layer/counters": layer.counters}
@@ -110,7 +112,7 @@ def dense(layer: HoldsTokens, side: str) -> Tensor:
             "use FADE's attention (config attention = 'fade') or a ladder without eviction"
         )
     padded = torch.zeros((batch, heads, logical + 1, dim), dtype=layer.dtype, device=layer.device)
-    parts = [(window.live()[0 if side == "key" else 1], window.positions())]
+    parts = [(window.live()[0 if side == "key" else 1], window.live_positions())]
     for store in layer.stores:
         if store.tiles:
             view, tier = store.view(), store.tier

@@ -28,6 +28,7 @@ from fade_core.ops.append import LOGICAL, MOST_TOKENS, NONFINITE, ODD_MASK
 from fade_core.ops.step import LayerBuffers, TierBuffers, plan_step, read_all, step_buffers, step_name, take_in
 from fade_core.storage.capacity import bucket
 from fade_core.storage.repositioning import Shift, note_shifts, shown_shifts
+from fade_core.storage.slots import TokenLayout
 from fade_core.storage.tier_store import TierStore, Tokens
 from fade_core.storage.window import Window
 from fade_core.support.checks import check_room, check_tokens
@@ -46,6 +47,7 @@ class _Before:
         padding: as the layer's.
         unbroken: as the layer's.
         statistics: of the window's and the tiers' tokens, where a step has added to them.
+        held: snapshots of the window and of each store, where the pass brings a prompt.
     """
 
     logical: int
@@ -54,6 +56,7 @@ class _Before:
     padding: Tensor
     unbroken: bool
     statistics: list[tuple[Tensor, Tensor]]
+    held: tuple[tuple[dict[str, Tensor], Tensor], list[dict[str, Tensor]]] | None
 
 
 class TieredLayer(CacheLayerMixin):
@@ -182,10 +185,10 @@ class TieredLayer(CacheLayerMixin):
         if self._window is not None:
             self._window.numbers.pull()
         for store in self._stores[:1]:
-            store.book.used.pull()
+            store.table.used.pull()
         self._raise_step_errors(counters)  # again and again, until reset
         self._behind = self._stale = False
-        used = sum(int(store.book.used.host.sum()) for store in self._stores[:1])
+        used = sum(int(store.table.used.host.sum()) for store in self._stores[:1])
         if used > self._encoded:
             self._report("encode", (used - self._encoded) * self.plan.ladder.tile, self.nbytes(), time.perf_counter())
         self._encoded = used
@@ -246,24 +249,12 @@ class TieredLayer(CacheLayerMixin):
         statistics = plan.tracker.statistics if ladder.bounded else ()
         spare = 0 if isinstance(ladder.budget, ByteBudget) else max(REJECTABLE, MOST_TOKENS)
         slots = plan.threshold + spare if self.fixed else 0
-        made = self.dtype, self.device, statistics, plan.shifted
-        window = Window(batch, heads, key_dim, values[2], slots, *made, floor=slots)
+        layout = TokenLayout(heads, self.dtype, self.device, statistics, plan.shifted)
+        window = Window(batch, key_dim, values[2], slots, layout, floor=slots)
         room = plan.room(self.slots, max(1, batch)) if self.fixed else [0] * len(ladder.tiers)
         most = max(1, self.slots // ladder.tile) if self.fixed and plan.allocates else 0
         stores = tuple(
-            TierStore(
-                tier,
-                batch,
-                heads,
-                self.device,
-                self.dtype,
-                plan.ranked,
-                statistics,
-                plan.codec,
-                plan.shifted,
-                fixed,
-                most,
-            )
+            TierStore(tier, batch, layout, plan.ranked, plan.codec, fixed, most)
             for tier, fixed in zip(ladder.tiers, room, strict=True)
         )
         self.counters = torch.zeros(3, dtype=torch.long, device=self.device)
@@ -567,7 +558,7 @@ class TieredLayer(CacheLayerMixin):
         started, before = time.perf_counter(), self.nbytes()
         keys, values = window.live()
         statistics = {n: t[:, :, : window.longest] for n, t in window.statistics.items()}
-        evicted = self._send_down(keys, values, window.positions(), statistics, due, window.lengths, prompt)
+        evicted = self._send_down(keys, values, window.live_positions(), statistics, due, window.lengths, prompt)
         window.take_out(ladder.n_sink, due)
         window.shrink(0 if prompt else self.plan.threshold)
         self.changed()
@@ -686,27 +677,22 @@ class TieredLayer(CacheLayerMixin):
     # --- a pass ---
     def begin(self, step: bool) -> None:
         """Remember where the layer stands until ``commit``, so that ``rollback`` can return to it."""
-        statistics = []
+        statistics: list[tuple[Tensor, Tensor]] = []
+        held = None
         if self.is_initialized and self._known and not self.reading:
             if step and self.plan.tracker.statistics:
-                statistics = [(held, held.clone()) for part in self.statistics() for held in part.values()]
+                statistics = [(t, t.clone()) for part in self.statistics() for t in part.values()]
             elif not step:
-                inspection.window_of(self).begin()
-                for store in self.stores:
-                    store.begin()
+                held = inspection.window_of(self).snapshot(), [store.snapshot() for store in self.stores]
             if self.queries is not None:
                 self.queries.begin()
-        self._before = _Before(self._known, step, self.ranked_at, self.padding, self.unbroken, statistics)
+        self._before = _Before(self._known, step, self.ranked_at, self.padding, self.unbroken, statistics, held)
 
     def commit(self) -> None:
         """The forward pass can no longer fail: what it replaced is freed."""
         before, self._before = self._before, None
         if before is None or self._window is None:
             return
-        if not before.step:
-            self._window.commit()
-            for store in self._stores:
-                store.commit()
         if self.queries is not None:
             self.queries.commit()
 
@@ -724,10 +710,10 @@ class TieredLayer(CacheLayerMixin):
             window.drop_newest(self.logical - before.logical)
             for held, was in before.statistics:
                 held.copy_(was)
-        else:
-            window.rollback()
-            for store in self.stores:
-                store.rollback()
+        elif before.held is not None:
+            window.assign(*before.held[0])
+            for store, snapshot in zip(self.stores, before.held[1], strict=True):
+                store.restore(snapshot)
         if self.queries is not None:
             self.queries.rollback()
         self.ranked_at, self.padding, self.unbroken = before.ranked_at, before.padding, before.unbroken
@@ -782,7 +768,7 @@ class TieredLayer(CacheLayerMixin):
             return
         if self.plan.shifted:
             note_shifts(window, stores, self.logical - (0 if self.pending is None else self.pending[0].shape[2]))
-        self._encoded = sum(int(store.book.used.host.sum()) for store in stores[:1])
+        self._encoded = sum(int(store.table.used.host.sum()) for store in stores[:1])
         self._appended = self._attended = ([], [])
         if len(self.first) != len(self.padding):
             self.first = sent(self.padding, self.device).clone()
@@ -800,12 +786,12 @@ class TieredLayer(CacheLayerMixin):
             self.compiles and self.plan.ladder.bounded,
         )  # a graph is not told that tiles are in runs, and then not
         for store in self._stores:
-            book = store.book
-            numbers = book.ids.device, book.used.device, book.reserved.device, book.counts.device
-            flags = store.runs and not moves, book.whole()
-            tiers.append(TierBuffers(store.tier, store.pool.fields, *numbers, book.starts, book.notes, *flags))
+            table = store.table
+            numbers = table.ids.device, table.used.device, table.reserved.device, table.counts.device
+            flags = store.runs and not moves, table.whole()
+            tiers.append(TierBuffers(store.tier, store.pool.fields, *numbers, table.starts, table.notes, *flags))
         moments = {} if self.queries is None else self.queries.tensors()
-        held = window.keys, window.values, window.offsets, window.numbers.device, self.counters, window.notes
+        held = window.keys, window.values, window.positions, window.numbers.device, self.counters, window.notes
         self._buffers = LayerBuffers(*held, tuple(tiers), moments)
         if not self.compiles:
             return
@@ -836,7 +822,7 @@ class TieredLayer(CacheLayerMixin):
         slots, lengths = torch.arange(window.longest), window.lengths[:, None]
         behind = (slots >= self.plan.ladder.n_sink) & (slots < lengths)
         run = self.logical - lengths + slots
-        self.unbroken = torch.equal(window.positions()[:, 0].cpu()[behind], run[behind])
+        self.unbroken = torch.equal(window.live_positions()[:, 0].cpu()[behind], run[behind])
 
     def _due(self, lengths: Tensor) -> Tensor:
         """Tokens that rows of ``lengths`` full-precision tokens send down, int64 ``[B]``, whole tiles."""

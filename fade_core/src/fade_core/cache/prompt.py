@@ -12,6 +12,7 @@ from fade_core.cache.inspection import window_of
 from fade_core.ops.attention import READ_AT_ONCE
 from fade_core.ops.step import gathered
 from fade_core.storage.repositioning import Shift
+from fade_core.storage.slots import picked
 from fade_core.storage.window import Window
 from fade_core.support.transfer import sent
 
@@ -59,7 +60,7 @@ def left_aligned(
     keys = join(window.live()[0], chunk.pop(0))
     values = join(window.live()[1], chunk.pop())
     observed = {name: join(window.statistics[name][:, :, :held], t) for name, t in observed.items()}
-    positions = join(window.positions(), positions[:, None])[:, 0]
+    positions = join(window.live_positions(), positions[:, None])[:, 0]
     return keys, values, positions, observed, lengths + count - dropped, dropped
 
 
@@ -78,14 +79,9 @@ def keep_in_window(
     slots = torch.arange(int(kept.max()))
     source = torch.where(slots < n_sink, slots, slots + due[:, None]).clamp_max(keys.shape[2] - 1)
     source = sent(source, keys.device)  # [B, kept]
-    wide = source[:, None, :, None]
-    window.assign(
-        keys.gather(2, wide.expand(-1, keys.shape[1], -1, keys.shape[3])),
-        values.gather(2, wide.expand(-1, values.shape[1], -1, values.shape[3])),
-        positions.gather(1, source),
-        kept,
-        {n: t.gather(2, source[:, None].expand(-1, t.shape[1], -1)) for n, t in observed.items()},
-    )
+    tokens = {"keys": keys, "values": values, "positions": positions[:, None]}
+    tokens |= {f"statistic.{name}": held for name, held in observed.items()}
+    window.assign({name: picked(held, source[:, None]) for name, held in tokens.items()}, kept)
 
 
 # --- the past that a chunk reads ---
@@ -126,7 +122,7 @@ def _past_shifts(layer: TieredLayer, mask: Tensor | None) -> list[Shift | None]:
     if layer.plan.rope is None or not layer.plan.shifted:
         return [None] * (len(held) + 1)
     window = window_of(layer)
-    notes = [store.book.notes["shift"][:, :, : store.tiles].flatten(2) for store in held]
+    notes = [store.table.notes["shift"][:, :, : store.tiles].flatten(2) for store in held]
     return [Shift(layer.plan.rope, by) for by in [*notes, window.notes["shift"][:, :, : window.longest]]]
 
 
@@ -135,9 +131,9 @@ def past_masks(layer: TieredLayer, mask: Tensor) -> list[Tensor]:
     window, found = window_of(layer), []
     for store in layer.stores:
         if store.tiles:
-            where = store.positions()[:, :1] if store.alike else store.positions()
+            where = store.positions()[:, :1] if store.heads_aligned else store.positions()
             found.append(gathered(mask, where, where >= 0))
     if window.longest:
-        where = window.positions()
+        where = window.live_positions()
         found.append(gathered(mask, where, where >= 0))
     return found

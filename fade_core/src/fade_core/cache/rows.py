@@ -189,7 +189,7 @@ def shift(layer: TieredLayer, by: int) -> None:
         return
     layer.window.shift(by)
     for store in layer.stores:
-        store.shift(by)
+        store.table.shift(by)
     layer.logical += by
     layer.padding, layer.ranked_at = layer.padding + by, layer.ranked_at + by
     layer.changed()

@@ -166,7 +166,7 @@ def _scores(held: Contents) -> tuple[list[Tensor], LayerView]:
     """The policy's scores of every tier's slots, ``[B, H_kv, tiles * tile]`` each, and what it saw."""
     window = held.window
     heads = held.heads
-    parts = [window.positions().expand(-1, heads, -1), *(s.positions().expand(-1, heads, -1) for s in held.stores)]
+    parts = [window.live_positions().expand(-1, heads, -1), *(s.positions().expand(-1, heads, -1) for s in held.stores)]
     sizes = [p.shape[2] for p in parts]
     statistics = {
         n: torch.cat(
@@ -206,7 +206,7 @@ def _choose(store: TierStore, scores: Tensor, over: Tensor) -> Tensor:
     """Which slots of ``store`` go: the lowest tokens, or whole tiles by their mean where tokens cannot be parted."""
     positions = store.positions()
     live = positions >= 0
-    if store.explicit and store.tier.keys.moves_tokens and store.tier.values.moves_tokens:
+    if store.table.stores_positions and store.moves_tokens:
         return lowest(scores, live, over)
     tiled = scores.masked_fill(~live, 0).unflatten(-1, (-1, store.tile)).sum(-1)
     count = live.unflatten(-1, (-1, store.tile)).sum(-1)

@@ -75,7 +75,7 @@ class TierBuffers:
 
     def view(self, dtype: torch.dtype, look: bool) -> TileView:
         """The tiles as attention reads them: no more than are in use, where the host may ``look``."""
-        counts, tiles, even = None if self.whole else self.counts, None, False
+        counts, tiles, even = None if self.whole else self.counts, self.ids.shape[2], False
         if look:
             most, least = int(self.used.max()), int(self.used.min())
             tiles, even = most, most == least
