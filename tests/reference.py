@@ -209,15 +209,15 @@ def stored(layer: TieredLayer) -> Stored:
     slots = torch.arange(window.keys.shape[2]).expand(batch, heads, -1)
     rows, heads_, slot = (slots < window.lengths[:, None, None]).nonzero(as_tuple=True)
     at = (rows, heads_, slot)
-    put(rows, heads_, window.positions()[rows, 0, slot], 0, window.keys[at], window.values[at])
+    put(rows, heads_, window.live_positions()[rows, 0, slot], 0, window.keys[at], window.values[at])
     for level, store in enumerate(layer.held.stores, start=1):
-        if not store.table.numel():
+        if not store.table.live_ids().numel():
             continue
-        rows, heads_, n = (store.table >= 0).nonzero(as_tuple=True)
+        rows, heads_, n = (store.table.live_ids() >= 0).nonzero(as_tuple=True)
         pool_keys, pool_values = _whole_pool(store)
-        tiles, counts = store.table[rows, heads_, n], store.counts[rows, heads_, n]
+        tiles, counts = store.table.live_ids()[rows, heads_, n], store.table.live_counts()[rows, heads_, n]
         live = torch.arange(store.tile) < counts[:, None]
-        where = store.positions().unflatten(2, (-1, store.tile))[rows, heads_, n]
+        where = store.live_positions().unflatten(2, (-1, store.tile))[rows, heads_, n]
         row, head = (t[:, None].expand_as(where)[live] for t in (rows, heads_))
         put(row, head, where[live], level, pool_keys[tiles][live], pool_values[tiles][live])
     return Stored(keys, values, tier)
@@ -231,15 +231,15 @@ def check_tiles(store: TierStore, reserved: bool = False) -> None:
         reserved: whether tiles for all that may come are there from the beginning; else at most a quarter, and two a row
             and head, are spare.
     """
-    pool, held = store.pool, store.table >= 0
-    ids, times = store.table[held].unique(return_counts=True)
+    pool, held = store.pool, store.table.live_ids() >= 0
+    ids, times = store.table.live_ids()[held].unique(return_counts=True)
     assert not len(ids) or int(ids[-1]) < pool.capacity
-    unwritten = store.table[held & (store.counts == 0)]
+    unwritten = store.table.live_ids()[held & (store.table.live_counts() == 0)]
     assert int(times[torch.isin(ids, unwritten)].sum()) == len(unwritten), "a reserved tile is in two places"
-    for row in store.table.flatten(0, 1):
+    for row in store.table.live_ids().flatten(0, 1):
         assert len(row[row >= 0].unique()) == int((row >= 0).sum()), "a row and head has a tile twice"
     if not reserved:
-        spare = 2 * store.table.shape[0] * store.table.shape[1]
+        spare = 2 * store.table.live_ids().shape[0] * store.table.live_ids().shape[1]
         assert len(ids) + spare >= 0.75 * pool.capacity, "tiles that nobody holds are not freed"
 
 
@@ -252,7 +252,7 @@ def _whole_pool(store: TierStore) -> tuple[Tensor, Tensor]:
         if not tiles:
             sides.append(torch.zeros(0, store.tile, quantizer.head_dim))
             continue
-        decoded = quantizer.decode(Packed(fields, tiles * store.tile, store.dtype))
+        decoded = quantizer.decode(Packed(fields, tiles * store.tile, store.layout.dtype))
         sides.append(decoded[0, 0].unflatten(0, (tiles, store.tile)))
     return sides[0], sides[1]
 

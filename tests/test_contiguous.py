@@ -238,9 +238,9 @@ def _without_tiles(layer: TieredLayer) -> Tensor:
     """A wish to evict every second packed tile of each head, beginning with another one in each."""
     wanted = layer.tier_map()
     for store in layer.held.stores:
-        for row, head, tile in (store.table >= 0).nonzero().tolist():
+        for row, head, tile in (store.table.live_ids() >= 0).nonzero().tolist():
             if (row + head + tile) % 2:
-                at = store.positions()[row, head, tile * TILE : (tile + 1) * TILE]
+                at = store.live_positions()[row, head, tile * TILE : (tile + 1) * TILE]
                 wanted[row, head, at[at >= 0]] = -1
     return wanted
 
@@ -309,7 +309,7 @@ def moved_keys(cache: TieredKVCache) -> Tensor:
     found = []
     held = [store for store in layer.held.stores if store.tiles]
     for store, segment in zip(held, segments(layer), strict=False):  # the window comes last
-        keys, at = store.decoded()[0], store.positions()
+        keys, at = store.decode(0), store.live_positions()
         keys = keys if segment.shift is None else segment.shift.moved(keys)
         order = at.masked_fill(at < 0, 10**6).argsort(-1)
         live = at.gather(2, order) >= 0
@@ -342,8 +342,8 @@ def test_keys_after_32_reassigns_are_those_after_one() -> None:
         float((moved_keys(cache) - moved_keys(exact)).norm() / moved_keys(exact).norm()) for cache in (once, often)
     ]
     assert errors[0] == errors[1]
-    plain = float((once.layers[0].held.stores[0].decoded()[0] - exact.layers[0].held.stores[0].decoded()[0]).norm())
-    assert errors[0] == pytest.approx(plain / float(exact.layers[0].held.stores[0].decoded()[0].norm()), rel=1e-4)
+    plain = float((once.layers[0].held.stores[0].decode(0) - exact.layers[0].held.stores[0].decode(0)).norm())
+    assert errors[0] == pytest.approx(plain / float(exact.layers[0].held.stores[0].decode(0).norm()), rel=1e-4)
 
 
 # --- every mode ------------------------------------------------------------------------------------------------------

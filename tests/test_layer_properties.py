@@ -194,7 +194,7 @@ class Twin:
         wanted = now.where(now >= 0, lowest)
         for level, part in enumerate([layer.held.window, *layer.held.stores]):
             assert part is not None
-            where = part.positions().expand(-1, HEADS, -1)
+            where = part.live_positions().expand(-1, HEADS, -1)
             tile = TILE if level else 1
             heads = HEADS if level else 1
             chosen = torch.rand(self.rows, heads, where.shape[2] // tile).repeat_interleave(tile, 2) < share
@@ -215,7 +215,9 @@ class Twin:
         window, above = layer.held.window.lengths, torch.zeros(self.rows, HEADS, dtype=torch.long)
         budget = ladder.packed_budget(layer.held.lengths, window)[:, None]
         for store in layer.held.stores:
-            cut_short = ((TILE - store.counts) * (store.counts > 0)).sum(-1)  # whole tiles may go, and some hold less
+            cut_short = ((TILE - store.table.live_counts()) * (store.table.live_counts() > 0)).sum(
+                -1
+            )  # whole tiles may go, and some hold less
             capacity = tokens_of(store.tier.capacity, layer.held.lengths)[:, None]
             held, above = store.lengths, above + store.lengths
             if layer.plan.allocates:

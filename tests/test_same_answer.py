@@ -72,7 +72,7 @@ def statistics(layer: object) -> dict[str, Tensor]:
     for part, held in zip(parts, layer.held.statistics(), strict=True):  # type: ignore[attr-defined]
         for name, values in held.items():
             shape = (*values.shape[:2], layer.logical + 1)  # type: ignore[attr-defined]
-            where = part.positions().expand(*values.shape)
+            where = part.live_positions().expand(*values.shape)
             where = where.where(where >= 0, shape[2] - 1)
             found.setdefault(name, torch.zeros(shape, dtype=values.dtype)).scatter_(2, where, values)
     return {name: values[..., :-1] for name, values in found.items()}

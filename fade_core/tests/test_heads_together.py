@@ -86,10 +86,10 @@ def check(cache: TieredKVCache, exact: DynamicCache) -> int:
         for store in layer.held.stores:
             if not store.tiles:
                 continue
-            live = store.positions() >= 0
+            live = store.live_positions() >= 0
             found += int(live.sum())
-            index = store.positions().clamp_min(0)[..., None].expand(-1, -1, -1, held.keys.shape[-1])
-            for mine, wanted in zip(store.decoded(), (held.keys, held.values), strict=True):
+            index = store.live_positions().clamp_min(0)[..., None].expand(-1, -1, -1, held.keys.shape[-1])
+            for mine, wanted in zip((store.decode(0), store.decode(1)), (held.keys, held.values), strict=True):
                 true = wanted.gather(2, index)[live]
                 assert float((mine[live] - true).norm() / true.norm()) < 0.15
     return found
@@ -109,7 +109,7 @@ def test_heads_may_lose_different_tiles_and_tokens(filled: Any) -> None:
         for layer in cache.tiered:
             tiers = layer.tier_map()
             for store in layer.held.stores:
-                where = store.positions().unflatten(-1, (-1, store.tile))
+                where = store.live_positions().unflatten(-1, (-1, store.tile))
                 drop = torch.rand(where.shape, generator=generator) < 0.3
                 whole = torch.rand(where.shape[:3], generator=generator) < 0.25
                 drop = whole[..., None].expand_as(drop).clone() if tiles_only else drop | whole[..., None]

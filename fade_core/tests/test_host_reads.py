@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fade_core import FadeConfig, create_tiered_cache
 from fade_core.cache.layer import TieredLayer
+from fade_core.cache.layer_state import store_state
 from fade_core.cache.manual import assign_layer
 
 SHORT = {"n_sink": 3, "recent_window": 16, "tile": 16}
@@ -114,7 +115,7 @@ class Side:
         window = self.layer.held.window
         found = {f"window.{n}": t for n, t in window.state().items()}
         for i, store in enumerate(self.layer.held.stores):
-            found |= {f"store{i}.{n}": t for n, t in store.state().items()}
+            found |= {f"store{i}.{n}": t for n, t in store_state(store).items()}
         return {n: _inner(t) for n, t in found.items()}
 
 
@@ -157,9 +158,9 @@ def test_positions_are_read_back_only_while_tokens_moved_by_hand_leave_gaps(monk
                 side.take(keys, values)
             assert bool(sides[1].reads) == gaps
             assert_same(*(side.state() for side in sides))
-    positions = sides[0].layer.held.stores[0].positions()
+    positions = sides[0].layer.held.stores[0].live_positions()
     for row, padding in enumerate(PADDING):
-        held = torch.cat([positions[row, 0], sides[0].layer.held.window.positions()[row, 0]]).tolist()
+        held = torch.cat([positions[row, 0], sides[0].layer.held.window.live_positions()[row, 0]]).tolist()
         missing = set(range(padding, 400)) - set(held)
         assert missing == {padding + 1, 297}
 

@@ -115,7 +115,9 @@ def mass_of(layer: Any) -> float:
     """Attention that the tokens of a layer received, summed."""
     window = float(layer.held.window.state()["statistic.mass"].sum())
     stored = [
-        s.statistics["mass"].flatten(2).masked_fill(s.positions() < 0, 0).sum() for s in layer.held.stores if s.tiles
+        s.statistics["mass"].flatten(2).masked_fill(s.live_positions() < 0, 0).sum()
+        for s in layer.held.stores
+        if s.tiles
     ]
     return window + sum(map(float, stored))
 
@@ -179,8 +181,8 @@ def tokens_of(layer: Any) -> tuple[Tensor, Tensor]:
         window = layer.held.window
         shape = (*layer.tier_map().shape[:2], layer.logical + 1, 16)
         out = torch.zeros(shape)
-        parts = [(window.positions(), window.live()[side])]
-        parts += [(store.positions(), store.decoded()[side]) for store in layer.held.stores if store.tiles]
+        parts = [(window.live_positions(), window.live()[side])]
+        parts += [(store.live_positions(), store.decode(side)) for store in layer.held.stores if store.tiles]
         for positions, tokens in parts:
             index = positions.expand(-1, shape[1], -1)
             index = index.where(index >= 0, torch.full_like(index, layer.logical))

@@ -23,11 +23,13 @@ from fade_core.ops.attention import (
     attention_mass,
     decode_attention,
 )
+from fade_core.storage.slots import TokenLayout
 from fade_core.storage.tier_store import TierStore, Tokens
 from fade_core.storage.window import Window
 
 TILE, DIM, VALUE_DIM, KV_HEADS, BATCH = 16, 24, 40, 2, 3
 CPU = torch.device("cpu")
+LAYOUT = TokenLayout(KV_HEADS, torch.float32, CPU)
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -45,7 +47,7 @@ def store_of(kind: str, counts: Tensor) -> TierStore:
         bits, axis = int(kind[0]), kind[1:]
         keys = UniformQuantizer(DIM, bits, axis, tile=TILE)  # type: ignore[arg-type]
         values = UniformQuantizer(VALUE_DIM, bits, "token", 8 if bits == 2 else 0, TILE, "channel")
-    store = TierStore(Tier(kind, "rest", keys, values), BATCH, KV_HEADS, CPU, torch.float32, False)
+    store = TierStore(Tier(kind, "rest", keys, values), BATCH, LAYOUT, False)
     width = int(counts.max())
     slack = (torch.arange(width) >= counts[..., None])[..., None]
     store.append(
@@ -57,9 +59,9 @@ def store_of(kind: str, counts: Tensor) -> TierStore:
             {},
         )
     )
-    store.pool.reserve(5, store.table)
+    store.pool.reserve(5, store.table.live_ids())
     dead = torch.ones(store.pool.capacity, dtype=torch.bool)
-    dead[store.table[store.table >= 0]] = False
+    dead[store.table.live_ids()[store.table.live_ids() >= 0]] = False
     for field in store.pool.fields.values():
         field[dead] = torch.nan if field.is_floating_point() else -1
     return store
@@ -67,7 +69,7 @@ def store_of(kind: str, counts: Tensor) -> TierStore:
 
 def window_of(ragged: bool) -> Window:
     """A window of rows of unlike length, NaN behind them."""
-    window = Window(BATCH, KV_HEADS, DIM, VALUE_DIM, 20, torch.float32, CPU)
+    window = Window(BATCH, DIM, VALUE_DIM, 20, LAYOUT)
     give(window, torch.randn(BATCH, KV_HEADS, 9, DIM), torch.randn(BATCH, KV_HEADS, 9, VALUE_DIM), 0)
     if ragged:
         window.take_out(1, torch.tensor([0, 5, 8]))
@@ -101,8 +103,8 @@ def case(kinds: list[str], queries: int, masked: bool, ragged: bool) -> Case:
         if masked:
             seen = torch.rand(seen.shape) < 0.5
         seen = seen if valid is None else seen & valid[:, :, None]
-        segments.append(PackedSegment(store, seen if masked or valid is not None else None))
-        k, v = store.decoded()
+        segments.append(PackedSegment(store.view(), seen if masked or valid is not None else None))
+        k, v = (store.decode(0), store.decode(1))
         keys.append(k.double())
         values.append(v.double())
         masks.append(seen)
@@ -232,7 +234,7 @@ def test_the_registered_implementations_are_the_oracle() -> None:
 @pytest.mark.parametrize("at_once", [TILE, 2 * TILE + 5])
 def test_reading_a_few_tiles_at_once_changes_nothing(kind: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     store = store_of(kind, torch.tensor([[70, 70], [16, 16], [33, 33]]))
-    segment = PackedSegment(store, valid_mask(store))
+    segment = PackedSegment(store.view(), valid_mask(store))
     query = torch.randn(BATCH, 3 * KV_HEADS, 2, DIM)
     whole = decode_attention(query, [segment], DIM**-0.5, probabilities=True)
     monkeypatch.setattr(attention, "READ_AT_ONCE", at_once)

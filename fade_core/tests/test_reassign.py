@@ -35,9 +35,9 @@ def packed_keys(cache: TieredKVCache) -> tuple[Tensor, Tensor]:
         held = torch.zeros(*layer.tier_map().shape, layer.held.window.keys.shape[3])
         for store in layer.held.stores:
             if store.tiles:
-                where = store.positions()
+                where = store.live_positions()
                 row, head, slot = (where >= 0).nonzero(as_tuple=True)
-                held[row, head, where[row, head, slot]] = store.decoded()[0][row, head, slot]
+                held[row, head, where[row, head, slot]] = store.decode(0)[row, head, slot]
         keys.append(held[..., :PROMPT, :])
         tiers.append(tier)
     return torch.stack(keys), torch.stack(tiers)

@@ -12,6 +12,7 @@ from torch import Tensor
 from fade_core.builtin.quantizers.uniform import UniformConfig
 from fade_core.interfaces import QuantizerContext, RopeScheme, Tier
 from fade_core.storage.repositioning import Shift, holes_after, note_shifts, shown_shifts
+from fade_core.storage.slots import TokenLayout
 from fade_core.storage.tier_store import TierStore, Tokens
 from fade_core.storage.window import Window
 
@@ -79,10 +80,11 @@ def layer(rows: int = 2) -> tuple[Window, TierStore]:
     """Three sinks and ten recent tokens around two tiles, of positions 0 to 44; room for three more."""
     quantizer = UniformConfig(bits=4, axis="token").build(QuantizerContext(DIM, tile=TILE))
     tier = Tier("int4", "rest", quantizer, quantizer)
-    window = Window(rows, HEADS, DIM, DIM, 16, torch.float32, torch.device("cpu"), shifted=True)
+    layout = TokenLayout(HEADS, torch.float32, torch.device("cpu"), shifted=True)
+    window = Window(rows, DIM, DIM, 16, layout)
     for part in (range(3), range(35, 45)):
         give(window, torch.zeros(rows, HEADS, len(part), DIM), torch.zeros(rows, HEADS, len(part), DIM), part[0])
-    store = TierStore(tier, rows, HEADS, torch.device("cpu"), torch.float32, True, shifted=True)
+    store = TierStore(tier, rows, layout, True)
     keys = torch.randn(rows, HEADS, 2 * TILE, DIM)
     counts = torch.full((rows, HEADS), 2 * TILE)
     store.append(Tokens(keys, keys, torch.arange(3, 35).expand(rows, 1, -1), counts, {}))
@@ -91,7 +93,7 @@ def layer(rows: int = 2) -> tuple[Window, TierStore]:
 
 def noted(window: Window, store: TierStore) -> tuple[Tensor, Tensor]:
     """How far packed and full-precision tokens are moved."""
-    return store.book.notes["shift"][:, :, : store.tiles].flatten(2), window.notes["shift"][:, :, : window.longest]
+    return store.table.notes["shift"][:, :, : store.tiles].flatten(2), window.notes["shift"][:, :, : window.longest]
 
 
 def test_nothing_moves_while_nothing_is_missing() -> None:

@@ -9,6 +9,7 @@ import torch
 from tiny import fresh_seed, give
 from torch import Tensor
 
+from fade_core.storage.slots import TokenLayout
 from fade_core.storage.window import Window
 from fade_core.support.memory import live_bytes
 
@@ -19,12 +20,12 @@ Rows = list[list[tuple[int, Tensor, Tensor, Tensor]]]
 
 
 def window_of(batch: int, capacity: int = 12) -> Window:
-    return Window(batch, HEADS, KEY, VALUE, capacity, torch.float32, torch.device("cpu"), ("mass",))
+    return Window(batch, KEY, VALUE, capacity, TokenLayout(HEADS, torch.float32, torch.device("cpu"), ("mass",)))
 
 
 def content(window: Window) -> Rows:
     keys, values = (t.clone() for t in window.live())
-    positions, mass = window.positions()[:, 0], window.statistics["mass"].clone()
+    positions, mass = window.live_positions()[:, 0], window.statistics["mass"].clone()
     return [
         [(int(positions[b, i]), keys[b, :, i], values[b, :, i], mass[b, :, i]) for i in range(int(window.lengths[b]))]
         for b in range(keys.shape[0])
@@ -46,8 +47,8 @@ def assert_same(window: Window, rows: Rows) -> None:
     valid = window.valid()
     live = torch.arange(window.longest) < window.lengths[:, None]
     assert bool(live.all()) if valid is None else torch.equal(valid[:, 0], live)
-    assert torch.equal(window.positions()[:, 0] >= 0, live)
-    assert bool((window.offsets[:, window.longest :] == -1).all())
+    assert torch.equal(window.live_positions()[:, 0] >= 0, live)
+    assert bool((window.positions[:, window.longest :] == -1).all())
     for found, row in zip(content(window), rows, strict=True):
         for (position, *got), (wanted, *tensors) in zip(found, row, strict=True):
             assert position == wanted
@@ -130,31 +131,46 @@ def test_any_history_keeps_exactly_the_tokens_it_should(trial: int) -> None:
             state = window.state()
             assert all(bool(torch.isfinite(t).all()) for t in state.values() if t.is_floating_point())
             window = window_of(batch)
-            window.load(state)
+            tokens = {
+                "positions": state["positions"][:, None],
+                **{n: state[n] for n in ("keys", "values", "statistic.mass")},
+            }
+            window.assign(tokens, state["lengths"])
             assert window.capacity == max(12, window.longest)
         poison(window)
         assert_same(window, rows)
 
 
-def test_rolling_back_undoes_everything_since_it_began() -> None:
+def test_restoring_undoes_everything_since_the_snapshot() -> None:
     torch.manual_seed(fresh_seed())
     window = window_of(2)
     give(window, torch.randn(2, HEADS, 9, KEY), torch.randn(2, HEADS, 9, VALUE), 0)
     window.take_out(1, torch.tensor([0, 4]))
     before = {name: tensor.clone() for name, tensor in window.state().items()}
     for change in range(4):
-        remembered = window.snapshot()
+        snapshot = window.snapshot()
         window.statistics["mass"].add_(1)
         if change != 0:
             give(window, torch.randn(2, HEADS, 20, KEY), torch.randn(2, HEADS, 20, VALUE), 9)
         if change == 2:
             window.take_out(2, torch.tensor([3, 1]))
         if change == 3:
-            window.assign(*torch.ones(2, 2, HEADS, 3, 1), torch.zeros(2, 3), torch.tensor([2, 3]), window.statistics)
-        window.restore(remembered)
+            keys, values = torch.ones(2, 2, HEADS, 3, 1)
+            window.assign({"keys": keys, "values": values, "positions": torch.zeros(2, 1, 3)}, torch.tensor([2, 3]))
+        window.assign(*snapshot)
         after = window.state()
         assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-        assert window.positions().shape == (2, 1, 9)
+        assert window.live_positions().shape == (2, 1, 9)
+
+
+def test_what_it_gives_back_is_freed() -> None:
+    window = window_of(1, 40)
+    give(window, torch.randn(1, HEADS, 40, KEY), torch.randn(1, HEADS, 40, VALUE), 0)
+    window.take_out(0, torch.tensor([30]))
+    window.shrink(12)
+    assert window.lengths.tolist() == [10]
+    assert live_bytes(window) == sum(t.nbytes for t in window.tensors().values())
+    assert window.tensors()["keys"].shape[2] == 12
 
 
 def test_it_grows_by_little() -> None:

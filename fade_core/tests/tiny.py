@@ -75,7 +75,7 @@ def give(window: Window, keys: Tensor, values: Tensor, position: int) -> None:
     """New tokens ``[B, H_kv, Q, D]`` for a window, as a step brings them."""
     window.reserve(window.longest + keys.shape[2])
     numbers, counters = window.numbers.device, torch.tensor([position, 0, 0])
-    held = window.keys, window.values, window.offsets, numbers, counters, {}, {}, numbers[..., None][..., :0]
+    held = window.keys, window.values, window.positions, numbers, counters, {}, {}, numbers[..., None][..., :0]
     append(
         keys,
         values,

@@ -169,7 +169,7 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 
 def scatter(store: TierStore) -> None:
     """A shuffled pool with free tiles between those in use, and rubbish in them: the table is read."""
-    count, ids = store.pool.capacity, store.book.ids.host
+    count, ids = store.pool.capacity, store.table.ids.host
     order = torch.randperm(count + 5)[:count]
     for name, tiles in store.pool.fields.items():
         bits = 8 if tiles.dtype == torch.uint8 else 15

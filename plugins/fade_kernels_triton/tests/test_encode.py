@@ -111,7 +111,7 @@ def test_a_prompt_is_packed_by_it(fixed: bool, device: str, monkeypatch: pytest.
         config = FadeConfig(n_sink=4, recent_window=16, kernel={"encode": kind, "decode_attention": "torch"})
         with torch.no_grad(), create_tiered_cache(llama, config, max_cache_len=300 if fixed else None) as cache:
             llama(ids, past_key_values=cache, use_cache=True)
-            held.append([p.fields for layer in cache.tiered for p in layer.held.stores[0].packed()])
+            held.append([p.fields for layer in cache.tiered for p in layer.held.stores[0].view().packed()])
         assert bool(calls) == (kind == "triton")
     for theirs, ours in zip(*held, strict=True):
         assert all(torch.equal(ours[name], field) for name, field in theirs.items())

@@ -11,6 +11,7 @@ from fade_core.errors import InputError
 from fade_core.interfaces import Event, TelemetrySink, Tier
 from fade_core.ops.attention import PackedSegment, decode_attention
 from fade_core.packed import Packed, PackedFormat
+from fade_core.storage.slots import TokenLayout
 from fade_core.storage.tier_store import TierStore, Tokens
 from fade_core.testing import check_kernel
 from fade_kernels_triton.kernel import TritonDecodeAttention, merged
@@ -65,7 +66,9 @@ class Turned(UniformQuantizer):
 
 
 def store_of(keys, values, tiles, *, rows=2, heads=2, dim=64, device="cpu"):
-    store = TierStore(Tier("t", "rest", keys, values), rows, heads, torch.device(device), torch.float16, explicit=False)
+    store = TierStore(
+        Tier("t", "rest", keys, values), rows, TokenLayout(heads, torch.float16, torch.device(device)), False
+    )
     length = tiles * keys.tile
     counts = torch.full((rows, heads), length)
     counts[-1] = max(0, length - keys.tile - 7)
@@ -76,7 +79,9 @@ def store_of(keys, values, tiles, *, rows=2, heads=2, dim=64, device="cpu"):
 
 def packed(store, queries=1):
     live = store.valid()
-    return PackedSegment(store, None if live is None else live[:, :, None].expand(-1, -1, queries, -1), plain=True)
+    return PackedSegment(
+        store.view(), None if live is None else live[:, :, None].expand(-1, -1, queries, -1), plain=True
+    )
 
 
 def tiny_llama(device: str) -> LlamaForCausalLM:

@@ -17,6 +17,7 @@ from fade_core.builtin.quantizers.uniform import UniformQuantizer
 from fade_core.errors import InputError
 from fade_core.ops.attention import attention_mass, decode_attention
 from fade_core.packed import Packed
+from fade_core.storage.slots import TokenLayout
 from fade_core.storage.tier_store import TierStore, Tokens
 from fade_core.testing import check_kernel
 from fade_kernels_triton.mass import TritonAttentionMass
@@ -35,13 +36,13 @@ def store(tier: Tier, device: str, tiles: int = 3, table: bool = False) -> TierS
     Tiles lie in runs, or with a ``table`` anywhere.
     """
     dim, tile = tier.keys.head_dim, tier.keys.tile
-    held = TierStore(tier, 2, 2, torch.device(device), torch.bfloat16, explicit=False, fixed=tiles)
+    held = TierStore(tier, 2, TokenLayout(2, torch.bfloat16, torch.device(device)), False, fixed=tiles)
     length = tiles * tile
     keys = torch.randn(2, 2, length, dim, device=device) + 2 * torch.randn(1, 2, 1, dim, device=device)
     counts = torch.tensor([[length] * 2, [length - tile - 9] * 2])
     positions = torch.arange(length, device=device).expand(2, 1, -1)
     held.append(Tokens(keys.bfloat16(), torch.zeros_like(keys).bfloat16(), positions, counts, {}))
-    used = held.table[held.table >= 0]
+    used = held.table.live_ids()[held.table.live_ids() >= 0]
     for name, field in held.pool.fields.items():
         free = torch.ones(len(field), dtype=torch.bool)
         free[used] = False
@@ -59,7 +60,8 @@ def tier(bits: int, axis: str, tile: int, dim: int) -> Tier:
 
 def exact(query: Tensor, segment: PackedSegment, lse: Tensor, **options: Any) -> Tensor:
     """The oracle in float64."""
-    keys, values = segment.store.decoded()
+    tier, (keys, values) = segment.store.tier, segment.store.packed()
+    keys, values = tier.keys.decode(keys), tier.values.decode(values)
     full = FullSegment(keys.double(), values.double(), segment.seen(query.shape[2]))
     return attention_mass(query.double(), full, lse.double(), query.shape[-1] ** -0.5, **options)
 
@@ -75,7 +77,7 @@ def test_the_kernel_is_the_oracle(
     held = store(tier(bits, axis, tile, dim), device, table=table)
     live = held.valid()
     assert live is not None and held.runs != table
-    segment = PackedSegment(held, None, plain=True)  # as a cache gives it: the table says which tokens are live
+    segment = PackedSegment(held.view(), None, plain=True)  # as a cache gives it: the table says which tokens are live
     query = torch.randn(2, 2 * group, queries, dim, device=device).to(dtype)
     scaling = dim**-0.5
     lse = decode_attention(query, [segment], scaling, softcap).lse
@@ -85,7 +87,7 @@ def test_the_kernel_is_the_oracle(
     assert found.shape == wanted.shape
     assert bool(found.isfinite().all())
     assert not bool(found[~live[:, :, None].expand_as(found)].any())
-    keys, _ = held.decoded()
+    keys, _ = (held.decode(0), held.decode(1))
     norms = query.float().norm(dim=-1).max() * keys.float().norm(dim=-1).max() * scaling
     bound = 2 * float(norms) * 2**-10 + 1e-3  # fp16 rounds query and scaled query by 2^-11 each
     assert float((found.double() - wanted).abs().max() / wanted.max()) < bound
@@ -94,7 +96,7 @@ def test_the_kernel_is_the_oracle(
 
 def test_a_query_that_sees_nothing_gives_nothing(device: str) -> None:
     seed()
-    segment = PackedSegment(store(tier(4, "token", 64, 64), device), None, plain=True)
+    segment = PackedSegment(store(tier(4, "token", 64, 64), device).view(), None, plain=True)
     query = torch.randn(2, 4, 2, 64, device=device).half()
     lse = torch.full((2, 4, 2), -math.inf, device=device)
     assert not bool(TritonAttentionMass()(query, segment, lse, 0.1).any())
@@ -117,9 +119,9 @@ def test_turned_keys(device: str) -> None:
     held = store(Tier("turned", "rest", keys, UniformQuantizer(64, 4, layout="channel")), device, 2)
     live = held.valid()
     assert live is not None
-    segment = PackedSegment(held, live[:, :, None], plain=True)
+    segment = PackedSegment(held.view(), live[:, :, None], plain=True)
     query = torch.randn(2, 4, 1, 64, device=device).bfloat16()
-    decoded = [side.float() for side in held.decoded()]
+    decoded = [side.float() for side in (held.decode(0), held.decode(1))]
     lse = decode_attention(query.float(), [FullSegment(decoded[0], decoded[1], segment.mask)], 0.125).lse
     found, wanted = TritonAttentionMass()(query, segment, lse, 0.125), exact(query, segment, lse)
     assert float((found.double() - wanted).abs().max() / wanted.max()) < 0.03
@@ -164,8 +166,8 @@ def test_a_ranking_cache_sees_the_same_masses(device: str) -> None:
 def test_what_it_does_not_take_is_refused_with_the_reason(device: str) -> None:
     kernel, held = TritonAttentionMass(), store(tier(4, "token", 64, 64), device)
     query, lse = torch.randn(2, 4, 9, 64, device=device).half(), torch.zeros(2, 4, 9, device=device)
-    assert "9 query tokens" in kernel.accepts(query, PackedSegment(held, None, plain=True), lse, 1.0).reason
-    hidden = PackedSegment(held, torch.zeros(2, 1, 1, 192, dtype=torch.bool, device=device), plain=False)
+    assert "9 query tokens" in kernel.accepts(query, PackedSegment(held.view(), None, plain=True), lse, 1.0).reason
+    hidden = PackedSegment(held.view(), torch.zeros(2, 1, 1, 192, dtype=torch.bool, device=device), plain=False)
     with pytest.raises(InputError, match="hides stored tokens"):
         kernel(query[:, :, :1], hidden, lse[:, :, :1], 1.0)
     assert "head_dim 48" in kernel.supports(held.tier.keys.format, 48, torch.device(device), torch.float16).reason

@@ -17,6 +17,7 @@ from fade_core.errors import InputError
 from fade_core.interfaces import Event, Quantizer, TelemetrySink, Tier
 from fade_core.ops.attention import PackedSegment, decode_attention
 from fade_core.packed import Packed
+from fade_core.storage.slots import TokenLayout
 from fade_core.storage.tier_store import TierStore, Tokens
 from fade_kernels_triton.kernel import TritonDecodeAttention
 from fade_kernels_triton.planes import PlanesTier, planes_attention, unsupported_planes
@@ -47,7 +48,9 @@ def quantizer(
 def store_of(keys: Any, values: Any, counts: Tensor, device: str, flat: bool = False) -> TierStore:
     """Random tokens about a mean; ``counts`` int64 ``[B, H_kv]`` of them, the rest of the pool is rubbish."""
     rows, heads = counts.shape
-    store = TierStore(Tier("t", "rest", keys, values), rows, heads, torch.device(device), torch.float16, explicit=False)
+    store = TierStore(
+        Tier("t", "rest", keys, values), rows, TokenLayout(heads, torch.float16, torch.device(device)), False
+    )
     length = int(counts.max())
     tokens = [torch.randn(rows, heads, length, keys.head_dim, device=device).half() for _ in range(2)]
     if flat:
@@ -59,7 +62,7 @@ def store_of(keys: Any, values: Any, counts: Tensor, device: str, flat: bool = F
 
 def packed(store: TierStore) -> PackedSegment:
     """As a cache gives it: the table says which tokens are live."""
-    return PackedSegment(store, None, plain=True)
+    return PackedSegment(store.view(), None, plain=True)
 
 
 def decoded(segment: PackedSegment, dtype: torch.dtype, queries: int) -> FullSegment:
@@ -189,7 +192,7 @@ def test_tiles_in_place_without_a_table(heads: int, tile: int, splits: int, devi
         side["gain"][free] = 255
     pool = {f"{s}.{n}": f.flatten(0, 2) for s, side in zip("kv", fields, strict=True) for n, f in side.items()}
     ids = torch.arange(2 * heads * 4, dtype=torch.int32, device=device).view(2, heads, 4)
-    view = TileView(Tier("t", "rest", keys, values), pool, ids, used, None, True, torch.float16)
+    view = TileView(Tier("t", "rest", keys, values), pool, ids, used, None, True, torch.float16, ids.shape[2])
     query = torch.randn(2, 2 * heads, 1, 64, device=device).half()
     check(query, [PackedSegment(view, None, plain=True)], 0.125)
     tier = PlanesTier(keys.planes(), values.planes(), *fields, used)

@@ -69,8 +69,8 @@ def test_every_stored_token_is_the_one_its_position_says(model: torch.nn.Module,
         run(model, cache, ids, 250)
         for layer, held in zip(cache.tiered, exact.layers, strict=True):
             (store,) = layer.held.stores
-            positions = store.positions()
-            for found, wanted in zip(store.decoded(), (held.keys, held.values), strict=True):
+            positions = store.live_positions()
+            for found, wanted in zip((store.decode(0), store.decode(1)), (held.keys, held.values), strict=True):
                 live = positions >= 0
                 index = positions.clamp_min(0)[..., None].expand(-1, -1, -1, DIM)
                 true = wanted.gather(2, index)[live]
@@ -90,9 +90,9 @@ def test_heads_may_lose_different_tokens(model: torch.nn.Module, file: str) -> N
             tiers[0, 1, 10:200] = -1
             assign_layer(layer, tiers)
             (store,) = layer.held.stores
-            live = store.positions() >= 0
-            index = store.positions().clamp_min(0)[..., None].expand(-1, -1, -1, DIM)
-            for found, wanted in zip(store.decoded(), (held.keys, held.values), strict=True):
+            live = store.live_positions() >= 0
+            index = store.live_positions().clamp_min(0)[..., None].expand(-1, -1, -1, DIM)
+            for found, wanted in zip((store.decode(0), store.decode(1)), (held.keys, held.values), strict=True):
                 true = wanted.gather(2, index)[live]
                 assert float((found[live] - true).norm() / (true - true.mean(0)).norm()) < 0.25
 

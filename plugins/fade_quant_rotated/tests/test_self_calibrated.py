@@ -274,9 +274,9 @@ def test_every_stored_token_is_the_one_its_position_says(model: Any, more: dict)
         model(ids[:, :280], past_key_values=cache, **where)
         for layer, held in zip(cache.tiered, exact.layers, strict=True):
             (store,) = layer.held.stores
-            positions = store.positions()
+            positions = store.live_positions()
             assert store.tiles
-            for found, wanted in zip(store.decoded(), (held.keys, held.values), strict=True):
+            for found, wanted in zip((store.decode(0), store.decode(1)), (held.keys, held.values), strict=True):
                 live = positions >= 0
                 index = positions.clamp_min(0)[..., None].expand(-1, -1, -1, DIM)
                 true = wanted.gather(2, index)[live]

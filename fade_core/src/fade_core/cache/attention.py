@@ -109,7 +109,7 @@ def _chunk_attention(module: torch.nn.Module, layer: TieredLayer, call: _Call) -
         heads = max(m.shape[1] for m in masks)
         return torch.cat([m.expand(held.rows, heads, -1, -1) for m in masks], dim=3)
 
-    apart = past and any(not store.alike for store in held.packed)
+    apart = past and any(not store.heads_aligned for store in held.packed)
     if call.softcap or call.sinks is not None or apart:
         output = _in_blocks(call, keys, values, visible).output
     else:

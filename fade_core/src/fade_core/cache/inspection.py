@@ -17,7 +17,7 @@ def tensors(held: LayerContents) -> dict[str, Tensor]:
             store.tier.name,
             "tiles." if store.tier.name == "fp16" else "",
         )  # beside the window, which is fp16 too
-        found |= {f"{name}/{tiled}{n}": t for n, t in store.tensors().items()}
+        found |= {f"{name}/{tiled}{n}": t for n, t in {**store.pool.fields, **store.table.tensors()}.items()}
         for side, quantizer in (("k", store.tier.keys), ("v", store.tier.values)):
             found |= {f"{name}/{side}.state.{n}": t for n, t in quantizer.state_dict().items()}
     if held.queries is not None:
@@ -47,7 +47,7 @@ def dense(held: LayerContents, side: str, pending: tuple[Tensor, Tensor] | None 
         )
     padded = own.new_zeros((held.rows, heads, logical + 1, own.shape[3]))
     for part in held.parts:
-        decoded, where = part.decode(number), part.positions().expand(-1, heads, -1)
+        decoded, where = part.decode(number), part.live_positions().expand(-1, heads, -1)
         where = where.where(where >= 0, torch.full_like(where, logical))
         padded.scatter_(2, where[..., None].expand_as(decoded), decoded)
     if pending is not None:

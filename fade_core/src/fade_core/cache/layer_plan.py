@@ -17,6 +17,7 @@ from fade_core.ops.append import MOST_TOKENS, AppendRule, TorchAppend
 from fade_core.ops.attention import TorchAttentionMass, TorchDecodeAttention
 from fade_core.ops.step import StepPlan
 from fade_core.storage.codec import Codec
+from fade_core.storage.slots import TokenLayout
 from fade_core.storage.tier_store import TierStore
 from fade_core.storage.window import Window
 from fade_core.support.checks import FiniteCheck
@@ -102,23 +103,11 @@ class LayerPlan(EvictionPlan):
         statistics = self.tracker.statistics if ladder.bounded else ()
         spare = 0 if isinstance(ladder.budget, ByteBudget) else max(REJECTABLE, MOST_TOKENS)
         floor = ladder.threshold + spare if slots else 0
-        made = keys.dtype, keys.device, statistics, self.shifted
-        window = Window(batch, heads, dim, values.shape[3], floor, *made, floor=floor)
+        layout = TokenLayout(heads, keys.dtype, keys.device, statistics, self.shifted)
+        window = Window(batch, dim, values.shape[3], floor, layout, floor)
         most = max(1, slots // ladder.tile) if slots and self.allocates else 0
         stores = tuple(
-            TierStore(
-                tier,
-                batch,
-                heads,
-                keys.device,
-                keys.dtype,
-                self.ranked,
-                statistics,
-                self.codec,
-                self.shifted,
-                fixed,
-                most,
-            )
+            TierStore(tier, batch, layout, self.ranked, self.codec, fixed, most)
             for tier, fixed in zip(ladder.tiers, self.room(slots, max(1, batch)), strict=True)
         )
         return window, stores

@@ -12,8 +12,10 @@ from torch import Tensor
 from fade_core.cache.layer import TieredLayer
 from fade_core.errors import CheckpointError, InputError
 from fade_core.interfaces import Quantizer
+from fade_core.storage.pool import numbered
 from fade_core.storage.tier_store import TierStore
 from fade_core.storage.window import Window
+from fade_core.support.transfer import sent
 
 Tensors = dict[str, Tensor]
 Facts = dict[str, Any]
@@ -31,7 +33,7 @@ def tiered_state(layer: TieredLayer) -> tuple[Facts, Tensors]:
     if held.queries is not None:
         tensors |= {f"queries.{n}": t for n, t in held.queries.tensors().items()}
     for i, store in enumerate(held.stores):
-        tensors |= {f"store{i}.{n}": t for n, t in store.state().items()}
+        tensors |= {f"store{i}.{n}": t for n, t in store_state(store).items()}
         for side, quantizer in _sides(store):
             tensors |= {f"quantizer{i}.{side}.{n}": t for n, t in quantizer.state_dict().items()}
     facts = {
@@ -39,7 +41,7 @@ def tiered_state(layer: TieredLayer) -> tuple[Facts, Tensors]:
         "logical": held.logical,
         "since_ranking": (held.logical - held.ranked_at).tolist(),
         "dtype": _name(layer.dtype),
-        "explicit": [store.explicit for store in held.stores],
+        "explicit": [store.table.stores_positions for store in held.stores],
     }
     return facts, tensors
 
@@ -69,7 +71,9 @@ def tiered_layer(like: TieredLayer, facts: Mapping[str, Any], tensors: Mapping[s
     _check(held.padding.shape == (batch,) and _within(held.padding, 0, held.logical), "padding")
     _check(held.ranked_at.shape == (batch,), "steps since the last ranking")
     _check_window(held.window, window, held.logical)
-    held.window.load(window)
+    observed = {name: window[name] for name in held.window.notes if name != "shift"}
+    tokens = {"keys": keys, "values": values, "positions": window["positions"][:, None], **observed}
+    held.window.assign(tokens, window["lengths"].cpu())
     if held.queries is not None:
         _check_queries(_part(tensors, "queries."), batch, keys.shape[3])
         held.queries.load(_part(tensors, "queries."), keys.device)
@@ -77,12 +81,56 @@ def tiered_layer(like: TieredLayer, facts: Mapping[str, Any], tensors: Mapping[s
     for i, (store, explicit) in enumerate(zip(held.stores, facts["explicit"], strict=True)):
         own = _part(tensors, f"store{i}.")
         if explicit:
-            store.spell_positions()
+            store.table.store_positions()
         _check_store(store, own, held.logical)
-        store.load(own)
+        load_store(store, own)
     stored = held.window.lengths[:, None] + sum(s.lengths for s in held.stores)
     _check(bool((stored <= held.lengths[:, None]).all()), "number of tokens")
     return layer
+
+
+def store_state(store: TierStore) -> Tensors:
+    """Tensors from which ``load_store`` fills an equal store: live tiles, renumbered, and the table."""
+    table, ids, tiles = store.table, store.table.live_ids(), store.tiles
+    live, counts = ids >= 0, table.live_counts()
+    used, place = numbered(ids[live])
+    starts = torch.zeros_like(ids) if table.starts is None else table.starts[:, :, :tiles].long().cpu() * live
+    state = {f"pool.{name}": field for name, field in store.pool.read(used).items()}
+    state |= {"table": torch.full_like(ids, -1).masked_scatter(live, place), "counts": counts, "starts": starts}
+    state["offsets"] = torch.empty((*ids.shape[:2], 0, store.tile), dtype=torch.int32, device=store.device)
+    slack = sent(torch.arange(store.tile) >= counts[..., None], store.device)  # [B, H_kv, tiles, tile]
+    for name, note in table.notes.items():
+        if name == "positions":
+            state["offsets"] = note[:, :, :tiles].masked_fill(slack, -1)
+        elif name != "shift":
+            state[name] = note[:, :, :tiles].masked_fill(slack, 0)
+    return state
+
+
+def load_store(store: TierStore, state: Mapping[str, Tensor]) -> None:
+    """Take over what ``store_state`` gave, into an empty store; positions are kept as they are there."""
+    table, saved, counts, starts = store.table, *(state[name].cpu() for name in ("table", "counts", "starts"))
+    offsets = state["offsets"] if state["offsets"].shape[2] else starts[..., None] + torch.arange(store.tile)
+    if state["offsets"].shape[2]:
+        table.store_positions()
+    live, width = saved >= 0, saved.shape[2]
+    fields = {name: state[f"pool.{name}"] for name in store.pool.fields}
+    table.resize(max(width, table.width))
+    table.use(live.sum(-1))
+    used, place = numbered(saved[live])
+    laid = table.in_runs()[:, :, :width][live]
+    tiles = {name: field.index_select(0, used.to(field.device)) for name, field in fields.items()}
+    ids = store.pool.write(tiles, torch.empty(0), laid if len(laid) == len(used) else None)
+    table.ids.host[:, :, :width][live] = ids[place].int()
+    table.counts.host[:, :, :width][live] = counts[live].int()
+    given = {**state, "starts": starts, "positions": offsets}
+    for name, held in table.slots.tensors.items():
+        if name != "shift":
+            held[:, :, :width] = given[name].to(held.device, held.dtype)
+    store.heads_aligned = table.starts is not None and bool(
+        (starts == starts[:, :1]).all() & (counts == counts[:, :1]).all()
+    )
+    store.release()
 
 
 def load_quantizers(layers: Iterable[tuple[TieredLayer, Mapping[str, Tensor]]]) -> None:
@@ -122,26 +170,26 @@ def _check_window(window: Window, state: Mapping[str, Tensor], logical: int) -> 
 
 def _check_store(store: TierStore, state: Mapping[str, Tensor], logical: int) -> None:
     what = f"tier {store.tier.name}"
-    batch, heads = store.table.shape[:2]
+    batch, heads = store.table.used.host.shape
     table, counts, starts = (state[name].cpu() for name in ("table", "counts", "starts"))
     shape = table.shape
     _check(
-        table.dim() == 3 and shape[:2] == (batch, heads) and counts.shape == starts.shape == shape, f"book of {what}"
+        table.dim() == 3 and shape[:2] == (batch, heads) and counts.shape == starts.shape == shape, f"table of {what}"
     )
     capacity = next(iter(_part(state, "pool.").values())).shape[0]
     for name, field in store.pool.fields.items():
         saved = state[f"pool.{name}"]
         _check(saved.dtype == field.dtype and saved.shape == (capacity, *field.shape[1:]), f"field {name} of {what}")
-    _check(_within(table, -1, capacity - 1) and _within(counts, 0, store.tile), f"book of {what}")
-    _check(torch.equal(table >= 0, store.present(counts > 0)), f"book of {what}")
-    if store.explicit:
+    _check(_within(table, -1, capacity - 1) and _within(counts, 0, store.tile), f"table of {what}")
+    _check(torch.equal(table >= 0, store.table.present(counts > 0)), f"table of {what}")
+    if store.table.stores_positions:
         offsets = state["offsets"].cpu()
         _check(offsets.shape == (*shape, store.tile), f"positions of {what}")
         live = torch.arange(store.tile) < counts[..., None]
         _check(_within(offsets[live], 0, logical - 1), f"positions of {what}")
     else:
         _check(_within(starts[counts > 0], 0, logical - 1), f"positions of {what}")
-    for name in store.names:
+    for name in store.statistics:
         _check(state[f"statistic.{name}"].shape == (*shape, store.tile), f"statistic {name} of {what}")
 
 

@@ -167,7 +167,7 @@ class LayerSteps:
         held.logical, self.coming = counters[LOGICAL], 0
         held.window.numbers.pull()
         for store in held.stores[:1]:
-            store.book.used.pull()
+            store.table.used.pull()
         what, error = "", InputError
         if self.max_length is not None and held.logical > self.max_length:
             what = f"{held.logical} tokens were fed to a cache of max_cache_len={self.max_length}"

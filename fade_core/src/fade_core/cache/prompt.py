@@ -13,6 +13,7 @@ from fade_core.interfaces import RopeScheme
 from fade_core.ops.attention import READ_AT_ONCE
 from fade_core.ops.step import gathered
 from fade_core.storage.repositioning import Shift, shown_shifts
+from fade_core.storage.slots import picked
 from fade_core.storage.tier_store import Tokens
 from fade_core.storage.window import Window
 from fade_core.support.transfer import sent
@@ -56,7 +57,7 @@ def compress_due(held: LayerContents, prompt: bool) -> tuple[int, int]:
     due = held.due(window.lengths)
     counts = window.lengths[:, None].expand(-1, held.heads)
     run = Tokens(
-        *window.live(), window.positions(), counts, {n: window.note(f"statistic.{n}") for n in window.statistics}
+        *window.live(), window.live_positions(), counts, {n: window.note(f"statistic.{n}") for n in window.statistics}
     )
     evicted = _send_down(held, run, due, prompt)
     window.take_out(ladder.n_sink, due)
@@ -82,14 +83,13 @@ def _with_window(
     old_here = sent(slots[:longest] < lengths[:, None], device)[:, None]  # [B, 1, longest]
 
     def join(old: Tensor, new: Tensor) -> Tensor:
-        wide, here = (at[..., None], old_here[..., None]) if new.dim() == 4 else (at, old_here)
-        both = new.gather(2, wide.expand(-1, new.shape[1], -1, *new.shape[3:]))
+        both, here = picked(new, at), old_here[..., None] if new.dim() == 4 else old_here
         both[:, :, :longest] = torch.where(here, old, both[:, :, :longest])
         return both
 
     keys, values = join(window.live()[0], chunk.pop(0)), join(window.live()[1], chunk.pop())
     observed = {name: join(window.note(f"statistic.{name}"), t) for name, t in observed.items()}
-    return Tokens(keys, values, join(window.positions(), positions), counts, observed), dropped
+    return Tokens(keys, values, join(window.live_positions(), positions), counts, observed), dropped
 
 
 def _send_down(held: LayerContents, run: Tokens, due: Tensor, prompt: bool) -> int:
@@ -123,14 +123,10 @@ def _keep(window: Window, run: Tokens, due: Tensor, n_sink: int) -> None:
     kept = run.counts[:, 0] - due
     slots = torch.arange(int(kept.max()))
     source = torch.where(slots < n_sink, slots, slots + due[:, None]).clamp_max(run.keys.shape[2] - 1)
+    tokens = {"keys": run.keys, "values": run.values, "positions": run.positions}
+    tokens |= {f"statistic.{name}": held for name, held in run.statistics.items()}
     at = sent(source, run.keys.device)[:, None]  # [B, 1, kept]
-
-    def stays(held: Tensor) -> Tensor:
-        wide = at[..., None] if held.dim() == 4 else at
-        return held.gather(2, wide.expand(-1, held.shape[1], -1, *held.shape[3:]))
-
-    statistics = {name: stays(t) for name, t in run.statistics.items()}
-    window.assign(stays(run.keys), stays(run.values), stays(run.positions)[:, 0], kept, statistics)
+    window.assign({name: picked(held, at) for name, held in tokens.items()}, kept)
 
 
 # --- the past that a chunk reads ---
@@ -183,7 +179,7 @@ def past_masks(held: LayerContents, mask: Tensor) -> list[Tensor]:
     """The share of ``mask`` (bool ``[B or 1, 1, Q, logical]``) of each part of what is stored."""
     found = []
     for part in held.parts:
-        where = part.positions()
-        where = where[:, :1] if part.alike else where
+        where = part.live_positions()
+        where = where[:, :1] if part.heads_aligned else where
         found.append(gathered(mask, where, where >= 0))
     return found

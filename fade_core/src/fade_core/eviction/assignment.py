@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from fade_core.errors import InputError
 from fade_core.eviction.contents import LayerContents
+from fade_core.storage.slots import left_pack, picked
 from fade_core.storage.tier_store import TierStore, Tokens
 
 
@@ -61,7 +61,7 @@ def _wanted(held: LayerContents, tiers: Tensor) -> Tensor:
 def _leaving_window(held: LayerContents, wanted: Tensor) -> _Leaving | None:
     """Tokens that a manual assignment takes out of the window; all heads of a row must agree on them."""
     window = held.window
-    where = window.positions()
+    where = window.live_positions()
     target = wanted.gather(2, where.clamp_min(0).expand(-1, wanted.shape[1], -1))
     leaving = (target > 0) & (where >= 0)
     if not bool(leaving.any()):
@@ -76,9 +76,9 @@ def _leaving_window(held: LayerContents, wanted: Tensor) -> _Leaving | None:
 def _check_tiles(held: LayerContents, wanted: Tensor) -> None:
     """Refuse to part tokens that share scales. Raises ``InputError``."""
     for store in held.stores:
-        if not store.tiles or (store.tier.keys.moves_tokens and store.tier.values.moves_tokens):
+        if not store.tiles or store.moves_tokens:
             continue
-        positions = store.positions().unflatten(-1, (-1, store.tile))
+        positions = store.live_positions().unflatten(-1, (-1, store.tile))
         target = wanted.gather(2, positions.flatten(2).clamp_min(0)).view(positions.shape)
         apart = ((target != target[..., :1]) & (positions >= 0)).any(-1)
         if bool(apart.any()):
@@ -95,7 +95,7 @@ def _move_down(held: LayerContents, wanted: Tensor) -> tuple[int, int]:
     demoted = evicted = 0
     for level, store in enumerate(held.stores, start=1):
         for lower in range(level + 1, len(held.stores) + 2):
-            positions = store.positions()
+            positions = store.live_positions()
             moving = (wanted.gather(2, positions.clamp_min(0)) == lower) & (positions >= 0)
             if not bool(moving.any()):
                 continue
@@ -125,19 +125,13 @@ class _Leaving:
     statistics: dict[str, Tensor]
     target: Tensor
 
-    def stay(self) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    def stay(self) -> tuple[dict[str, Tensor], Tensor]:
         """What ``Window.assign`` takes to hold the tokens that stay."""
-        where = self.positions[:, 0]
-        stays = (where >= 0) & (self.target[:, 0] == 0)
-        index = torch.argsort(~stays, dim=-1, stable=True)
-        wide = index[:, None, :, None]
-        return (
-            self.keys.gather(2, wide.expand_as(self.keys)),
-            self.values.gather(2, wide.expand_as(self.values)),
-            where.gather(1, index),
-            stays.sum(-1).cpu(),
-            {n: t.gather(2, index[:, None].expand_as(t)) for n, t in self.statistics.items()},
-        )
+        stays = (self.positions >= 0) & (self.target[:, :1] == 0)
+        index = left_pack(stays)  # [B, 1, longest]
+        tokens = {"keys": self.keys, "values": self.values, "positions": self.positions}
+        tokens |= {f"statistic.{name}": held for name, held in self.statistics.items()}
+        return {name: picked(held, index) for name, held in tokens.items()}, stays[:, 0].sum(-1).cpu()
 
     def of(self, level: int) -> Tokens | None:
         """The tokens bound for tier ``level``."""
@@ -145,18 +139,6 @@ class _Leaving:
         counts = chosen.sum(-1).cpu()
         if not bool(counts.any()):
             return None
-        index = torch.argsort(~chosen, dim=-1, stable=True)[..., : int(counts.max())]
-        every = Tokens(self.keys, self.values, self.positions, counts, self.statistics)
-        return _gather(every, index, counts)
-
-
-def _gather(tokens: Tokens, index: Tensor, counts: Tensor) -> Tokens:
-    """The tokens ``index`` (int64 ``[B, H_kv, K]``) of each row and head."""
-    wide = index[..., None]
-    return Tokens(
-        tokens.keys.gather(2, wide.expand(-1, -1, -1, tokens.keys.shape[-1])),
-        tokens.values.gather(2, wide.expand(-1, -1, -1, tokens.values.shape[-1])),
-        tokens.positions.expand(-1, index.shape[1], -1).gather(2, index),
-        counts,
-        {n: t.gather(2, index) for n, t in tokens.statistics.items()},
-    )
+        index = left_pack(chosen)[..., : int(counts.max())]
+        keys, values, positions = (picked(held, index) for held in (self.keys, self.values, self.positions))
+        return Tokens(keys, values, positions, counts, {n: picked(held, index) for n, held in self.statistics.items()})

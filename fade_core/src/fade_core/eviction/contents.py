@@ -101,7 +101,7 @@ class LayerContents:
     @property
     def encoded(self) -> int:
         """Tokens of the tiles of the first tier, whole or not, over all rows and heads."""
-        return sum(int(store.book.used.host.sum()) * store.tile for store in self.stores[:1])
+        return sum(int(store.table.used.host.sum()) * store.tile for store in self.stores[:1])
 
     def statistics(self) -> list[dict[str, Tensor]]:
         """Statistics of each part's tokens, float32 ``[B, H_kv, size]`` a name: views, updated in place."""
@@ -124,7 +124,7 @@ class LayerContents:
         shape = (self.rows, self.heads, self.logical + 1)
         where = torch.full(shape, -1, dtype=torch.long, device=self.device)
         for level, part in enumerate(self.everything):
-            index = part.positions().expand(-1, self.heads, -1)
+            index = part.live_positions().expand(-1, self.heads, -1)
             where.scatter_(2, index.where(index >= 0, torch.full_like(index, self.logical)), level)
         return where[..., : self.logical]
 
@@ -165,7 +165,7 @@ class LayerContents:
         slots, lengths = torch.arange(self.window.longest), self.window.lengths[:, None]
         behind = (slots >= self.plan.ladder.n_sink) & (slots < lengths)
         run = self.logical - lengths + slots
-        self.contiguous = torch.equal(self.window.positions()[:, 0].cpu()[behind], run[behind])
+        self.contiguous = torch.equal(self.window.live_positions()[:, 0].cpu()[behind], run[behind])
 
     # --- a pass ---
     def snapshot(self, step: bool) -> Snapshot:

@@ -120,7 +120,7 @@ def _rooms(held: LayerContents) -> tuple[list[Tensor] | None, Tensor | None]:
     if bool((packed.sum(1) <= budget * packed.shape[1]).all()):
         return None, packed
     scores, view = _scores(held)
-    kept = [part.masked_fill(s.positions() < 0, -torch.inf) for part, s in zip(scores, held.stores, strict=True)]
+    kept = [part.masked_fill(s.live_positions() < 0, -torch.inf) for part, s in zip(scores, held.stores, strict=True)]
     always = view.positions.shape[2] - sum(part.shape[2] for part in kept)
     competing = torch.cat([kept[0].new_full((*packed.shape, always), -torch.inf), *kept], 2)
     return scores, _allocated(held, view, competing, budget, packed)
@@ -151,7 +151,7 @@ def _allocated(held: LayerContents, view: LayerView, competing: Tensor, budget: 
 def _scores(held: LayerContents) -> tuple[list[Tensor], LayerView]:
     """The policy's scores of every tier's slots, ``[B, H_kv, tiles * tile]`` each, and what it saw."""
     window, parts = held.window, held.everything
-    positions = [part.positions().expand(-1, held.heads, -1) for part in parts]
+    positions = [part.live_positions().expand(-1, held.heads, -1) for part in parts]
     statistics = {n: torch.cat([part.note(f"statistic.{n}") for part in parts], 2) for n in window.statistics}
 
     def decoded(side: int) -> Tensor:
@@ -173,9 +173,9 @@ def _checked(held: LayerContents, scores: Tensor, shape: torch.Size) -> Tensor:
 
 def _choose(store: TierStore, scores: Tensor, over: Tensor) -> Tensor:
     """Which slots of ``store`` go: the lowest tokens, or whole tiles by their mean where tokens cannot be parted."""
-    positions = store.positions()
+    positions = store.live_positions()
     live = positions >= 0
-    if store.explicit and store.tier.keys.moves_tokens and store.tier.values.moves_tokens:
+    if store.table.stores_positions and store.moves_tokens:
         return lowest(scores, live, over)
     tiled = scores.masked_fill(~live, 0).unflatten(-1, (-1, store.tile)).sum(-1)
     count = live.unflatten(-1, (-1, store.tile)).sum(-1)

@@ -12,7 +12,6 @@ from torch import Tensor
 from fade_core.interfaces import Kernel, Op, Support
 from fade_core.packed import Packed, PackedFormat
 from fade_core.storage.repositioning import Shift
-from fade_core.storage.tier_store import TierStore
 from fade_core.storage.tile_view import TileView
 
 READ_AT_ONCE = 4096
@@ -64,14 +63,14 @@ class PackedSegment:
     """Tokens of one packed tier, read in place.
 
     Attributes:
-        store: the tier's tiles and their table; torch reads them through the quantizers, a kernel word by word.
+        store: the tier's tiles; torch reads them through the quantizers, a kernel word by word.
         mask: as in ``FullSegment``, over ``store.tiles * store.tile`` slots.
         plain: every token is older than the queries, and ``mask`` says no more than the table does; it may be ``None``.
         shift: how far keys are moved before a query meets them; ``None`` if none is. Only kernels that declare ``shifts``
             are given one.
     """
 
-    store: TierStore | TileView
+    store: TileView
     mask: Tensor | None = None
     plain: bool = False
     shift: Shift | None = None

@@ -32,6 +32,7 @@ from fade_core.ops.attention import (
     TorchDecodeAttention,
 )
 from fade_core.storage.repositioning import Shift
+from fade_core.storage.slots import under
 from fade_core.storage.tier_store import TierStore
 from fade_core.storage.tile_view import TileView
 from fade_core.storage.window import Window
@@ -59,12 +60,12 @@ class TierBuffers:
 
     def __init__(self, tier: Tier, tensors: Mapping[str, Tensor], runs: bool, whole: bool) -> None:
         self.tier, self.tensors, self.runs, self.whole = tier, tensors, runs, whole
-        self.fields, self.notes = _below("fields.", tensors), _below("notes.", tensors)
+        self.fields, self.notes = under(tensors, "fields."), under(tensors, "notes.")
 
     def view(self, dtype: torch.dtype, on_host: bool) -> TileView:
         """The tiles as attention reads them: no more than are in use, where "used" may be read ``on_host``."""
         ids, used = self.tensors["ids"], self.tensors["used"]
-        counts, tiles, even = None if self.whole else self.tensors["counts"], None, False
+        counts, tiles, even = None if self.whole else self.tensors["counts"], ids.shape[2], False
         if on_host:
             tiles, fewest = int(used.max()), int(used.min())
             even = tiles == fewest
@@ -97,8 +98,8 @@ class LayerBuffers:
         self.tensors, self.flags = tensors, flags
         self.keys, self.values, self.positions = tensors["keys"], tensors["values"], tensors["positions"]
         self.lengths, self.counters = tensors["lengths"], tensors["counters"]
-        self.notes, self.moments = _below("notes.", tensors), _below("moments.", tensors)
-        self.tiers = [TierBuffers(t, _below(f"{n}.", tensors), *flags[n]) for n, t in enumerate(tiers)]
+        self.notes, self.moments = under(tensors, "notes."), under(tensors, "moments.")
+        self.tiers = [TierBuffers(t, under(tensors, f"{n}."), *flags[n]) for n, t in enumerate(tiers)]
 
     @cached_property
     def step(self) -> StepBuffers:
@@ -110,8 +111,8 @@ class LayerBuffers:
         tier, tensors = self.tiers[0], self.tiers[0].tensors
         return StepBuffers(
             *window,
-            _below("k.", tier.fields),
-            _below("v.", tier.fields),
+            under(tier.fields, "k."),
+            under(tier.fields, "v."),
             tensors["ids"],
             tensors["used"],
             tensors["reserved"],
@@ -136,25 +137,21 @@ def layer_buffers(
     runs_may_change: bool,
 ) -> LayerBuffers:
     """The buffers of a layer as they are now; ``runs_may_change``: steps are not to rely on tiles that lie in runs."""
-    tensors = {"keys": window.keys, "values": window.values, "positions": window.offsets}
+    tensors = {"keys": window.keys, "values": window.values, "positions": window.positions}
     tensors |= {"lengths": window.numbers.device, "counters": counters} | _above("notes.", window.notes)
     tensors |= _above("moments.", {} if moments is None else moments.tensors())
     for number, store in enumerate(stores):
-        book = store.book
-        table = {"ids": book.ids.device, "used": book.used.device, "reserved": book.reserved.device}
-        table |= {"counts": book.counts.device} | ({} if book.starts is None else {"starts": book.starts})
-        table |= _above("fields.", store.pool.fields) | _above("notes.", book.notes)
-        tensors |= _above(f"{number}.", table)
-    flags = tuple((store.runs and not runs_may_change, store.book.whole()) for store in stores)
+        table = store.table
+        named = {"ids": table.ids.device, "used": table.used.device, "reserved": table.reserved.device}
+        named |= {"counts": table.counts.device} | ({} if table.starts is None else {"starts": table.starts})
+        named |= _above("fields.", store.pool.fields) | _above("notes.", table.notes)
+        tensors |= _above(f"{number}.", named)
+    flags = tuple((store.runs and not runs_may_change, store.table.whole()) for store in stores)
     return LayerBuffers(tensors, [store.tier for store in stores], flags)
 
 
 def _above(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {prefix + name: tensor for name, tensor in tensors.items()}
-
-
-def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _operands(op: str, names: Collection[str]) -> tuple[list[str], list[str]]:
@@ -353,7 +350,7 @@ def segments_of(
         seen = None if mask is None else gathered(mask, tier.positions(view.tiles), view.valid())
         shift = _noted_shift(plan, notes, on_host) if shifts is None else shifts[len(segments)]
         segments.append(PackedSegment(view, seen, mask is None, shift))
-        statistics.append(_below("statistic.", notes))
+        statistics.append(under(notes, "statistic."))
     longest, even, seen = held.keys.shape[2], False, None
     if on_host:
         longest = min(int(held.lengths.max()), longest)  # a window that ran over is reported later
@@ -365,7 +362,7 @@ def segments_of(
     shift = _noted_shift(plan, notes, on_host) if shifts is None else shifts[len(segments)]
     keys = held.keys[:, :, :longest] if shift is None else shift.moved(held.keys[:, :, :longest])
     segments.append(FullSegment(keys, held.values[:, :, :longest], seen, mask is None, None if even else held.lengths))
-    statistics.append(_below("statistic.", notes))
+    statistics.append(under(notes, "statistic."))
     return segments, statistics
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fade_core.interfaces import Kernel, Op, Quantizer, Support
 from fade_core.packed import Packed, PackedFormat, Tiles
+from fade_core.support.transfer import sent
 
 
 class TorchEncode(Kernel):
@@ -26,7 +27,7 @@ class TorchEncode(Kernel):
         packed = quantizer.encode(tokens)
         if into is None:
             return packed
-        _write(packed, into)
+        put(packed, into)
         return None
 
 
@@ -51,22 +52,26 @@ class TorchDequantize(Kernel):
         return tokens.masked_fill(nowhere[..., None], 0)
 
 
-def _write(packed: Packed, into: Tiles) -> None:
+def put(packed: Packed, into: Tiles) -> None:
     """Write tiles ``[B, H_kv, n, ...]`` to their places in a pool, reading nothing back from another device."""
     ids = into.ids.flatten().long()
     there = ids >= 0
-    everywhere = ids.device.type == "cpu" and bool(there.all())
     if not ids.numel():
         return
-    # what has no place is written where the first that has one goes, as that one: no two write different things to one place
-    chosen = torch.where(there, torch.arange(len(ids), device=ids.device), there.int().argmax())
-    places = ids if everywhere else ids[chosen].clamp_min(0)
+    if ids.device.type == "cpu":  # the host knows which tiles have a place
+        device = next(iter(into.fields.values())).device
+        chosen, places = (sent(index, device) for index in (there.nonzero().flatten(), ids[there]))
+    else:
+        # what has no place is written where the first that has one goes, as that one: no two write different things to one
+        # place
+        chosen = torch.where(there, torch.arange(len(ids), device=ids.device), there.int().argmax())
+        places = ids[chosen].clamp_min(0)
     for name, pool in into.fields.items():
-        new = packed.fields[name].flatten(0, 2).to(pool.dtype)  # [B * H_kv * n, *tile_shape]
-        pool[places] = new if everywhere else torch.where(there.any(), new[chosen], pool[places])
+        new = packed.fields[name].flatten(0, 2)[chosen].to(pool.dtype)  # [B * H_kv * n, *tile_shape]
+        pool[places] = new if ids.device.type == "cpu" else torch.where(there.any(), new, pool[places])
 
 
-_ENCODE, _DECODE = TorchEncode(), TorchDequantize()
+_DECODE = TorchDequantize()
 
 
 @dataclass(frozen=True)
@@ -94,11 +99,14 @@ class Codec:
             quantizer: what packs.
             tokens: the last tile may be partly filled.
             fields: the pool, ``[N, *tile_shape]`` each.
-            ids: int32 or int64 ``[B, H_kv, n]``: pool tile of each tile, no two alike; negative: not written.
+            ids: int32 or int64 ``[B, H_kv, n]``: pool tile of each tile, no two alike; negative: not written. Where they lie
+                on the CPU, nothing is asked of the device.
         """
-        into = Tiles(fields, ids)
-        encoder = self.encoder if self.encoder.accepts(quantizer, tokens, into) else _ENCODE
-        encoder(quantizer, tokens, into)
+        there = Tiles(fields, sent(ids, tokens.device))
+        if not isinstance(self.encoder, TorchEncode) and self.encoder.accepts(quantizer, tokens, there):
+            self.encoder(quantizer, tokens, there)
+        else:
+            put(self.encode(quantizer, tokens), Tiles(fields, ids))
 
     def decode(self, quantizer: Quantizer, packed: Packed) -> Tensor:
         """Tokens ``[B, H_kv, T, D]`` in ``packed.dtype``."""

@@ -14,7 +14,7 @@ class Mirror:
     The host writes ``host`` and calls ``publish``; steps write ``device``, and ``pull`` reads that back.
 
     Args:
-        host: int32, on the CPU.
+        numbers: any integers, on the CPU.
         device: where kernels read the numbers.
 
     Attributes:
@@ -22,14 +22,17 @@ class Mirror:
         device: the device's, of the same shape.
     """
 
-    def __init__(self, host: Tensor, device: torch.device) -> None:
-        self.host = host.to(torch.int32).contiguous()
-        self.device = self.host if device.type == "cpu" else sent(self.host, device)
+    def __init__(self, numbers: Tensor, device: torch.device) -> None:
+        self.host, self.device = torch.empty(0), torch.empty(0, device=device)
+        self.replace(numbers)
 
-    def set(self, numbers: Tensor) -> None:
-        """Write ``numbers`` (any integers of this shape, on the CPU) in place, here and on the device."""
-        self.host.copy_(numbers)
-        self.publish()
+    def replace(self, numbers: Tensor) -> None:
+        """Take over ``numbers`` (on the CPU): in place, for ``publish`` to tell, unless their shape is another."""
+        if self.host.dtype == torch.int32 and numbers.shape == self.host.shape:
+            self.host.copy_(numbers)
+            return
+        self.host, device = torch.empty(numbers.shape, dtype=torch.int32).copy_(numbers), self.device.device
+        self.device = self.host if device.type == "cpu" else sent(self.host, device)
 
     def publish(self) -> None:
         """Write the host's numbers to the device."""

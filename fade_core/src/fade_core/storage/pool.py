@@ -29,17 +29,13 @@ class TilePool:
         self.capacity = 0
         self.device = device
 
-    def write(self, tiles: Mapping[str, Tensor], alive: Tensor) -> Tensor:
-        """Store ``[n, ...]`` tiles and return their ids (int64, CPU). ``alive`` holds the ids in use; -1 is no id."""
-        ids = self.take(next(iter(tiles.values())).shape[0], alive)
-        self.put(ids, tiles)
-        return ids
-
-    def put(self, ids: Tensor, tiles: Mapping[str, Tensor]) -> None:
-        """Write ``[n, ...]`` tiles to ``ids`` (int64 ``[n]``, CPU), which the caller owns."""
+    def write(self, tiles: Mapping[str, Tensor], alive: Tensor, wish: Tensor | None = None) -> Tensor:
+        """Store ``[n, ...]`` tiles and return their ids (int64, CPU); ``alive`` and ``wish`` as for ``take``."""
+        ids = self.take(next(iter(tiles.values())).shape[0], alive, wish)
         target = sent(ids, self.device)
         for name, field in self.fields.items():
-            field[target] = tiles[name].to(field.dtype)
+            field[target] = tiles[name].to(field.device, field.dtype)
+        return ids
 
     def take(self, count: int, alive: Tensor, wish: Tensor | None = None) -> Tensor:
         """Ids (int64 ``[count]``, CPU) of tiles that are not ``alive``; the pool grows if there are too few.
@@ -63,24 +59,14 @@ class TilePool:
         if missing > 0:
             self.grow(self.capacity + max(missing, self.capacity // _GROWTH))
 
-    def read(self, ids: Tensor, prefix: str = "") -> dict[str, Tensor]:
-        """Fields ``[*ids.shape, ...]`` of the tiles ``ids`` (int64, on the pool's device), of names with ``prefix``."""
-        flat = ids.flatten()
-        return {
-            name: field.index_select(0, flat).unflatten(0, ids.shape)
-            for name, field in self.fields.items()
-            if name.startswith(prefix)
-        }
+    def read(self, ids: Tensor) -> dict[str, Tensor]:
+        """Fields ``[n, ...]`` of the tiles ``ids`` (int64 ``[n]``, CPU)."""
+        source = sent(ids, self.device)
+        return {name: field.index_select(0, source) for name, field in self.fields.items()}
 
     def keep(self, ids: Tensor) -> None:
         """Keep the tiles ``ids`` (int64, CPU) alone: tile ``ids[i]`` is ``i`` from here on."""
-        source = sent(ids, self.device)
-        self.fields = {name: field.index_select(0, source) for name, field in self.fields.items()}
-        self.capacity = len(ids)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor held, by field name."""
-        return dict(self.fields)
+        self.fields, self.capacity = self.read(ids), len(ids)
 
     def free(self, alive: Tensor) -> Tensor:
         """Ids that are not among ``alive``, int64 on the CPU, ascending."""
@@ -104,3 +90,11 @@ class TilePool:
                 grown[sent(target, self.device)] = field.index_select(0, sent(source, self.device))
             self.fields[name] = grown
         self.capacity = capacity
+
+
+def numbered(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Each of ``ids`` ``[n]`` once, in the order in which they are first met, and the number of each entry's, ``[n]``."""
+    found, place = torch.unique(ids, return_inverse=True)
+    first = torch.full_like(found, len(ids)).scatter_reduce(0, place, torch.arange(len(ids)), "amin")
+    order = torch.argsort(first)
+    return found[order], torch.argsort(order)[place]

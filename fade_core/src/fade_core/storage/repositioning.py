@@ -63,14 +63,14 @@ def note_shifts(window: Window, stores: Sequence[TierStore], end: int) -> None:
     """
     held = [store for store in stores if store.tiles]
     for store in stores:
-        store.book.notes["shift"].zero_()
+        store.table.notes["shift"].zero_()
     window.notes["shift"].zero_()
-    parts = [store.positions() for store in held] + ([window.positions()] if window.longest else [])
+    parts = [store.live_positions() for store in held] + ([window.live_positions()] if window.longest else [])
     if not parts:
         return
     found = holes_after(parts, end)
     for store, part in zip(held, found, strict=False):  # the window's comes after them
-        store.book.notes["shift"][:, :, : store.tiles] = part.unflatten(2, (-1, store.tile)).int()
+        store.table.notes["shift"][:, :, : store.tiles] = part.unflatten(2, (-1, store.tile)).int()
     if window.longest:
         window.notes["shift"][:, :, : window.longest] = found[-1].int()
 
@@ -88,8 +88,8 @@ def shown_shifts(
         shown: bool ``[B or 1, end]``: a position that is hidden from the newest query is no hole, whether models count it
             (``position_ids`` by default) or not (``generate``).
     """
-    parts = [store.positions() for store in stores if store.tiles]
-    parts += [window.positions()] if window.longest else []
+    parts = [store.live_positions() for store in stores if store.tiles]
+    parts += [window.live_positions()] if window.longest else []
     found = holes_after(parts, end, shown) if parts else []
     return [Shift(scheme, part.int()) if bool(part.any()) else None for part in found]
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from fade_core.storage.mirror import Mirror
+from fade_core.storage.slots import Slots, TokenLayout, joined, left_pack
 from fade_core.support.transfer import sent
 
 
@@ -16,37 +14,52 @@ class TileTable:
     """The block table of a tier: row ``b`` and head ``h`` have tiles ``ids[b, h, n]``, of which ``used[b, h]`` are written.
 
     The ones after them up to ``reserved[b, h]`` are this row's and head's own, for the next tiles that are encoded; heads of
-    a row have the same number of those. Numbers are int32. Within a tile positions ascend.
+    a row have the same number of those. Numbers are int32. Within a tile positions ascend. Who changes the host's numbers
+    calls ``publish``.
 
     Args:
         batch: rows ``B``.
-        heads: KV heads ``H_kv``.
         width: tiles ``T`` that a row and head has entries for.
         tile: tokens of a tile.
-        device: where kernels read.
-        notes: dtype of each number that is kept a token; "positions" among them where a tile's tokens need not follow one
-            another.
+        layout: heads, device, and what is kept of a token.
+        stores_positions: whether each token has a position of its own; else those of a tile follow one another.
+        heads_share_tiles: whether tile ``n`` of all heads of a row is there as long as one of them has tokens in it.
 
     Attributes:
         ids: pool tiles ``[B, H_kv, T]``, -1 for none.
         used: tiles in use ``[B, H_kv]``.
         reserved: tiles in use or reserved ``[B, H_kv]``.
         counts: live tokens of each tile ``[B, H_kv, T]``, the first of it; the size of a tile where it is not in use.
-        starts: position of the first token of each tile, int32 ``[B, H_kv, T]`` on the device; ``None`` if there are
-            "positions".
-        notes: numbers a token ``[B, H_kv, T, tile]`` on the device.
+        slots: on the device: "starts", position of the first token of each tile, int32 ``[B, H_kv, T]``, or "positions",
+            int32 ``[B, H_kv, T, tile]``; and the notes.
     """
 
     def __init__(
-        self, batch: int, heads: int, width: int, tile: int, device: torch.device, notes: Mapping[str, torch.dtype]
+        self, batch: int, width: int, tile: int, layout: TokenLayout, stores_positions: bool, heads_share_tiles: bool
     ) -> None:
-        shape = (batch, heads, width)
-        self.tile, self.device = tile, device
-        self.ids = Mirror(torch.full(shape, -1, dtype=torch.int32), device)
-        self.used, self.reserved = (Mirror(torch.zeros(shape[:2], dtype=torch.int32), device) for _ in range(2))
-        self.counts = Mirror(torch.full(shape, tile, dtype=torch.int32), device)
-        self.starts = None if "positions" in notes else torch.zeros(shape, dtype=torch.int32, device=device)
-        self.notes = {name: torch.zeros((*shape, tile), dtype=kind, device=device) for name, kind in notes.items()}
+        rows, device = (batch, layout.heads), layout.device
+        self.tile, self.device, self.heads_share_tiles = tile, device, heads_share_tiles
+        self.ids, self.counts = (Mirror(torch.full((*rows, width), fill), device) for fill in (-1, tile))
+        self.used, self.reserved = (Mirror(torch.zeros(rows), device) for _ in range(2))
+        name, shape = ("positions", (*rows, width, tile)) if stores_positions else ("starts", (*rows, width))
+        positions = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.slots = Slots({name: positions, **layout.notes((*rows, width, tile))})
+
+    # --- what is here ---
+    @property
+    def starts(self) -> Tensor | None:
+        """Position of the first token of each tile, ``[B, H_kv, T]``; ``None`` if each token has its own."""
+        return self.slots.tensors.get("starts")
+
+    @property
+    def stores_positions(self) -> bool:
+        """Whether each token has a position of its own."""
+        return self.starts is None
+
+    @property
+    def notes(self) -> dict[str, Tensor]:
+        """Numbers a token, ``[B, H_kv, T, tile]``: "positions", if each has its own, "statistic.NAME", "shift"."""
+        return {name: held for name, held in self.slots.tensors.items() if name != "starts"}
 
     @property
     def width(self) -> int:
@@ -62,15 +75,17 @@ class TileTable:
         """bool ``[B, H_kv, tiles]`` on the CPU: tiles in use."""
         return torch.arange(self.tiles) < self.used.host[..., None]
 
-    def valid(self) -> Tensor:
-        """bool ``[B, H_kv, tiles, tile]`` on the CPU: live tokens."""
-        live, slots = self.live(), torch.arange(self.tile)
-        return live[..., None] & (slots < self.counts.host[:, :, : live.shape[2], None])
+    def live_ids(self) -> Tensor:
+        """Pool ids of the tiles in use, int64 ``[B, H_kv, tiles]`` on the CPU, -1 for none."""
+        return self.ids.host[:, :, : self.tiles].long().masked_fill(~self.live(), -1)
+
+    def live_counts(self) -> Tensor:
+        """Live tokens of each tile in use, int64 ``[B, H_kv, tiles]`` on the CPU, 0 for none."""
+        return self.counts.host[:, :, : self.tiles].long() * self.live()
 
     def whole(self) -> bool:
         """Whether every tile in use is full."""
-        tiles = self.tiles
-        return bool(((self.counts.host[:, :, :tiles] == self.tile) | ~self.live()).all())
+        return bool(((self.counts.host[:, :, : self.tiles] == self.tile) | ~self.live()).all())
 
     def even(self) -> bool:
         """Whether all rows and heads have as many tiles."""
@@ -79,102 +94,74 @@ class TileTable:
 
     def runs(self) -> bool:
         """Whether tile ``n`` of row ``b`` and head ``h`` is ``(b * H_kv + h) * T + n``, so that nobody needs to read ids."""
-        ids = self.ids.host
-        laid = torch.arange(ids.numel(), dtype=torch.int32).view(ids.shape)
-        return bool(((ids == laid) | (torch.arange(self.width) >= self.reserved.host[..., None])).all())
+        return bool(((self.ids.host == self.in_runs()) | ~self.held()).all())
+
+    def in_runs(self) -> Tensor:
+        """The ids of a table whose tiles lie in runs, int64 ``[B, H_kv, T]`` on the CPU."""
+        return torch.arange(self.ids.host.numel()).view(self.ids.host.shape)
+
+    def held(self) -> Tensor:
+        """bool ``[B, H_kv, T]`` on the CPU: tiles in use or reserved."""
+        return torch.arange(self.width) < self.reserved.host[..., None]
 
     def alive(self) -> Tensor:
         """Ids that are in use or reserved, int64 on the CPU, row by row, head by head."""
-        return self.ids.host[torch.arange(self.width) < self.reserved.host[..., None]].long()
+        return self.ids.host[self.held()].long()
 
-    # --- changes; the caller publishes ---
-    def widen(self, width: int) -> None:
-        """Entries for ``width`` tiles, if there are fewer."""
-        if width > self.width:
-            self._resize(width)
+    def present(self, wanted: Tensor) -> Tensor:
+        """Tiles that are there if those of bool ``[B, H_kv, n]`` are wanted."""
+        return wanted.any(1, keepdim=True).expand_as(wanted) if self.heads_share_tiles else wanted
 
-    def trim(self) -> None:
-        """Give back entries that nobody uses, if they are many."""
-        needed = int(self.reserved.host.max()) if self.reserved.host.numel() else 0
-        if self.width > needed + max(1, needed // 16):
-            self._resize(needed)
+    # --- changes ---
+    def resize(self, width: int) -> None:
+        """Entries for ``width`` tiles."""
+        kept = min(width, self.width)
+        for mirror, empty in ((self.ids, -1), (self.counts, self.tile)):
+            mirror.replace(joined(width, empty, (mirror.host, kept)))
+        self.slots.resize(width, kept)
 
-    def _resize(self, width: int) -> None:
-        more = width - self.width
+    def use(self, used: Tensor) -> None:
+        """Say that the first ``used`` tiles ``[B, H_kv]`` (CPU) of each row and head are in use, and no more reserved."""
+        self.used.replace(used)
+        self.reserved.replace(used)
+        self.ids.host.masked_fill_(~self.held(), -1)
+        self.counts.host.masked_fill_(~self.held(), self.tile)
 
-        def sized(held: Tensor, fill: int = 0) -> Tensor:
-            behind = (0, 0) * (held.dim() - 3)
-            return pad(held, (*behind, 0, more), value=fill) if more > 0 else held[:, :, :width].clone()
-
-        self.ids = Mirror(sized(self.ids.host, -1), self.device)
-        self.counts = Mirror(sized(self.counts.host, self.tile), self.device)
-        self.starts = None if self.starts is None else sized(self.starts)
-        self.notes = {name: sized(note) for name, note in self.notes.items()}
-
-    def rearrange(self, order: Tensor, used: Tensor) -> None:
-        """Tile ``i`` of a row and head becomes what tile ``order[b, h, i]`` was; the first ``used[b, h]`` of them stay.
-
-        Args:
-            order: int64 ``[B, H_kv, n]`` on the CPU.
-            used: ``[B, H_kv]`` on the CPU.
-        """
-        width = order.shape[2]
-        slots, kept = sent(order, self.device), torch.arange(width) < used[..., None]
-        ids, counts = self.ids.host.gather(2, order), self.counts.host.gather(2, order)
-        self.ids.host.fill_(-1)
-        self.ids.host[:, :, :width] = ids.masked_fill(~kept, -1)
-        self.counts.host.fill_(self.tile)
-        self.counts.host[:, :, :width] = counts.masked_fill(~kept, self.tile)
-        if self.starts is not None:
-            self.starts[:, :, :width] = self.starts.gather(2, slots)
-        for note in self.notes.values():
-            note[:, :, :width] = note.gather(2, slots[..., None].expand(-1, -1, -1, self.tile))
-        self.used.host.copy_(used)
-        self.reserved.host.copy_(used)
+    def keep(self, chosen: Tensor) -> None:
+        """Keep the tiles ``chosen`` (bool ``[B, H_kv, tiles]``, CPU), in their order; only ids move."""
+        width, present = chosen.shape[2], self.present(chosen)
+        order = left_pack(present)
+        self.counts.host[:, :, :width] *= chosen
+        for mirror in (self.ids, self.counts):
+            mirror.host[:, :, :width] = mirror.host.gather(2, order)
+        self.slots.move(sent(order, self.device))
+        self.use(present.sum(-1))
 
     def select_rows(self, index: Tensor) -> None:
         """Row ``i`` becomes what row ``index[i]`` was, in place if their number stays; nothing is reserved after it."""
-        at = sent(index, self.device)
-        if len(index) == self.used.host.shape[0]:
-            for mirror in (self.ids, self.used, self.counts):
-                mirror.host.copy_(mirror.host[index])
-            for held in (*self.notes.values(), *(() if self.starts is None else (self.starts,))):
-                held.copy_(held[at])
-            self.reserved.host.copy_(self.used.host)
-        else:
-            self.ids, self.used, self.counts = (
-                Mirror(m.host[index], self.device) for m in (self.ids, self.used, self.counts)
-            )
-            self.reserved = Mirror(self.used.host.clone(), self.device)
-            self.starts = None if self.starts is None else self.starts[at]
-            self.notes = {name: note[at] for name, note in self.notes.items()}
-        self.ids.host.masked_fill_(torch.arange(self.width) >= self.used.host[..., None], -1)
+        for mirror in (self.ids, self.counts):
+            mirror.replace(mirror.host[index])
+        self.slots.select_rows(sent(index, self.device))
+        self.use(self.used.host[index])
 
     def join(self, other: TileTable, ids: Tensor) -> None:
         """Put copies of ``other``'s rows, whose tiles are now ``ids`` ``[b, H_kv, n]``, behind one's own."""
-        width = max(self.width, other.tiles)
-        self.widen(width)
+        width, own, tiles = max(self.width, other.tiles), self.width, other.tiles
+        self.ids.replace(joined(width, -1, (self.ids.host, own), (ids, tiles)))
+        self.counts.replace(joined(width, self.tile, (self.counts.host, own), (other.counts.host, tiles)))
+        self.slots.resize(width, own, (other.slots, tiles))
+        for mirror in (self.used, self.reserved):
+            mirror.replace(torch.cat([mirror.host, other.used.host]))
 
-        def both(own: Tensor, theirs: Tensor, fill: int = 0) -> Tensor:
-            behind = (0, 0) * (theirs.dim() - 3)
-            return torch.cat([own, pad(theirs, (*behind, 0, width - theirs.shape[2]), value=fill)])
+    def shift(self, by: int) -> None:
+        """Every token is ``by`` (either sign) logical positions further on; positions must stay at least 0."""
+        self.slots["positions" if self.starts is None else "starts"].add_(by)
 
-        tiles = other.tiles
-        self.ids = Mirror(both(self.ids.host, ids.int(), -1), self.device)
-        counts = other.counts.host[:, :, :tiles]
-        self.counts = Mirror(both(self.counts.host, counts, self.tile), self.device)
-        if self.starts is not None and other.starts is not None:
-            self.starts = both(self.starts, other.starts[:, :, :tiles])
-        self.notes = {name: both(note, other.notes[name][:, :, :tiles]) for name, note in self.notes.items()}
-        used = other.used.host
-        self.reserved = Mirror(torch.cat([self.reserved.host, used]), self.device)
-        self.used = Mirror(torch.cat([self.used.host, used]), self.device)
-
-    def level(self) -> None:
-        """Give up what some heads of a row have reserved and others have not."""
-        ahead = (self.reserved.host - self.used.host).amin(1, keepdim=True) if self.used.host.numel() else 0
-        self.reserved.host.copy_(self.used.host + ahead)
-        self.ids.host.masked_fill_(torch.arange(self.width) >= self.reserved.host[..., None], -1)
+    def store_positions(self) -> None:
+        """Keep a position for every token from here on: a tile no longer holds consecutive ones."""
+        if self.starts is not None:
+            slots = torch.arange(self.tile, device=self.device, dtype=torch.int32)
+            self.slots.tensors = {"positions": self.starts[..., None] + slots, **self.notes}
 
     def publish(self) -> None:
         """Write the host's numbers to the device."""
@@ -183,7 +170,5 @@ class TileTable:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor held, by what it is for."""
-        held: dict[str, Tensor] = {}
-        for name in ("ids", "used", "reserved", "counts"):
-            held |= getattr(self, name).tensors(name)
-        return held | ({} if self.starts is None else {"starts": self.starts}) | self.notes
+        named = {name: getattr(self, name).tensors(name) for name in ("ids", "used", "reserved", "counts")}
+        return {name: held for mirrored in named.values() for name, held in mirrored.items()} | self.slots.tensors

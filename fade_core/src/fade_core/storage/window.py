@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fade_core.storage.mirror import Mirror
+from fade_core.storage.slots import Slots, TokenLayout
 from fade_core.support.transfer import sent
 
 _GROWTH = 32
 """A full window grows by at least 1/32 of its size."""
-
-
-@dataclass(frozen=True)
-class _Before:
-    """What a window held when a pass began."""
-
-    keys: Tensor
-    values: Tensor
-    positions: Tensor
-    notes: dict[str, Tensor]
-    lengths: Tensor
 
 
 class Window:
@@ -33,47 +22,56 @@ class Window:
 
     Args:
         batch: rows ``B``.
-        heads: KV heads ``H_kv``.
         key_dim: channels of a key.
         value_dim: channels of a value.
         capacity: slots to start with.
-        dtype: the model's dtype.
-        device: where tokens live.
-        statistics: tracked statistics to keep a token.
-        shifted: whether each token carries how far it is moved when it is read (contiguous re-positioning).
+        layout: heads, dtype, device, and what is kept of a token beside it.
         floor: slots that are never given back.
 
     Attributes:
-        keys: ``[B, H_kv, capacity, D]``.
-        values: ``[B, H_kv, capacity, D_v]``.
-        offsets: int32 ``[B, capacity]``, logical position of each token; anything past a row's length.
-        notes: further numbers a token, ``[B, H_kv, capacity]``: float32 "statistic.NAME", int32 "shift".
+        slots: "keys" ``[B, H_kv, capacity, D]``, "values", int32 "positions" ``[B, 1, capacity]``, and the notes.
         numbers: tokens of each row, int32 ``[B, H_kv]`` (one a program of a kernel, the same in all heads of a row).
     """
 
     def __init__(
-        self,
-        batch: int,
-        heads: int,
-        key_dim: int,
-        value_dim: int,
-        capacity: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        statistics: tuple[str, ...] = (),
-        shifted: bool = False,
-        floor: int = 0,
+        self, batch: int, key_dim: int, value_dim: int, capacity: int, layout: TokenLayout, floor: int = 0
     ) -> None:
-        self.keys = torch.zeros((batch, heads, capacity, key_dim), dtype=dtype, device=device)
-        self.values = torch.zeros((batch, heads, capacity, value_dim), dtype=dtype, device=device)
-        self.offsets = torch.full((batch, capacity), -1, dtype=torch.int32, device=device)
-        kinds = {f"statistic.{name}": torch.float32 for name in statistics}
-        kinds |= {"shift": torch.int32} if shifted else {}
-        self.notes = {name: torch.zeros((batch, heads, capacity), dtype=d, device=device) for name, d in kinds.items()}
-        self.numbers = Mirror(torch.zeros((batch, heads), dtype=torch.int32), device)
+        rows, device = (batch, layout.heads), layout.device
+        keys, values = (
+            torch.zeros((*rows, capacity, dim), dtype=layout.dtype, device=device) for dim in (key_dim, value_dim)
+        )
+        positions = torch.full((batch, 1, capacity), -1, dtype=torch.int32, device=device)
+        tokens = {"keys": keys, "values": values, "positions": positions, **layout.notes((*rows, capacity))}
+        self.slots = Slots(tokens, {"positions": -1})
+        self.numbers = Mirror(torch.zeros(rows, dtype=torch.int32), device)
         self.floor = floor
 
     # --- what is here ---
+    @property
+    def keys(self) -> Tensor:
+        """``[B, H_kv, capacity, D]``."""
+        return self.slots["keys"]
+
+    @property
+    def values(self) -> Tensor:
+        """``[B, H_kv, capacity, D_v]``."""
+        return self.slots["values"]
+
+    @property
+    def positions(self) -> Tensor:
+        """Logical position of each token, int32 ``[B, capacity]``; -1 past a row's length."""
+        return self.slots["positions"][:, 0]
+
+    @property
+    def notes(self) -> dict[str, Tensor]:
+        """Further numbers a token, ``[B, H_kv, capacity]``: float32 "statistic.NAME", int32 "shift"."""
+        return {name: held for name, held in self.slots.tensors.items() if name not in ("keys", "values", "positions")}
+
+    @property
+    def statistics(self) -> dict[str, Tensor]:
+        """Tracked statistics, float32 ``[B, H_kv, capacity]`` a name."""
+        return self.slots.statistics()
+
     @property
     def capacity(self) -> int:
         """Slots a row."""
@@ -90,28 +88,21 @@ class Window:
         return int(self.numbers.host.max()) if self.numbers.host.numel() else 0
 
     @property
-    def even(self) -> bool:
-        """Whether all rows hold as many."""
-        lengths = self.numbers.host[:, 0]
-        return len(lengths) < 2 or bool((lengths == lengths[0]).all())
-
-    @property
-    def statistics(self) -> dict[str, Tensor]:
-        """Tracked statistics, float32 ``[B, H_kv, capacity]`` a name."""
-        return {name[10:]: note for name, note in self.notes.items() if name.startswith("statistic.")}
-
-    @property
     def size(self) -> int:
-        """Slots that are read of each row: as many as the longest has tokens."""
+        """Slots of each row that are read: as many as the longest has tokens."""
         return self.longest
 
     @property
-    def alike(self) -> bool:
+    def heads_aligned(self) -> bool:
         """Whether all heads of a row hold tokens of the same positions: always."""
         return True
 
+    def note(self, name: str) -> Tensor:
+        """A number that each token carries, ``[B, H_kv, longest]``; a view."""
+        return self.slots[name][:, :, : self.longest]
+
     def decode(self, side: int) -> Tensor:
-        """Keys (0) or values (1) ``[B, H_kv, longest, D]``, a view."""
+        """Keys (0) or values (1) ``[B, H_kv, longest, D]``; a view."""
         return self.live()[side]
 
     def decode_into(self, keys: Tensor, values: Tensor) -> None:
@@ -119,47 +110,33 @@ class Window:
         for out, held in zip((keys, values), self.live(), strict=True):
             out.copy_(held)
 
-    def note(self, name: str) -> Tensor:
-        """A number kept of each token, ``[B, H_kv, longest]``, a view."""
-        return self.notes[name][:, :, : self.longest]
-
     def live(self) -> tuple[Tensor, Tensor]:
         """Keys and values ``[B, H_kv, longest, D]``, views; slots past a row's length are finite but meaningless."""
         longest = self.longest
         return self.keys[:, :, :longest], self.values[:, :, :longest]
 
-    def positions(self) -> Tensor:
+    def live_positions(self) -> Tensor:
         """int64 ``[B, 1, longest]``, -1 past a row's length."""
-        positions, valid = self.offsets[:, None, : self.longest].long(), self.valid()
+        positions, valid = self.slots["positions"][:, :, : self.longest].long(), self.valid()
         return positions if valid is None else positions.masked_fill(~valid, -1)
 
     def valid(self) -> Tensor | None:
         """bool ``[B, 1, longest]``, or ``None`` if every row is full."""
-        if self.even:
-            return None
-        return sent(torch.arange(self.longest) < self.lengths[:, None], self.keys.device)[:, None]
-
-    def _everything(self) -> dict[str, Tensor]:
-        """All that is kept a token, slots in dimension 2 (positions: 1)."""
-        return {"keys": self.keys, "values": self.values, "positions": self.offsets, **self.notes}
+        lengths, longest = self.lengths[:, None], self.longest
+        even = bool((lengths == longest).all())
+        return None if even else sent(torch.arange(longest) < lengths, self.keys.device)[:, None]
 
     # --- moving tokens ---
-    def assign(
-        self, keys: Tensor, values: Tensor, positions: Tensor, lengths: Tensor, statistics: Mapping[str, Tensor]
-    ) -> None:
-        """Replace everything by left-aligned ``[B, H_kv, T, D]`` tokens at ``positions`` ``[B, T]``.
+    def assign(self, tokens: Mapping[str, Tensor], lengths: Tensor) -> None:
+        """Replace everything by the first ``lengths[b]`` (CPU) of left-aligned ``tokens``, by the names in ``slots``.
 
         Shifts are worked out anew after it, where they are kept.
         """
-        count = int(lengths.max())
+        count = int(lengths.max()) if len(lengths) else 0
         if count > self.capacity:
-            self._resize(count, keep=False)
-        self.keys[:, :, :count], self.values[:, :, :count] = keys[:, :, :count], values[:, :, :count]
-        inside = sent(torch.arange(count) < lengths[:, None], positions.device)
-        self.offsets.fill_(-1)
-        self.offsets[:, :count] = torch.where(inside, positions[:, :count].int(), -1)
-        for name, held in self.statistics.items():
-            held[:, :, :count] = statistics[name][:, :, :count]
+            self.slots.resize(count, 0)
+        for name, new in tokens.items():
+            self.slots[name][:, :, :count] = new[:, :, :count]
         self.set_lengths(lengths)
 
     def take_out(self, start: int, counts: Tensor) -> None:
@@ -169,18 +146,13 @@ class Window:
         kept = self.lengths - counts
         slots = torch.arange(int(kept.max()))
         source = torch.where(slots < start, slots, slots + counts[:, None]).clamp_max(self.longest - 1)
-        at = sent(source, self.keys.device)  # [B, kept]
-        for name, held in self._everything().items():
-            index = at if name == "positions" else at[:, None, :, None] if held.dim() == 4 else at[:, None]
-            dim = 1 if name == "positions" else 2
-            moved = held.gather(dim, index.expand(*held.shape[:dim], -1, *held.shape[dim + 1 :]))
-            held.narrow(dim, 0, len(slots)).copy_(moved)
-        self.offsets[:, len(slots) :] = -1
+        self.slots.move(sent(source, self.keys.device)[:, None])  # [B, 1, kept]
         self.set_lengths(kept)
 
     def crop(self, end: int) -> None:
         """Forget every token at logical position ``end`` or later."""
-        self.set_lengths(((self.positions() >= 0) & (self.positions() < end))[:, 0].sum(-1).cpu())
+        positions = self.live_positions()
+        self.set_lengths(((positions >= 0) & (positions < end))[:, 0].sum(-1).cpu())
 
     def drop_newest(self, count: int) -> None:
         """Forget the ``count`` newest tokens of each row."""
@@ -188,116 +160,63 @@ class Window:
 
     def select_rows(self, index: Tensor) -> None:
         """Row ``i`` becomes what row ``index[i]`` was; in place if their number stays."""
-        at, lengths = sent(index, self.keys.device), self.lengths[index.cpu()]
-        if len(at) == self.keys.shape[0]:
-            for held in self._everything().values():
-                held.copy_(held[at])
-        else:
-            self._replace({name: held[at] for name, held in self._everything().items()})
+        lengths = self.lengths[index.cpu()]
+        self.slots.select_rows(sent(index, self.keys.device))
         self.set_lengths(lengths)
 
     def shift(self, by: int) -> None:
         """Every token is ``by`` (either sign) logical positions further on; positions must stay at least 0."""
-        self.offsets.add_(by)
+        self.positions.add_(by)
         self.set_lengths(self.lengths)
 
     def join(self, other: Window) -> None:
-        """Put copies of ``other``'s rows (same heads, channels, dtype, device and notes) behind one's own."""
-        slots = max(self.capacity, other.longest)
-        theirs, joined = other._everything(), dict[str, Tensor]()
-        for name, held in self._everything().items():
-            dim = 1 if name == "positions" else 2
-            shape = [*held.shape]
-            shape[0], shape[dim] = held.shape[0] + theirs[name].shape[0], slots
-            both = held.new_zeros(shape)  # what lies past the longest row of either stays behind
-            both[: held.shape[0]].narrow(dim, 0, self.longest).copy_(held.narrow(dim, 0, self.longest))
-            both[held.shape[0] :].narrow(dim, 0, other.longest).copy_(theirs[name].narrow(dim, 0, other.longest))
-            joined[name] = both
-        lengths = torch.cat([self.lengths, other.lengths])
-        self._replace(joined)
-        self.set_lengths(lengths)
+        """Put copies of ``other``'s rows (of the same layout and channels) behind one's own."""
+        # what lies past the longest row of either stays behind
+        self.slots.resize(max(self.capacity, other.longest), self.longest, (other.slots, other.longest))
+        self.set_lengths(torch.cat([self.lengths, other.lengths]))
 
     def clear(self) -> None:
         """Hold no token; buffers stay where they are."""
         self.set_lengths(torch.zeros_like(self.lengths))
+
+    def set_lengths(self, lengths: Tensor) -> None:
+        """Say how many tokens each row holds, ``[B]`` on the CPU; positions past them are cleared."""
+        self.numbers.replace(lengths[:, None].expand(-1, self.keys.shape[1]))
+        self.numbers.publish()
+        past = torch.arange(self.capacity, device=self.keys.device) >= self.numbers.device[:, :1]
+        self.positions.masked_fill_(past, -1)
 
     # --- room ---
     def reserve(self, slots: int) -> bool:
         """Make room for ``slots`` tokens a row, and a little more; says whether buffers were replaced."""
         if slots <= self.capacity:
             return False
-        self._resize(max(slots, self.capacity + self.capacity // _GROWTH))
+        self.slots.resize(max(slots, self.capacity + self.capacity // _GROWTH), self.longest)
         return True
 
     def shrink(self, slots: int) -> None:
         """Give back room above ``slots`` that no token needs."""
         slots = max(slots, self.longest, self.floor)
         if slots < self.capacity:
-            self._resize(slots)
-
-    # --- a pass ---
-    def snapshot(self) -> _Before:
-        """What ``restore`` needs to take a pass back."""
-        longest = self.longest
-        return _Before(
-            self.keys[:, :, :longest].clone(),
-            self.values[:, :, :longest].clone(),
-            self.offsets[:, :longest].clone(),
-            {name: note[:, :, :longest].clone() for name, note in self.notes.items()},
-            self.lengths,
-        )
-
-    def restore(self, before: _Before) -> None:
-        """Be again as ``snapshot`` found it."""
-        longest = before.keys.shape[2]
-        if longest > self.capacity:
-            self._resize(longest, keep=False)
-        self.keys[:, :, :longest], self.values[:, :, :longest] = before.keys, before.values
-        self.offsets[:, :longest] = before.positions
-        for name, note in self.notes.items():
-            note[:, :, :longest] = before.notes[name]
-        self.set_lengths(before.lengths)
+            self.slots.resize(slots, self.longest)
 
     # --- what is held ---
+    def snapshot(self) -> tuple[dict[str, Tensor], Tensor]:
+        """What ``restore`` needs to take a pass back: tokens and lengths."""
+        longest = self.longest
+        return {name: held[:, :, :longest].clone() for name, held in self.slots.tensors.items()}, self.lengths
+
+    def restore(self, snapshot: tuple[dict[str, Tensor], Tensor]) -> None:
+        """Be again as ``snapshot`` found it."""
+        self.assign(*snapshot)
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor held, by what it is for."""
-        return self._everything() | self.numbers.tensors("lengths")
+        return self.slots.tensors | self.numbers.tensors("lengths")
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors from which ``load`` rebuilds the window: live tokens, zeros past a row's length."""
-        slack = (torch.arange(self.longest) >= self.lengths[:, None]).to(self.keys.device)[:, None]
-        keys, values = (t.masked_fill(slack[..., None], 0) for t in self.live())
-        state = {"keys": keys, "values": values, "positions": self.positions()[:, 0].int(), "lengths": self.lengths}
-        return state | {
-            f"statistic.{n}": t[:, :, : self.longest].masked_fill(slack, 0) for n, t in self.statistics.items()
-        }
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what ``state`` gave."""
-        moved = {name: tensor.to(self.keys.device) for name, tensor in state.items()}
-        statistics = {n: moved[f"statistic.{n}"] for n in self.statistics}
-        self.assign(moved["keys"], moved["values"], moved["positions"], state["lengths"].cpu(), statistics)
-
-    def set_lengths(self, lengths: Tensor) -> None:
-        """Say how many tokens each row holds, ``[B]`` on the CPU; positions past them are cleared."""
-        if len(lengths) != len(self.numbers.host):
-            self.numbers = Mirror(lengths[:, None].expand(-1, self.keys.shape[1]), self.keys.device)
-        else:
-            self.numbers.set(lengths[:, None].expand_as(self.numbers.host))
-        past = torch.arange(self.capacity, device=self.keys.device) >= self.numbers.device[:, :1]
-        self.offsets.masked_fill_(past, -1)
-
-    def _resize(self, slots: int, keep: bool = True) -> None:
-        """Buffers of ``slots``, with what is here if it is to be kept."""
-        kept, resized = min(slots, self.longest) if keep else 0, dict[str, Tensor]()
-        for name, held in self._everything().items():
-            dim = 1 if name == "positions" else 2
-            shape = [*held.shape]
-            shape[dim] = slots
-            resized[name] = held.new_full(shape, -1) if name == "positions" else held.new_zeros(shape)
-            resized[name].narrow(dim, 0, kept).copy_(held.narrow(dim, 0, kept))
-        self._replace(resized)
-
-    def _replace(self, buffers: dict[str, Tensor]) -> None:
-        self.keys, self.values, self.offsets = (buffers.pop(name) for name in ("keys", "values", "positions"))
-        self.notes = buffers
+        """What a checkpoint keeps: live tokens, zeros past a row's length, positions ``[B, longest]`` and lengths."""
+        longest, slack = self.longest, self.live_positions()[..., None] < 0  # [B, 1, longest, 1]
+        kept = {name: held[:, :, :longest] for name, held in self.slots.tensors.items() if name != "shift"}
+        state = {name: t.masked_fill(slack if t.dim() == 4 else slack[..., 0], 0) for name, t in kept.items()}
+        return state | {"positions": self.live_positions()[:, 0].int(), "lengths": self.lengths}

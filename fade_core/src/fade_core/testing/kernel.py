@@ -24,6 +24,7 @@ from fade_core.ops.attention import (
 from fade_core.packed import Packed, Tiles, unpack_meta
 from fade_core.plugins import default_registry
 from fade_core.storage.repositioning import Shift
+from fade_core.storage.slots import TokenLayout
 from fade_core.storage.tier_store import TierStore, Tokens
 from fade_core.testing.checks import (
     CheckResult,
@@ -86,7 +87,7 @@ class KernelCase:
         dim = shape.head_dim
         contexts = QuantizerContext(dim, "key"), QuantizerContext(dim, "value")
         tier = Tier("int4", "rest", self.keys.build(contexts[0]), self.values.build(contexts[1]))
-        store = TierStore(tier, shape.batch, shape.heads, self.device, self.dtype, explicit=False)
+        store = TierStore(tier, shape.batch, TokenLayout(shape.heads, self.dtype, self.device), stores_positions=False)
         tile = tier.keys.tile
         length = shape.tiles * tile
         keys = self.randn(shape.batch, shape.heads, length, dim) * (0.01 if flat else 1)
@@ -101,7 +102,7 @@ class KernelCase:
         window = shape.window
         seen = torch.arange(window) <= torch.arange(window - shape.queries, window)[:, None]
         return [
-            PackedSegment(store, mask, plain=True),
+            PackedSegment(store.view(), mask, plain=True),
             FullSegment(
                 self.randn(shape.batch, shape.heads, window, dim),
                 self.randn(shape.batch, shape.heads, window, dim),

@@ -143,17 +143,17 @@ def _has_planes(segment: PackedSegment) -> bool:
 
 def _planes_tier(segment: PackedSegment) -> PlanesTier:
     store = segment.store
-    book, keys, values = store.device_book(), store.tier.keys.planes(), store.tier.values.planes()
+    keys, values = store.tier.keys.planes(), store.tier.values.planes()
     if keys is None or values is None:
         raise InputError(f"tier {store.tier.name!r} has no planes")
     return PlanesTier(
-        keys, values, store.kernel_fields("k"), store.kernel_fields("v"), book.used, book.table, book.counts
+        keys, values, store.kernel_fields("k"), store.kernel_fields("v"), store.used, store.table, store.counts
     )
 
 
 def _tier(segment: PackedSegment) -> PackedTier:
     store = segment.store
-    book, key_fields, value_fields = store.device_book(), store.kernel_fields("k"), store.kernel_fields("v")
+    key_fields, value_fields = store.kernel_fields("k"), store.kernel_fields("v")
     keys, values = store.tier.keys.format, store.tier.values.format
     if keys is None or values is None:
         raise InputError(f"tier {store.tier.name!r} has no packed format")
@@ -162,9 +162,9 @@ def _tier(segment: PackedSegment) -> PackedTier:
         values,
         {name: key_fields[name] for name in keys.field_shapes()},
         {name: value_fields[name] for name in values.field_shapes()},
-        book.used,
-        book.table,
-        book.counts,
+        store.used,
+        store.table,
+        store.counts,
     )
 
 

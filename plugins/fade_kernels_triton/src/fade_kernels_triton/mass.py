@@ -71,7 +71,7 @@ class TritonAttentionMass(Kernel):
             query, scaling = keys.transform_query(grouped).reshape(rows, heads, queries, -1), 1.0
             lse = lse if bias is None else lse - bias.reshape(lse.shape)
         query, lse = (query if query.stride(3) == 1 else query.contiguous()), lse.contiguous()
-        fields, book = store.kernel_fields("k"), store.device_book()
+        fields = store.kernel_fields("k")
         group = heads // store.heads
         mass = torch.empty(rows, store.heads, queries, store.tiles * fmt.tile, dtype=torch.float32, device=query.device)
         mass_kernel[(store.tiles, rows * store.heads)](
@@ -79,14 +79,14 @@ class TritonAttentionMass(Kernel):
             lse,
             fields[f"codes{fmt.bits}"],
             fields["meta"],
-            book.table,
-            book.used,
-            book.counts,
+            store.table,
+            store.used,
+            store.counts,
             mass,
             float(scaling),
             float(softcap or 1.0),
             store.heads,
-            (fields["meta"] if book.table is None else book.table).shape[2],
+            store.ids.shape[2],
             store.tiles,
             *query.stride()[:3],
             HEADS=group,

@@ -137,4 +137,4 @@ def _in_order(case: Case, tier: Tier, fields: dict[str, Tensor], used: Tensor) -
     """Tiles ``[B * H_kv * T, ...]`` that lie one after the other, all of them in use."""
     shape = (case.rows, case.kv_heads, case.context // case.tile)
     ids = torch.arange(math.prod(shape), dtype=torch.int32, device=used.device).view(shape)
-    return TileView(tier, fields, ids, used, None, True, case.torch_dtype, even=True)
+    return TileView(tier, fields, ids, used, None, True, case.torch_dtype, ids.shape[2], even=True)
