@@ -113,7 +113,7 @@ def kept(cache: Any) -> str:
     if isinstance(cache, DynamicCache):
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         return f"{cache.get_seq_length()} tokens, {held / 1e6:.1f} MB"
-    tokens = max(int((layer.tier_map() >= 0).sum(-1).max()) for layer in cache.tiered)
+    tokens = max(int((layer.held.tier_map() >= 0).sum(-1).max()) for layer in cache.tiered)
     return f"{tokens} tokens, {cache.compressed_storage_bytes() / 1e6:.1f} MB"
 
 

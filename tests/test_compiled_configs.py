@@ -152,10 +152,10 @@ def test_nothing_is_refused_and_one_graph_serves_all_steps(name: str) -> None:
         with torch._dynamo.config.patch(error_on_recompile=True):
             found = generate(cache, graphs)
         assert len(graphs) == 1
-        levels = [layer.tier_map() for layer in cache.tiered]
+        levels = [layer.held.tier_map() for layer in cache.tiered]
     with cache_of(name, model(), None) as cache:
         assert torch.equal(generate(cache, None), found)
-        assert all(torch.equal(layer.tier_map(), level) for layer, level in zip(cache.tiered, levels, strict=True))
+        assert all(torch.equal(layer.held.tier_map(), level) for layer, level in zip(cache.tiered, levels, strict=True))
 
 
 @pytest.mark.parametrize("name", ["safe", "aggressive", "two tiers", "ragged heads", "contiguous"])

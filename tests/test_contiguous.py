@@ -22,7 +22,7 @@ from fade_core.interfaces import Event, Kernel, TelemetrySink
 from fade_core.ops.attention import FullSegment, PackedSegment, TorchDecodeAttention
 from fade_core.ops.step import segments_of
 from fade_core.plugins import Registry, use_registry
-from fade_core.support.memory import live_bytes
+from fade_core.support.memory import live_bytes, storage_bytes
 from fade_core.testing import check_rope
 
 SINKS, WINDOW, TILE = 3, 16, 16
@@ -80,18 +80,18 @@ def read(model: PreTrainedModel, cache: Any, ids: Tensor, *widths: int) -> Tenso
 
 def evict(cache: TieredKVCache, share: float, layer: int = 0) -> Tensor:
     """Evict packed tokens of every row and head at random; positions that stay, bool ``[B, H_kv, T]``."""
-    tiers = cache.layers[layer].tier_map()
+    tiers = cache.layers[layer].held.tier_map()
     gone = (torch.rand(tiers.shape) < share) & (tiers > 0)
     apply_tier_assignment_per_sequence(cache, layer, torch.where(gone, -1, tiers))
-    return cache.layers[layer].tier_map() >= 0
+    return cache.layers[layer].held.tier_map() >= 0
 
 
 def evict_alike(cache: TieredKVCache, share: float) -> Tensor:
     """As ``evict``, the same tokens in every head of the one row; their positions ``[K]``."""
-    tiers = cache.layers[0].tier_map()
+    tiers = cache.layers[0].held.tier_map()
     gone = (torch.rand(tiers.shape[-1]) < share) & (tiers > 0)
     apply_tier_assignment_per_sequence(cache, 0, torch.where(gone, -1, tiers))
-    return (cache.layers[0].tier_map()[0, 0] >= 0).nonzero().flatten()
+    return (cache.layers[0].held.tier_map()[0, 0] >= 0).nonzero().flatten()
 
 
 # --- against a run from scratch --------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ def test_sinks_and_window_of_a_long_stream_are_read_as_a_short_text(max_cache_le
     with create_tiered_cache(model, contiguous(ladder=EXACT, policy=policy), max_cache_len) as cache:
         for start, width in ((0, 300), (300, 50), (350, 350), (700, 1), (701, 9), (710, 40)):
             cache.settle()
-            kept = (cache.layers[0].tier_map()[0, 0] >= 0).nonzero().flatten() if start else torch.zeros(0).long()
+            kept = (cache.layers[0].held.tier_map()[0, 0] >= 0).nonzero().flatten() if start else torch.zeros(0).long()
             assert len(kept) <= 64 + TILE
             found = read(model, cache, ids[:, start : start + width], width)
             wanted = from_scratch(model, ids[:, kept], ids[:, start : start + width])
@@ -222,7 +222,7 @@ def test_packed_keys_are_decoded_and_turned(
         assign_layer(layer, _without_tiles(layer))
     else:
         evict(cache, 0.5)
-    assert int((layer.tier_map() >= 0).sum(-1).max()) < LONG - 8
+    assert int((layer.held.tier_map() >= 0).sum(-1).max()) < LONG - 8
     layer.holding = True  # the reference reads the new tokens as exactly as attention does
     query = torch.randn(2, 4, queries, 16, dtype=dtype)
     new = torch.randn(2, 2, 2, queries, 16, dtype=dtype)
@@ -236,7 +236,7 @@ def test_packed_keys_are_decoded_and_turned(
 
 def _without_tiles(layer: TieredLayer) -> Tensor:
     """A wish to evict every second packed tile of each head, beginning with another one in each."""
-    wanted = layer.tier_map()
+    wanted = layer.held.tier_map()
     for store in layer.held.stores:
         for row, head, tile in (store.table.live_ids() >= 0).nonzero().tolist():
             if (row + head + tile) % 2:
@@ -256,7 +256,7 @@ def test_what_lies_behind_every_hole_is_read_in_pieces(
     for queries in (3, 40):
         cache = filled(model, contiguous(**TOKENS), prompt(fresh_seed(), 200), max_cache_len=max_cache_len)
         layer = cache.layers[0]
-        wanted = layer.tier_map()
+        wanted = layer.held.tier_map()
         wanted[..., 40:60] = -1
         assign_layer(layer, wanted)
         layer.holding = True
@@ -284,7 +284,7 @@ def test_hidden_tokens_are_no_holes(max_cache_len: int | None) -> None:
                 past_key_values=cache,
                 use_cache=True,
             )
-            wanted = cache.layers[0].tier_map()
+            wanted = cache.layers[0].held.tier_map()
             if name == "hidden ones go":
                 wanted[..., 34:48] = -1
                 assign_layer(cache.layers[0], wanted)
@@ -324,17 +324,17 @@ def test_keys_after_32_reassigns_are_those_after_one() -> None:
     ids = prompt(seed, 700)
     once, often = (filled(model, contiguous(**TOKENS), ids) for _ in range(2))
     exact = filled(model, contiguous(ladder=EXACT), ids)
-    tiers = once.layers[0].tier_map()
+    tiers = once.layers[0].held.tier_map()
     packed = (tiers[0, 0] > 0).nonzero().flatten()
     gone = packed[torch.randperm(len(packed))[: 32 * 12]].split(12)
     assert len(gone) == 32
     for part in gone:
-        wanted = often.layers[0].tier_map()
+        wanted = often.layers[0].held.tier_map()
         wanted[..., part] = -1
         assign_layer(often.layers[0], wanted)
         moved_keys(often)
     for cache in (once, exact):
-        wanted = cache.layers[0].tier_map()
+        wanted = cache.layers[0].held.tier_map()
         wanted[..., torch.cat(gone)] = -1
         assign_layer(cache.layers[0], wanted)
     assert torch.equal(moved_keys(often), moved_keys(once))
@@ -396,7 +396,7 @@ def test_turns_beams_and_rejected_tokens(model: PreTrainedModel, max_cache_len: 
         cache.batch_select_indices(torch.tensor([4, 0, 0, 1]))
         read(model, cache, ids[:1, :3].expand(4, -1), 3)
         for layer in cache.tiered:
-            assert int((layer.tier_map() < 0).sum()) > 0
+            assert int((layer.held.tier_map() < 0).sum()) > 0
             query, new = torch.randn(4, 4, 2, 16).double(), torch.randn(2, 4, 2, 2, 16).double()
             layer.holding = True
             found = fade_attention(torch.nn.Identity(), query, *layer.update(new[0], new[1]), None)[0]
@@ -440,8 +440,8 @@ def test_budgets_in_bytes_hold(model: PreTrainedModel, policy: str, max_cache_le
     with create_tiered_cache(model, config, max_cache_len) as cache:
         for start in range(300):
             read(model, cache, prompt(start, 300) if not start else prompt(start, 2), 300)
-            assert sum(layer.nbytes() for layer in cache.tiered) <= 60_000
-        assert int((cache.tiered[0].tier_map() < 0).sum()) > 0
+            assert sum(storage_bytes(layer.tensors()) for layer in cache.tiered) <= 60_000
+        assert int((cache.tiered[0].held.tier_map() < 0).sum()) > 0
 
 
 @BOTH

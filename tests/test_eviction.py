@@ -202,7 +202,7 @@ def test_every_tier_is_reached_and_counts_are_right(
         for layer in cache.tiered:
             check_sinks_and_window(layer)
             tiers = stored(layer).tier
-            assert torch.equal(tiers, layer.tier_map())
+            assert torch.equal(tiers, layer.held.tier_map())
             for row, real in enumerate((200 + 44, 120 + 44)):
                 counts = torch.stack([(tiers[row] == level).sum(-1) for level in range(4)])
                 assert bool((counts.sum(0) == real).all())

@@ -21,7 +21,7 @@ from fade_core.cache.manual import assign_layer
 from fade_core.cache.memory_report import measure
 from fade_core.cache.rows import join_layer, shift
 from fade_core.eviction.ladder import tokens_of
-from fade_core.support.memory import live_bytes
+from fade_core.support.memory import live_bytes, storage_bytes
 
 HEADS, DIM, SINKS, WINDOW, TILE = 2, 16, 3, 16, 16
 LENGTH = 2048
@@ -244,7 +244,7 @@ class Twin:
         self._check_places(found.tier)
         self._check_contents(found.keys, found.values, found.tier)
         report = measure(Cache(layers=[layer]))
-        assert report.total == live_bytes(layer) == layer.nbytes()
+        assert report.total == live_bytes(layer) == storage_bytes(layer.tensors())
 
     def _check_places(self, tier: Tensor) -> None:
         layer = self.layer
@@ -263,7 +263,7 @@ class Twin:
             check_tiles(store, reserved=layer.max_length is not None)
         counts = layer.held.window.lengths[:, None] + sum(store.lengths for store in layer.held.stores)
         assert torch.equal(counts, (tier >= 0).sum(-1))
-        assert torch.equal(layer.tier_map(), tier)
+        assert torch.equal(layer.held.tier_map(), tier)
         if self.tier is not None:
             before, after = (t.where(t >= 0, 99) for t in (self.tier, tier[..., : self.tier.shape[-1]]))
             assert bool((after >= before[..., : after.shape[-1]]).all()), "a token moved up"

@@ -120,11 +120,11 @@ def test_demoted_and_evicted_is_the_dense_reference(
         wanted = MODES[mode](task, lambda padding: replay_cache(model, recording, TIERS[ladder]))
     same(found, wanted)
     assert encoded(cache) > 0
-    assert all(int((layer.tier_map() < 0).sum()) > evicted_by_padding(layer) for layer in cache.tiered)
+    assert all(int((layer.held.tier_map() < 0).sum()) > evicted_by_padding(layer) for layer in cache.tiered)
 
 
 def evicted_by_padding(layer: TieredLayer) -> int:
-    return int(layer.held.padding.sum()) * layer.tier_map().shape[1]
+    return int(layer.held.padding.sum()) * layer.held.tier_map().shape[1]
 
 
 def encoded(cache: TieredKVCache) -> int:

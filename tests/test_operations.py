@@ -318,7 +318,7 @@ class Operations(RuleBasedStateMachine):
         if self.config.resolved_ladder()[0].keys.axis != "token":  # type: ignore[attr-defined]
             return  # tokens that share scales move together, in tiles that a crop may have cut
         random = torch.Generator().manual_seed(seed)
-        now = self.caches[0].tiered[layer].tier_map()
+        now = self.caches[0].tiered[layer].held.tier_map()
         lowest = len(self.config.resolved_ladder()) + 1
         target = torch.randint(0, lowest + 1, now.shape, generator=random)
         target = target.where(torch.rand(now.shape, generator=random) < share, 0)
@@ -326,7 +326,7 @@ class Operations(RuleBasedStateMachine):
         wanted = torch.maximum(target, now.where(now >= 0, lowest))
         wanted = wanted.where(wanted < lowest, -1)
         self.each(lambda cache: apply_tier_assignment_per_sequence(cache, layer, wanted))
-        assert torch.equal(self.caches[0].tiered[layer].tier_map(), wanted)
+        assert torch.equal(self.caches[0].tiered[layer].held.tier_map(), wanted)
 
     # --- copies ---
     @precondition(lambda self: self.length)
@@ -385,7 +385,7 @@ class Operations(RuleBasedStateMachine):
         if self.length:
             self.each(lambda cache: cache.leading_padding)
             for index in range(LAYERS):
-                self.each(lambda cache, index=index: cache.tiered[index].tier_map())
+                self.each(lambda cache, index=index: cache.tiered[index].held.tier_map())
         type(self).count -= 2 + LAYERS if self.length else 1  # looking is no operation
 
     def teardown(self) -> None:

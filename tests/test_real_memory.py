@@ -30,7 +30,7 @@ def test_safe_holds_a_third_and_compresses_from_the_first_step(smollm2: tuple[An
     ids = tokenizer(text, return_tensors="pt").input_ids[:, :PROMPT]
     with create_tiered_cache(model, FadeConfig.safe()) as cache:
         model.generate(ids, past_key_values=cache, max_new_tokens=1, min_new_tokens=1, do_sample=False, pad_token_id=0)
-        where = cache.tiered[0].tier_map()
+        where = cache.tiered[0].held.tier_map()
         assert cache.tier_names()[1] == "int4"
         assert int((where == 1).sum()) >= (PROMPT - 4 - 64 - 64) * where.shape[1]
         grown = model.generate(

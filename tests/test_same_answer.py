@@ -56,7 +56,7 @@ def same_contents(ours: TieredKVCache, theirs: TieredKVCache) -> None:
     assert ours.get_seq_length() == theirs.get_seq_length()
     for mine, other in zip(ours.tiered, theirs.tiered, strict=True):
         found, wanted = stored(mine), stored(other)
-        assert torch.equal(mine.tier_map(), other.tier_map())
+        assert torch.equal(mine.held.tier_map(), other.held.tier_map())
         assert torch.equal(found.tier, wanted.tier)
         assert torch.equal(found.keys, wanted.keys)
         assert torch.equal(found.values, wanted.values)
@@ -94,7 +94,7 @@ def test_every_mode_says_the_same(family: str, name: str, mode: str) -> None:
     same_contents(reserved, growing)
     assert reserved.memory_report().total == live_bytes(reserved)
     if name in EVICTS and name != "bytes":
-        assert all(int((layer.tier_map() < 0).sum()) > evicted_by_padding(layer) for layer in reserved.tiered)
+        assert all(int((layer.held.tier_map() < 0).sum()) > evicted_by_padding(layer) for layer in reserved.tiered)
 
 
 # --- by hand -----------------------------------------------------------------------------------------------------------

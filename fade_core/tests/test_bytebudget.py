@@ -53,7 +53,7 @@ def test_a_cache_never_holds_more_and_little_less(
             model(ids[:, start:end], past_key_values=cache)
             held.append(live_bytes(cache, exclude=model))
         assert cache.memory_report().total == held[-1]
-        assert all(bool((layer.tier_map() < 0).any()) for layer in cache.tiered)
+        assert all(bool((layer.held.tier_map() < 0).any()) for layer in cache.tiered)
     reserved = max_cache_len is not None and ladder == "two"  # what is demoted at a ranking has room of its own
     assert max(held) <= budget * (1.15 if reserved else 1)
     assert held[-1] >= 0.8 * budget
@@ -111,7 +111,7 @@ def test_layers_keep_what_the_schedule_gives_them(model: Any, budget: Any) -> No
     config = FadeConfig(**SHORT, ladder=[{"tier": "fp16"}], policy=policy)
     with create_tiered_cache(model, config=config) as cache, torch.no_grad():
         model(ids, past_key_values=cache)
-        kept = [int((layer.tier_map()[0, 0] >= 0).sum()) for layer in cache.tiered]
+        kept = [int((layer.held.tier_map()[0, 0] >= 0).sum()) for layer in cache.tiered]
         held = live_bytes(cache, exclude=model)
     if isinstance(budget, str):
         assert kept[0] > kept[1] > kept[2]

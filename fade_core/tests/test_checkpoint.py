@@ -393,7 +393,7 @@ def test_a_debug_dump_says_where_everything_lives(llama: Any, tmp_path: Path, ma
     for shown, layer in zip(found["layers"], cache.tiered, strict=True):
         assert shown["logical_length"] == 120
         assert shown["padding"] == [0, 29]
-        levels = layer.tier_map()
+        levels = layer.held.tier_map()
         assert shown["window"] == (levels == 0).sum(-1)[:, 0].tolist()
         for level, store in enumerate(layer.held.stores, start=1):
             assert shown["tiers"][store.tier.name] == (levels == level).sum(-1).tolist()

@@ -52,7 +52,7 @@ CONFIGS = {
 
 
 def tiers(cache: TieredKVCache) -> list[Tensor]:
-    return [layer.tier_map() for layer in cache.tiered]
+    return [layer.held.tier_map() for layer in cache.tiered]
 
 
 def alone(model: torch.nn.Module, config: FadeConfig, ids: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -43,7 +43,7 @@ def filled(model: Any, tokens: torch.Tensor, **fields: Any) -> Any:
 
 def places(cache: Any, layer: int = 0) -> torch.Tensor:
     """Rung of each token of the first row and head: 0 full precision, -1 evicted."""
-    found: torch.Tensor = cache.layers[layer].tier_map()[0, 0]
+    found: torch.Tensor = cache.layers[layer].held.tier_map()[0, 0]
     return found
 
 

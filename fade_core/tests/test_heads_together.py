@@ -107,7 +107,7 @@ def test_heads_may_lose_different_tiles_and_tokens(filled: Any) -> None:
     for _ in range(3):
         gone = 0
         for layer in cache.tiered:
-            tiers = layer.tier_map()
+            tiers = layer.held.tier_map()
             for store in layer.held.stores:
                 where = store.live_positions().unflatten(-1, (-1, store.tile))
                 drop = torch.rand(where.shape, generator=generator) < 0.3
@@ -125,7 +125,7 @@ def test_heads_may_lose_different_tiles_and_tokens(filled: Any) -> None:
 
 def test_crop_saving_and_rows(filled: Any, tmp_path: Any) -> None:
     cache, exact, _ = filled
-    tiers = cache.tiered[0].tier_map()
+    tiers = cache.tiered[0].held.tier_map()
     tiers[0, 0, 4:68] = -1
     tiers[0, 1, 68:132] = -1
     assign_layer(cache.tiered[0], tiers)

@@ -54,7 +54,7 @@ def test_a_held_prompt_goes_where_it_would_have_gone_at_once(model: Any, axis: s
     with create_tiered_cache(model, config, max_cache_len) as cache, torch.no_grad():
         with cache.holding():
             model(ids, attention_mask=mask, past_key_values=cache)
-            assert all(bool((layer.tier_map()[0] == 0).all()) for layer in cache.tiered)
+            assert all(bool((layer.held.tier_map()[0] == 0).all()) for layer in cache.tiered)
         for first, later in zip(at_once, tensors(cache), strict=True):
             assert first.keys() == later.keys()
             assert all(torch.equal(tensor, later[name]) for name, tensor in first.items())
@@ -68,9 +68,9 @@ def test_chunks_and_steps_are_held_and_then_within_the_budget(model: Any, max_ca
         with cache.holding():
             for start, end in ((0, 50), (50, 140), (140, 141), (141, 160)):
                 model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache)
-                assert all(bool((layer.tier_map()[0] == 0).all()) for layer in cache.tiered)
+                assert all(bool((layer.held.tier_map()[0] == 0).all()) for layer in cache.tiered)
         for layer in cache.tiered:
-            kept = (layer.tier_map() >= 0).sum(-1)
+            kept = (layer.held.tier_map() >= 0).sum(-1)
             assert int(kept.max()) <= 100
             assert int(kept.min()) > 100 - 16
 
@@ -84,7 +84,7 @@ def test_after_an_error_nothing_is_ranked_and_the_cache_goes_on(model: Any, max_
             raise KeyboardInterrupt
         model(ids[:, 80:], attention_mask=mask, past_key_values=cache)
         assert cache.get_seq_length() == 90
-        assert all(int((layer.tier_map() > 0).sum()) > 0 for layer in cache.tiered)
+        assert all(int((layer.held.tier_map() > 0).sum()) > 0 for layer in cache.tiered)
 
 
 @pytest.mark.parametrize("queries", [3, 50])
@@ -106,7 +106,7 @@ def test_reading_gives_what_feeding_gives_and_leaves_no_token(
             assert {name.split("/")[-1].removeprefix("tiles.") for name in now.keys() - held.keys()} <= {"ids", "valid"}
             assert all(torch.equal(tensor, now[name]) for name, tensor in held.items())
         fed = model(new, attention_mask=seen, past_key_values=cache).logits
-        torch.testing.assert_close(fed, read[0], rtol=0, atol=1e-5 * float(fed.std()))
+        torch.testing.assert_close(fed, read[0], rtol=0, atol=256 * torch.finfo(fed.dtype).eps * float(fed.std()))
         assert cache.get_seq_length() == 150 + queries
 
 

@@ -129,7 +129,7 @@ def test_a_prompt_and_steps_are_packed_without_reading_positions_back(
     name: str, limit: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = torch.Generator().manual_seed(fresh_seed())
-    monkeypatch.setattr(TieredLayer, "nbytes", lambda self: 0)  # a pretended tensor has no address
+    monkeypatch.setattr("fade_core.cache.layer.storage_bytes", lambda tensors: 0)  # a pretended tensor has no address
     with Device() as device, torch.no_grad():
         sides = Side(name, None, limit), Side(name, device, limit)
         for count in CASES[name, limit]:
@@ -143,7 +143,7 @@ def test_a_prompt_and_steps_are_packed_without_reading_positions_back(
 
 def test_positions_are_read_back_only_while_tokens_moved_by_hand_leave_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(fresh_seed())
-    monkeypatch.setattr(TieredLayer, "nbytes", lambda self: 0)
+    monkeypatch.setattr("fade_core.cache.layer.storage_bytes", lambda tensors: 0)
     with Device() as device, torch.no_grad():
         sides = Side("one tier", None), Side("one tier", device)
         sink, recent = torch.tensor(PADDING) + 1, torch.tensor([297, 297])
@@ -152,7 +152,7 @@ def test_positions_are_read_back_only_while_tokens_moved_by_hand_leave_gaps(monk
             for side in sides:
                 side.take(keys, values, torch.tensor(PADDING))
             for side in sides:
-                wanted = _inner(side.layer.tier_map()).clone()
+                wanted = _inner(side.layer.held.tier_map()).clone()
                 wanted.scatter_(2, gone[:, None, None].expand(-1, wanted.shape[1], -1), -1)
                 assign_layer(side.layer, Away.of(wanted) if side.device else wanted)
                 side.take(keys, values)

@@ -90,7 +90,7 @@ def test_the_loop_of_prefill_steps_and_reassignment(build: Any, make: Any) -> No
         if step % 10 == 9:
             reassign_tiers(cache, tracker)
             for layer in cache.tiered:
-                assert int(layer.tier_map().ge(0).sum(-1).max()) <= 70
+                assert int(layer.held.tier_map().ge(0).sum(-1).max()) <= 70
     assert cache.get_seq_length() == 120
     assert torch.isfinite(output.logits).all()
     # the same tokens as inside generate, which ranks by itself as often
@@ -128,7 +128,7 @@ def test_ranking_only_some_layers(llama: Any, make: Any) -> None:
     for _ in range(30):
         forward_with_tracking(llama, torch.randint(1, 256, (1, 1)), cache)
     reassign_tiers(cache, num_layers=1)
-    kept = [int((layer.tier_map() >= 0).sum(-1).max()) for layer in cache.tiered]
+    kept = [int((layer.held.tier_map() >= 0).sum(-1).max()) for layer in cache.tiered]
     assert kept[0] <= 40 < kept[1]
     assert kept[1] == kept[2]
 
@@ -160,10 +160,10 @@ def test_tokens_are_where_the_map_sends_them_and_keep_what_they_are(llama: Any, 
     cache = ladder_cache(llama)
     for layer in cache.tiered:
         for _ in range(3):
-            before, dense = layer.tier_map(), tokens_of(layer)
+            before, dense = layer.held.tier_map(), tokens_of(layer)
             wanted = random_move_down(before)
             apply_tier_assignment_per_sequence(cache, layer.index, wanted)
-            assert torch.equal(layer.tier_map(), wanted)
+            assert torch.equal(layer.held.tier_map(), wanted)
             after = tokens_of(layer)
             stayed = (wanted == before) & (wanted >= 0)
             for was, found in zip(dense, after, strict=True):
@@ -179,7 +179,7 @@ def tokens_of(layer: Any) -> tuple[Tensor, Tensor]:
     found = []
     for side in (0, 1):
         window = layer.held.window
-        shape = (*layer.tier_map().shape[:2], layer.logical + 1, 16)
+        shape = (*layer.held.tier_map().shape[:2], layer.logical + 1, 16)
         out = torch.zeros(shape)
         parts = [(window.live_positions(), window.live()[side])]
         parts += [(store.live_positions(), store.decode(side)) for store in layer.held.stores if store.tiles]
@@ -201,7 +201,7 @@ def test_generation_goes_on_with_what_the_map_left(llama: Any, max_cache_len: in
     cache = create_tiered_cache(llama, config, max_cache_len)
     forward_with_tracking(llama, ids, cache)
     for layer in cache.tiered:
-        wanted = layer.tier_map()[0, 0].clone()
+        wanted = layer.held.tier_map()[0, 0].clone()
         wanted[evicted] = EVICTED
         apply_tier_assignment(cache, layer.index, wanted)
     plain = create_tiered_cache(llama, config, max_cache_len)
@@ -218,15 +218,15 @@ def test_generation_goes_on_with_what_the_map_left(llama: Any, max_cache_len: in
 def test_one_map_for_all_rows_and_one_a_row(llama: Any, ladder_cache: Any) -> None:
     cache = ladder_cache(llama, 100)
     assert cache.tier_names() == ["fp16", "int4", "int2"]
-    wanted = cache.tiered[0].tier_map()[0, 0].clone()
+    wanted = cache.tiered[0].held.tier_map()[0, 0].clone()
     wanted[10:20], wanted[30:35] = INT2, EVICTED
     apply_tier_assignment(cache, 0, wanted)
-    assert torch.equal(cache.tiered[0].tier_map(), wanted.expand(2, 2, -1))
+    assert torch.equal(cache.tiered[0].held.tier_map(), wanted.expand(2, 2, -1))
     rows = torch.stack([wanted, wanted])
     rows[1, 40:50] = INT2
     apply_tier_assignment_per_sequence(cache, 0, rows)
-    assert torch.equal(cache.tiered[0].tier_map(), rows[:, None].expand(-1, 2, -1))
-    assert cache.tiered[1].tier_map().max() == INT4  # other layers are as they were
+    assert torch.equal(cache.tiered[0].held.tier_map(), rows[:, None].expand(-1, 2, -1))
+    assert cache.tiered[1].held.tier_map().max() == INT4  # other layers are as they were
 
 
 def test_padding_is_nowhere_whatever_the_map_says(llama: Any, make: Any) -> None:
@@ -234,7 +234,7 @@ def test_padding_is_nowhere_whatever_the_map_says(llama: Any, make: Any) -> None
     cache = make(llama, LADDER)
     forward_with_tracking(llama, ids, cache, attention_mask=mask)
     apply_tier_assignment(cache, 0, torch.full((60,), INT2))
-    levels = cache.tiered[0].tier_map()
+    levels = cache.tiered[0].held.tier_map()
     assert bool((levels[0] == INT2).all())
     assert bool((levels[1, :, :19] == EVICTED).all())
     assert bool((levels[1, :, 19:] == INT2).all())
@@ -244,7 +244,7 @@ def test_moves_are_events(llama: Any, ladder_cache: Any) -> None:
     cache = ladder_cache(llama, 100, batch=1)
     sink = Collector()
     attach_telemetry(cache, sink)
-    wanted = cache.tiered[1].tier_map()[0, 0].clone()
+    wanted = cache.tiered[1].held.tier_map()[0, 0].clone()
     window = (wanted == FP16).nonzero().flatten()
     wanted[window[-3:]] = INT4
     wanted[10:20], wanted[30:35] = INT2, EVICTED
@@ -266,7 +266,7 @@ def refused(cache: TieredKVCache, layer: int, tiers: Tensor, message: str) -> No
 
 def test_upward_moves_are_refused(llama: Any, ladder_cache: Any) -> None:
     cache = ladder_cache(llama)
-    now = cache.tiered[0].tier_map()[0, 0].clone()
+    now = cache.tiered[0].held.tier_map()[0, 0].clone()
     down = now.clone()
     down[10:20], down[-1] = INT2, INT4  # moves that would work beside one that does not
     up = down.clone()
@@ -281,12 +281,12 @@ def test_upward_moves_are_refused(llama: Any, ladder_cache: Any) -> None:
 
 def test_an_evicted_token_cannot_be_asked_back_but_may_be_named(llama: Any, ladder_cache: Any) -> None:
     cache = ladder_cache(llama)
-    wanted = cache.tiered[0].tier_map()[0, 0].clone()
+    wanted = cache.tiered[0].held.tier_map()[0, 0].clone()
     wanted[10] = EVICTED
     apply_tier_assignment(cache, 0, wanted)
     wanted[10] = INT4  # gone already: what a map says of it does not matter, as for padding
     apply_tier_assignment(cache, 0, wanted)
-    assert bool((cache.tiered[0].tier_map()[..., 10] == EVICTED).all())
+    assert bool((cache.tiered[0].held.tier_map()[..., 10] == EVICTED).all())
 
 
 @pytest.mark.parametrize(
@@ -302,12 +302,12 @@ def test_an_evicted_token_cannot_be_asked_back_but_may_be_named(llama: Any, ladd
 )
 def test_maps_that_fit_no_layer_are_refused(llama: Any, change: Any, message: str, ladder_cache: Any) -> None:
     cache = ladder_cache(llama)
-    refused(cache, 0, change(cache.tiered[0].tier_map()), message)
+    refused(cache, 0, change(cache.tiered[0].held.tier_map()), message)
 
 
 def test_heads_must_agree_on_what_leaves_the_window(llama: Any, ladder_cache: Any) -> None:
     cache = ladder_cache(llama)
-    wanted = cache.tiered[0].tier_map().clone()
+    wanted = cache.tiered[0].held.tier_map().clone()
     wanted[0, 0, -1] = INT4
     wanted[:, :, 20] = INT2
     refused(cache, 0, wanted, "heads of a row disagree")
@@ -317,7 +317,7 @@ def test_tokens_that_share_scales_move_together(llama: Any, make: Any) -> None:
     config = LADDER | {"keys": {"kind": "uniform", "bits": 4, "axis": "channel"}}
     cache = make(llama, config)
     forward_with_tracking(llama, torch.randint(1, 256, (2, 100)), cache)
-    wanted = cache.tiered[0].tier_map().clone()
+    wanted = cache.tiered[0].held.tier_map().clone()
     wanted[..., -1] = INT2
     apart = wanted.clone()
     apart[1, 1, 20] = INT2
@@ -325,7 +325,7 @@ def test_tokens_that_share_scales_move_together(llama: Any, make: Any) -> None:
     wanted[:, :, 18:34] = INT2  # a whole tile
     wanted[0, :, 34:50] = EVICTED
     apply_tier_assignment_per_sequence(cache, 0, wanted)
-    assert torch.equal(cache.tiered[0].tier_map(), wanted)
+    assert torch.equal(cache.tiered[0].held.tier_map(), wanted)
 
 
 def test_layers_that_cannot_be_assigned_are_named(make: Any) -> None:

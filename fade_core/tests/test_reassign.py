@@ -31,8 +31,8 @@ def packed_keys(cache: TieredKVCache) -> tuple[Tensor, Tensor]:
     """Decoded keys of the prompt, ``[layers, B, H_kv, PROMPT, D]``, and their tiers; zeros and 0 where not packed."""
     keys, tiers = [], []
     for layer in cache.tiered:
-        tier = layer.tier_map()[..., :PROMPT].clamp_min(0)
-        held = torch.zeros(*layer.tier_map().shape, layer.held.window.keys.shape[3])
+        tier = layer.held.tier_map()[..., :PROMPT].clamp_min(0)
+        held = torch.zeros(*layer.held.tier_map().shape, layer.held.window.keys.shape[3])
         for store in layer.held.stores:
             if store.tiles:
                 where = store.live_positions()

@@ -103,7 +103,7 @@ def test_steps_evict_by_the_kernels_as_by_torch(device: str) -> None:
             logits_ = []
             for i, step in enumerate(steps.split(1, 1)):
                 if i == 2:  # heads part with different tokens and numbers of tiles
-                    tiers = layer.tier_map()
+                    tiers = layer.held.tier_map()
                     tiers[0, 0, layer.held.stores[0].live_positions()[0, 0, : SHORT["tile"]]] = -1
                     apply_tier_assignment_per_sequence(cache, 0, tiers)
                 logits_.append(llama(step, past_key_values=cache, use_cache=True).logits)

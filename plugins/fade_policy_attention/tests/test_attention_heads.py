@@ -79,7 +79,7 @@ def test_a_head_that_matters_more_keeps_more(seed: int, generator: torch.Generat
             layer.plan.policy = AdaKVPolicy(Biased(), floor=0.4)
         model(ids, attention_mask=mask, past_key_values=cache)
         for layer in cache.tiered:
-            kept = (layer.tier_map() >= 0).sum(-1)
+            kept = (layer.held.tier_map() >= 0).sum(-1)
             for row, length in enumerate((130, 110)):
                 window = 18 + (length - 18) % 16
                 tiles = KV_HEADS * (66 - window) // 16

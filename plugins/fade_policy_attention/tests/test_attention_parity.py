@@ -97,7 +97,7 @@ def test_a_prompt_is_scored_as_the_dense_definition_says(name: str, seed: int, g
     latest = (torch.arange(150) >= 150 - WINDOW).double()
     for layer, dense in zip(heard, dense_run(model, ids, mask), strict=True):
         check(layer, definition(dense, latest), dense.real)
-    assert all(bool((layer.tier_map()[0] == -1).any()) for layer in cache.tiered)
+    assert all(bool((layer.held.tier_map()[0] == -1).any()) for layer in cache.tiered)
 
 
 @pytest.mark.parametrize("step", [1, 3])
@@ -122,4 +122,4 @@ def test_the_first_ranking_in_decoding_is_scored_as_the_dense_definition_says(
     )
     for layer, dense in zip(last, dense_run(model, ids, mask), strict=True):
         check(layer, definition(dense, latest), dense.real)
-    assert all(bool((layer.tier_map()[0] == -1).any()) for layer in cache.tiered)
+    assert all(bool((layer.held.tier_map()[0] == -1).any()) for layer in cache.tiered)

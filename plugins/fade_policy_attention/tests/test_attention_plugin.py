@@ -63,7 +63,7 @@ def test_generates_within_its_budget(kind: str, axis: str, seed: int, generator:
         assert output.shape == (2, 180)
         cache.rank()
         for layer in cache.tiered:
-            kept = (layer.tier_map() >= 0).sum(-1)
+            kept = (layer.held.tier_map() >= 0).sum(-1)
             a_head = kept.double().mean(1) if kind == "adakv" else kept
             assert float(a_head.max()) <= 64
             assert float(a_head.min()) > 64 - 16

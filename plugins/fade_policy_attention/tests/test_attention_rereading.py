@@ -34,7 +34,7 @@ def test_scores_are_those_of_a_dense_repetition(
         cache.prefill(model, ids, mask)
         assert [(h.layer, h.length) for h in listening.heard] == [(0, 120), (1, 120)]
         assert cache.get_seq_length() == 120
-        assert all(int((layer.tier_map()[0] >= 0).sum(-1).max()) <= 64 for layer in cache.tiered)
+        assert all(int((layer.held.tier_map()[0] >= 0).sum(-1).max()) <= 64 for layer in cache.tiered)
     for row, length in enumerate((120, 75)):
         # the batch is cut at its columns, so is the row alone: a row's first chunk is what is left of it
         padding = 120 - length
@@ -94,9 +94,9 @@ def test_generates_after_it(policy: dict[str, Any], seed: int, generator: torch.
         )
         assert output.shape == (2, 180)
         for layer in cache.tiered:
-            kept = (layer.tier_map() >= 0).sum(-1).double()
+            kept = (layer.held.tier_map() >= 0).sum(-1).double()
             assert float(kept.mean(1).max()) <= 64 + 8 + 16
-            assert bool((layer.tier_map()[..., 130:] >= 0).all())  # what came after the prompt is kept before it
+            assert bool((layer.held.tier_map()[..., 130:] >= 0).all())  # what came after the prompt is kept before it
 
 
 def test_a_plain_prefill_says_what_to_do(seed: int, generator: torch.Generator) -> None:

@@ -85,7 +85,7 @@ def test_heads_may_lose_different_tokens(model: torch.nn.Module, file: str) -> N
     with create_tiered_cache(model, FadeConfig(**fields(file))) as cache:
         run(model, cache, ids, 320 - 1)
         for layer, held in zip(cache.tiered, exact.layers, strict=True):
-            tiers = layer.tier_map()
+            tiers = layer.held.tier_map()
             tiers[0, 0, 68:132] = -1
             tiers[0, 1, 10:200] = -1
             assign_layer(layer, tiers)

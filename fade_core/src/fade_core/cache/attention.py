@@ -14,9 +14,10 @@ from transformers.modeling_utils import AttentionInterface
 from fade_core.cache.handle import CompiledHandle, Handle
 from fade_core.cache.layer import TieredLayer
 from fade_core.cache.masks import as_bool, rows_of
-from fade_core.cache.prompt import dense_with_past, past_masks
+from fade_core.cache.prompt import dense_with_past, hides_stored, past_masks
 from fade_core.interfaces import PromptView
 from fade_core.ops.attention import AttentionOutput, FullSegment, decode_attention
+from fade_core.storage.repositioning import shown_shifts
 from fade_core.support.transfer import sent
 
 NAME = "fade"
@@ -84,9 +85,30 @@ def fade_attention(
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _eagerly(module: torch.nn.Module, layer: TieredLayer, call: _Call) -> Tensor:
     """Attention ``[B, H_q, Q, D]`` over a layer of the cache, which may then compress what it has taken in."""
-    output = layer.attend(*call) if layer.pending is None else _chunk_attention(module, layer, call)
-    layer.attended(call.mask)
+    output = _step_attention(layer, call) if layer.pending is None else _chunk_attention(module, layer, call)
+    if layer.steps.compiles and layer.device.type != "cpu" and not layer.reading:  # on a CPU every step's mask is read
+        layer.steps.assume_padding_mask = call.mask is None or _hides_padding_alone(layer, call.mask, newest=True)
+    cache = None if layer.owner is None else layer.owner()
+    if cache is not None:
+        cache.conclude()
     return output
+
+
+def _hides_padding_alone(layer: TieredLayer, mask: Tensor, newest: bool = False) -> bool:
+    return layer.plan.masks.hides_padding_alone(mask, layer.logical, layer.known.padding, newest)
+
+
+def _step_attention(layer: TieredLayer, call: _Call) -> Tensor:
+    """A few new tokens, which lie in the window by now."""
+    held, mask, rope, shifts = layer.known, call.mask, layer.plan.rope, None
+    if mask is not None and _hides_padding_alone(layer, mask):
+        mask = None
+    if mask is not None:
+        mask = mask[..., : held.logical]
+        shown = None if rope is None else hides_stored(held, mask[:, :, -1].any(1), held.logical)
+        if rope is not None and shown is not None:
+            shifts = shown_shifts(rope, held.window, held.stores, held.logical, shown)
+    return layer.steps.attend(held, *call._replace(mask=mask), shifts)
 
 
 def _chunk_attention(module: torch.nn.Module, layer: TieredLayer, call: _Call) -> Tensor:
@@ -124,7 +146,14 @@ def _chunk_attention(module: torch.nn.Module, layer: TieredLayer, call: _Call) -
     if layer.plan.tracker.active and layer.plan.ladder.bounded:
         observed = _observe(layer, call, keys, visible, chunk)
     _observe_queries(layer, call, padding)
-    layer.learn(PromptView(call.query, keys, values, call.scaling, call.softcap, call.sinks, visible, module))
+    if layer.plan.learners and not held.packed:  # nothing is encoded yet that they would have to read back
+        seen_by = call.query, keys, values, call.scaling, call.softcap, call.sinks, visible, module
+        ladder = layer.plan.ladder
+        prompt = PromptView(*seen_by, layer.index, ladder.n_sink, ladder.recent_window)
+        for quantizer in layer.plan.learners:
+            quantizer.observe(prompt)
+        del seen_by, prompt
+        layer.steps.replan(fresh=True)  # no graph of the codes before them
     del keys, values  # the layer alone holds them now, and drops them as it packs
     layer.finish_pending(padding, observed)
     return output

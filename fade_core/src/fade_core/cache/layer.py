@@ -6,9 +6,8 @@ import contextlib
 import time
 import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,19 +17,20 @@ from fade_core.cache.handle import CompiledHandle, Handle
 from fade_core.cache.inspection import dense, tensors
 from fade_core.cache.layer_plan import REJECTABLE, LayerPlan
 from fade_core.cache.layer_steps import LayerSteps
-from fade_core.cache.prompt import compress_due, hides_stored, place_prompt
+from fade_core.cache.prompt import compress_due, place_prompt
 from fade_core.errors import InputError
 from fade_core.eviction.byte_budget import ByteBudget
 from fade_core.eviction.contents import LayerContents, Snapshot
 from fade_core.eviction.query_moments import QueryMoments
 from fade_core.eviction.ranking import rank
-from fade_core.interfaces import Event, PromptView
+from fade_core.interfaces import Event
 from fade_core.ops.append import LOGICAL, MOST_TOKENS, NONFINITE
 from fade_core.storage.capacity import bucket
-from fade_core.storage.repositioning import note_shifts, shown_shifts
+from fade_core.storage.repositioning import note_shifts
 from fade_core.storage.tier_store import TierStore
 from fade_core.storage.window import Window
 from fade_core.support.checks import check_room, check_tokens
+from fade_core.support.memory import storage_bytes
 
 
 class TieredLayer(CacheLayerMixin):
@@ -65,10 +65,10 @@ class TieredLayer(CacheLayerMixin):
         self.record_past = self.reading = self.holding = False
         self.owner: weakref.ref[Any] | None = None
         self._kept: tuple[Window, tuple[TierStore, ...]] | None = None
-        self._blank()
+        self.reset()
 
-    def _blank(self) -> None:
-        """Hold nothing; buffers of fixed size stay where they are: compiled graphs know them."""
+    def reset(self) -> None:
+        """Forget everything; memory is freed, save for buffers of fixed size, which stay where they are."""
         self.is_initialized = False
         self._held: LayerContents | None = None
         self.pending: tuple[Tensor, Tensor] | None = None
@@ -83,12 +83,17 @@ class TieredLayer(CacheLayerMixin):
 
     # --- what is held ---
     @property
-    def held(self) -> LayerContents:
-        """The tokens, with the numbers that steps have changed read back. Raises ``InputError`` if there is none yet."""
+    def known(self) -> LayerContents:
+        """The tokens as far as the host knows; nothing is read back. Raises ``InputError`` if there is none yet."""
         if self._held is None:
             raise InputError(f"layer {self.index} is empty: it has not seen a token yet")
-        self.sync()
         return self._held
+
+    @property
+    def held(self) -> LayerContents:
+        """The tokens, with the numbers that steps have changed read back. Raises ``InputError`` if there is none yet."""
+        self.sync()
+        return self.known
 
     @property
     def logical(self) -> int:
@@ -105,13 +110,8 @@ class TieredLayer(CacheLayerMixin):
         self.steps.read_back(self._held)
         encoded, self._encoded = self._held.encoded - self._encoded, self._held.encoded
         if encoded > 0:
-            self._tell({"encode": encoded}, self.nbytes(), time.perf_counter())
+            _tell(self, {"encode": encoded}, storage_bytes(self.tensors()), time.perf_counter())
         self.steps.tell_refused()
-
-    def tier_map(self) -> Tensor:
-        """int64 ``[B, H_kv, logical]``: 0 full precision, ``i`` the ladder's ``i``-th tier, -1 nowhere."""
-        self.settle()
-        return self.held.tier_map()
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor the layer keeps, as "tier/kind"."""
@@ -121,12 +121,6 @@ class TieredLayer(CacheLayerMixin):
         if self.pending is not None:
             found["layer/pending.keys"], found["layer/pending.values"] = self.pending
         return found
-
-    def nbytes(self) -> int:
-        """Bytes of all tensors held, each storage once."""
-        return sum(
-            {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors().values()}.values()
-        )
 
     # --- what transformers asks ---
     @property
@@ -270,16 +264,11 @@ class TieredLayer(CacheLayerMixin):
             self.finish_pending()
             self.held.crop(max(0, self.logical + tokens_to_remove))
             if not self.logical:
-                self._blank()
+                self.reset()
                 return
             self.changed()
         self._compress_due()
-        self._rank_due()
-
-    def reset(self) -> None:
-        """Forget everything; memory is freed, save for buffers of fixed size."""
-        self.record_past = False
-        self._blank()
+        self.rank(due=True)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep, repeat or reorder rows; packed tiles are shared between copies."""
@@ -297,39 +286,6 @@ class TieredLayer(CacheLayerMixin):
         if self._held is not None:
             self.batch_select_indices(torch.arange(self._held.rows).repeat_interleave(repeats))
 
-    # --- what attention asks ---
-    def attend(
-        self, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None, sinks: Tensor | None
-    ) -> Tensor:
-        """Attention ``[B, H_q, Q, D]`` of the tokens that ``update`` has just taken in."""
-        held, shifts, rope = cast(LayerContents, self._held), None, self.plan.rope
-        if mask is not None and self.plan.masks.hides_padding_alone(mask, held.logical, held.padding):
-            mask = None
-        if mask is not None:
-            mask = mask[..., : held.logical]
-            shown = None if rope is None else hides_stored(held, mask[:, :, -1].any(1), held.logical)
-            if rope is not None and shown is not None:
-                shifts = shown_shifts(rope, held.window, held.stores, held.logical, shown)
-        return self.steps.attend(held, query, mask, scaling, softcap, sinks, shifts)
-
-    def attended(self, mask: Tensor | None) -> None:
-        """Attention is done, by ``mask`` ``[B or 1, 1, Q, T]``, and with the last layer's the pass."""
-        held, cache = cast(LayerContents, self._held), None if self.owner is None else self.owner()
-        if self.steps.compiles and self.device.type != "cpu" and not self.reading:  # on a CPU every step's mask is read
-            reads = self.plan.masks.hides_padding_alone
-            self.steps.assume_padding_mask = mask is None or reads(mask, held.logical, held.padding, newest=True)
-        if cache is not None:
-            cache.conclude()
-
-    def learn(self, prompt: PromptView) -> None:
-        """Show a prompt to the quantizers that learn from it, while nothing is encoded that they would have to read back."""
-        learners, ladder = self.plan.learners, self.plan.ladder
-        if learners and not self.held.packed:
-            here = replace(prompt, layer=self.index, n_sink=ladder.n_sink, recent_window=ladder.recent_window)
-            for quantizer in learners:
-                quantizer.observe(here)
-            self.steps.replan(fresh=True)  # no graph of the codes before them
-
     # --- a pass ---
     def rollback(self) -> None:
         """Be again as before the forward pass that is under way; nothing happens if none is."""
@@ -337,7 +293,7 @@ class TieredLayer(CacheLayerMixin):
         if before is None:
             return
         if not before.facts["logical"]:
-            self._blank()
+            self.reset()
             return
         self.pending, held = None, self.held
         if self.reading:
@@ -361,7 +317,7 @@ class TieredLayer(CacheLayerMixin):
         if not self.reading:
             if self.record_past:
                 self._compress_due()  # whatever the last verification rejected has been cropped by now
-            self._rank_due()
+            self.rank(due=True)
             if coming <= MOST_TOKENS:
                 self._make_room(self._held, coming)
         self.steps.coming += coming
@@ -421,7 +377,7 @@ class TieredLayer(CacheLayerMixin):
         self._before = None
         if self._held is not None and not self.record_past:
             self._compress_due(prompt)
-            self._rank_due()
+            self.rank(due=True)
 
     def rest(self) -> None:
         """The pass is over: what is due is packed and ranked at once, where the host need not wait for the device to know."""
@@ -438,34 +394,29 @@ class TieredLayer(CacheLayerMixin):
             with self.moving("fp16") as moved:
                 moved["encode"], moved["evict"] = compress_due(self.held, prompt)
 
-    def _rank_due(self) -> None:
-        """Rank the rows that have taken ``plan.every`` tokens since they were last ranked; not while a pass is open."""
-        held, plan = cast(LayerContents, self._held), self.plan
-        if not plan.ladder.bounded or self.holding or self._before is not None:
-            return
-        if held.logical + self.steps.coming - int(held.ranked_at.min()) < plan.every:
-            return
-        due = self.logical - held.ranked_at >= plan.every
-        if bool(due.any()):
-            self._compress_due()
-            self.rank(due)
-
-    def rank(self, rows: Tensor | None = None) -> None:
+    def rank(self, due: bool = False) -> None:
         """Re-score every token and move what is over capacity down the ladder.
 
         Args:
-            rows: bool ``[B]`` (CPU) of the rows that are ranked: rows that came at different times are not due together,
-                and each must go on as it would alone. ``None`` for all.
+            due: only in rows that have taken ``plan.every`` tokens since they were last ranked, and not while a pass is open.
+                Rows that came at different times are not due together, and each must go on as it would alone.
         """
-        if self._held is None:
+        if self._held is None or (due and (self.holding or self._before is not None)):
             return
+        rows = torch.ones(self._held.rows, dtype=torch.bool)
+        if due and self.plan.ladder.bounded:
+            if self._held.logical + self.steps.coming - int(self._held.ranked_at.min()) < self.plan.every:
+                return
+            rows = self.logical - self._held.ranked_at >= self.plan.every
+        if not self.plan.ladder.bounded or not bool(rows.any()):
+            return
+        if due:
+            self._compress_due()
         held = self.held
-        rows = torch.ones_like(held.ranked_at, dtype=torch.bool) if rows is None else rows
         held.ranked_at = held.ranked_at.masked_fill(rows, held.logical)
-        if self.plan.ladder.bounded:
-            with self.moving(held.stores[-1].tier.name) as moved:
-                moved["demote"], moved["evict"] = rank(held, rows)
-                moved["reassign"] = moved["demote"] + moved["evict"]
+        with self.moving(held.stores[-1].tier.name) as moved:
+            moved["demote"], moved["evict"] = rank(held, rows)
+            moved["reassign"] = moved["demote"] + moved["evict"]
 
     def changed(self) -> None:
         """The host has moved tokens: shifts are worked out anew, and steps find what there is now."""
@@ -480,21 +431,22 @@ class TieredLayer(CacheLayerMixin):
     @contextlib.contextmanager
     def moving(self, source: str = "") -> Iterator[dict[str, int]]:
         """Tokens move inside the block, which says how many by kind of event; ``source``: where evicted ones were."""
-        started, before, moved = time.perf_counter(), self.nbytes(), dict[str, int]()
+        started, before, moved = time.perf_counter(), storage_bytes(self.tensors()), dict[str, int]()
         yield moved
         self.changed()
-        self._tell(moved, before, started, source)
+        _tell(self, moved, before, started, source)
 
-    def _tell(self, moved: Mapping[str, int], before: int, started: float, source: str = "") -> None:
-        """Send an event for each kind of move that there was, and for every ranking."""
-        for quantizer in self.plan.learners:
-            if quantizer.shortcoming:
-                self.plan.emit_once({"op": "encode", "quantizer": quantizer.kind, "reason": quantizer.shortcoming})
-        seconds, after = time.perf_counter() - started, self.nbytes()
-        for kind, tokens in moved.items():
-            if tokens or kind == "reassign":
-                detail = {"length": self.logical} | ({"from": source} if source and kind == "evict" else {})
-                self.plan.emit(Event(kind, self.index, tokens, before, after, seconds, detail))
+
+def _tell(layer: TieredLayer, moved: Mapping[str, int], before: int, started: float, source: str = "") -> None:
+    """Send an event for each kind of move that there was, and for every ranking."""
+    for quantizer in layer.plan.learners:
+        if quantizer.shortcoming:
+            layer.plan.emit_once({"op": "encode", "quantizer": quantizer.kind, "reason": quantizer.shortcoming})
+    seconds, after = time.perf_counter() - started, storage_bytes(layer.tensors())
+    for kind, tokens in moved.items():
+        if tokens or kind == "reassign":
+            detail = {"length": layer.logical} | ({"from": source} if source and kind == "evict" else {})
+            layer.plan.emit(Event(kind, layer.index, tokens, before, after, seconds, detail))
 
 
 def _dense(layer: TieredLayer, side: str) -> Tensor:

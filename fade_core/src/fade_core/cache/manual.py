@@ -73,7 +73,7 @@ def apply_tier_assignment(cache: TieredKVCache, layer_idx: int, tiers: Tensor) -
         raise InputError(
             f"tiers have shape {tuple(tiers.shape)}; [T] is needed (apply_tier_assignment_per_sequence takes rows)"
         )
-    assign_layer(layer, _clamped(layer, tiers.long().expand(*layer.tier_map().shape[:2], -1)))
+    assign_layer(layer, _clamped(layer, tiers.long().expand(*layer.held.tier_map().shape[:2], -1)))
 
 
 def apply_tier_assignment_per_sequence(cache: TieredKVCache, layer_idx: int, tiers: Tensor) -> None:
@@ -81,7 +81,7 @@ def apply_tier_assignment_per_sequence(cache: TieredKVCache, layer_idx: int, tie
     layer = _layer(cache, layer_idx)
     if tiers.dim() not in (2, 3):
         raise InputError(f"tiers have shape {tuple(tiers.shape)}; [B, T] or [B, H_kv, T] is needed")
-    heads = layer.tier_map().shape[1]
+    heads = layer.held.tier_map().shape[1]
     wanted = tiers.long() if tiers.dim() == 3 else tiers.long()[:, None].expand(-1, heads, -1)
     assign_layer(layer, _clamped(layer, wanted))
 
@@ -106,7 +106,7 @@ def assign_layer(layer: TieredLayer, tiers: Tensor) -> None:
 
 def _clamped(layer: TieredLayer, wanted: Tensor) -> Tensor:
     """``wanted`` with tokens that are gone already left gone (padding, evicted)."""
-    now = layer.tier_map()
+    now = layer.held.tier_map()
     if wanted.shape != now.shape:
         return wanted
     return torch.where(now < 0, torch.full_like(now, -1), wanted.to(now.device))

@@ -33,22 +33,24 @@ class MaskReader:
     """Reads the masks of a cache's passes: its layers share one, which is looked at once."""
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[weakref.ref[Tensor], int, object]] = {}
+        self._answers: dict[tuple[object, ...], object] = {}
+        self._mask: weakref.ref[Tensor] | None = None
 
-    def _once(self, question: str, mask: Tensor, length: int, ask: Callable[[], T]) -> T:
-        known = self._known.get(question)
-        if known is None or known[0]() is not mask or known[1] != length:
-            self._known[question] = known = weakref.ref(mask), length, ask()
-        return cast(T, known[2])
+    def _once(self, mask: Tensor, question: tuple[object, ...], ask: Callable[[], T]) -> T:
+        if self._mask is None or self._mask() is not mask:
+            self._answers, self._mask = {}, weakref.ref(mask)
+        if question not in self._answers:
+            self._answers[question] = ask()
+        return cast(T, self._answers[question])
 
     def leading_padding(self, mask: Tensor, chunk: int) -> Tensor:
         """Columns of a chunk before the first one that its last query sees, int64 ``[B]`` on the CPU."""
 
-        def ask() -> Tensor:
+        def ask() -> list[int]:
             seen = mask[:, 0, -1, -chunk:].cpu()
-            return torch.where(seen.any(-1), seen.int().argmax(-1), chunk)
+            return torch.where(seen.any(-1), seen.int().argmax(-1), chunk).tolist()
 
-        return self._once("padding", mask, chunk, ask)
+        return torch.tensor(self._once(mask, ("padding", chunk), ask))
 
     def hides_padding_alone(self, mask: Tensor, logical: int, padding: Tensor, newest: bool = False) -> bool:
         """Whether a mask hides nothing but leading padding, which is not stored, and tokens after the query.
@@ -60,15 +62,10 @@ class MaskReader:
             newest: look at the newest query alone.
         """
 
-        def ask() -> tuple[Tensor, bool]:
+        def ask() -> bool:
             where, rows = torch.arange(logical, device=mask.device), mask[:, :, -1:] if newest else mask
             padded = where < sent(padding, mask.device)[:, None, None, None]  # [B, 1, 1, logical]
             causal = where <= where[logical - rows.shape[2] :, None]  # [Q, logical]
-            return padding, bool(((rows[..., :logical] == causal) | padded).all())
+            return bool(((rows[..., :logical] == causal) | padded).all())
 
-        question = "newest" if newest else "all"
-        asked, answer = self._once(question, mask, logical, ask)
-        if not torch.equal(asked, padding):  # another layer's
-            del self._known[question]
-            answer = self._once(question, mask, logical, ask)[1]
-        return answer
+        return self._once(mask, ("hides", logical, newest, *padding.tolist()), ask)

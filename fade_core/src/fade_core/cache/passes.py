@@ -151,6 +151,8 @@ class PassControl(Cache):
         self._before.clear()
         self._overwritten.clear()
         self._updated.clear()
+        for layer in self.tiered:
+            layer.record_past = False
         super().reset()
 
     # --- inside ---

@@ -144,15 +144,15 @@ def dense_with_past(
         mask: bool ``[B or 1, T]``, what the newest query may see; ``None`` for all. It only decides which holes count.
         rope: by which keys are moved when they are read; ``None`` if they stay.
     """
-    stored = sum(part.size for part in held.parts)
+    stored = sum(part.longest for part in held.parts)
     both = tuple(t.new_empty((*t.shape[:2], stored + keys.shape[2], t.shape[3])) for t in (keys, values))
     start, shifts = 0, past_shifts(held, rope, mask, held.logical - keys.shape[2])
     for part, shift in zip(held.parts, shifts, strict=True):
-        here = [t[:, :, start : start + part.size] for t in both]
+        here = [t[:, :, start : start + part.longest] for t in both]
         part.decode_into(*here)
         if shift is not None:
             shift.move(here[0], READ_AT_ONCE)
-        start += part.size
+        start += part.longest
     for out, new in zip(both, (keys, values), strict=True):
         out[:, :, stored:] = new
     return both[0], both[1]

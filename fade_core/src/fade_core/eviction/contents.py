@@ -104,7 +104,7 @@ class LayerContents:
         return sum(int(store.table.used.host.sum()) * store.tile for store in self.stores[:1])
 
     def statistics(self) -> list[dict[str, Tensor]]:
-        """Statistics of each part's tokens, float32 ``[B, H_kv, size]`` a name: views, updated in place."""
+        """Statistics of each part's tokens, float32 ``[B, H_kv, longest]`` a name: views, updated in place."""
         names = self.window.statistics
         return [{name: part.note(f"statistic.{name}") for name in names} for part in self.parts]
 

@@ -146,16 +146,16 @@ class TierStore:
         return TileView(self.tier, *where, self.layout.dtype, self.tiles, table.even())
 
     @property
-    def size(self) -> int:
+    def longest(self) -> int:
         """Slots of the longest row and head, ``tiles * tile``."""
         return self.tiles * self.tile
 
     def note(self, name: str) -> Tensor:
-        """A number that each token carries, ``[B, H_kv, size]``; a view."""
+        """A number that each token carries, ``[B, H_kv, longest]``; a view."""
         return self.table.slots[name][:, :, : self.tiles].flatten(2)
 
     def decode(self, side: int) -> Tensor:
-        """Keys (0) or values (1) in full precision, ``[B, H_kv, size, D]``."""
+        """Keys (0) or values (1) in full precision, ``[B, H_kv, longest, D]``."""
         view = self.view()
         if side:
             return self.codec.decode(self.tier.values, view.packed_values())

@@ -30,8 +30,11 @@ class Window:
 
     Attributes:
         slots: "keys" ``[B, H_kv, capacity, D]``, "values", int32 "positions" ``[B, 1, capacity]``, and the notes.
+        heads_aligned: whether all heads of a row hold tokens of the same positions: always.
         numbers: tokens of each row, int32 ``[B, H_kv]`` (one a program of a kernel, the same in all heads of a row).
     """
+
+    heads_aligned = True
 
     def __init__(
         self, batch: int, key_dim: int, value_dim: int, capacity: int, layout: TokenLayout, floor: int = 0
@@ -86,16 +89,6 @@ class Window:
     def longest(self) -> int:
         """Tokens of the longest row."""
         return int(self.numbers.host.max()) if self.numbers.host.numel() else 0
-
-    @property
-    def size(self) -> int:
-        """Slots of each row that are read: as many as the longest has tokens."""
-        return self.longest
-
-    @property
-    def heads_aligned(self) -> bool:
-        """Whether all heads of a row hold tokens of the same positions: always."""
-        return True
 
     def note(self, name: str) -> Tensor:
         """A number that each token carries, ``[B, H_kv, longest]``; a view."""

@@ -45,6 +45,12 @@ def live_bytes(obj: object, exclude: object = None) -> int:
     return sum(live_storages(obj, exclude).values())
 
 
+def storage_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of the storages of these tensors, each storage once; quicker than ``live_bytes``, which searches for them."""
+    storages = [tensor.untyped_storage() for tensor in tensors.values()]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
 def _storages(tensor: Tensor) -> Iterator[tuple[StorageKey, int]]:
     if tensor.device.type == "meta":
         return

@@ -31,7 +31,9 @@ def packed_bits(cache: Any, model: Any, rows: int) -> float:
 def _tiered_bits(cache: Any) -> float:
     bits = tokens = 0.0
     for layer in cache.tiered:
-        counts = torch.bincount(layer.tier_map().flatten() + 1, minlength=2 + len(layer.plan.ladder.tiers)).tolist()
+        counts = torch.bincount(
+            layer.held.tier_map().flatten() + 1, minlength=2 + len(layer.plan.ladder.tiers)
+        ).tolist()
         for tier, count in zip(layer.plan.ladder.tiers, counts[2:], strict=True):
             bits += count * (tier.keys.bits_per_element + tier.values.bits_per_element) / 2
             tokens += count

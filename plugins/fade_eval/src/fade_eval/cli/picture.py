@@ -32,7 +32,7 @@ class TierPicture:
     def of(cls, cache: Any) -> TierPicture:
         """What a tiered cache holds now."""
         shown = [(index, layer) for index, layer in enumerate(cache.layers) if hasattr(layer, "tier_map")]
-        tiers = torch.cat([layer.tier_map()[0].cpu() for _, layer in shown])
+        tiers = torch.cat([layer.held.tier_map()[0].cpu() for _, layer in shown])
         return cls(tuple(cache.tier_names()), tuple(index for index, _ in shown), tiers)
 
     def shares(self) -> dict[str, float]:
