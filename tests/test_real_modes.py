@@ -112,7 +112,7 @@ def asked(smollm2: tuple[Any, Any]) -> Asked:
     document = demo_document()
     chats = [
         [{"role": "user", "content": f"{document.passage.text[:size]}\n\nWhat is this text about?"}]
-        for size in (900, 500)
+        for size in (600, 350)
     ]
     rows = [
         tokenizer.apply_chat_template(
