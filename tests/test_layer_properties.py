@@ -347,7 +347,7 @@ def apply(twin: Twin, operation: tuple) -> None:  # type: ignore[type-arg]
 
 @pytest.mark.parametrize("max_cache_len", [None, LENGTH])
 @pytest.mark.parametrize("config", CONFIGS)
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     first=st.integers(1, 150),
     padding=st.lists(st.integers(0, 60), min_size=1, max_size=3),

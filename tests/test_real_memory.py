@@ -16,7 +16,7 @@ from fade_eval.texts import passages
 
 pytestmark = [pytest.mark.real_model, pytest.mark.slow]
 
-PROMPT, STEPS = 2048, 128
+PROMPT, STEPS = 1024, 72
 
 
 @pytest.fixture(scope="module")
@@ -50,21 +50,21 @@ def test_safe_holds_a_third_and_compresses_from_the_first_step(smollm2: tuple[An
     assert held <= 0.36 * elements * model.dtype.itemsize
     exact = DynamicCache(config=text_config)
     with torch.no_grad():
-        model(ids, past_key_values=exact, logits_to_keep=1)
-    assert live_bytes(exact) == elements // tokens * PROMPT * model.dtype.itemsize
+        model(ids[:, :16], past_key_values=exact, logits_to_keep=1)
+    assert live_bytes(exact) == elements // tokens * 16 * model.dtype.itemsize
 
 
 def test_safe_stays_close_to_the_exact_cache_in_decode(smollm2: tuple[Any, Any]) -> None:
     model, tokenizer = smollm2
     texts = [p.text for p in passages("evaluation")[:3]]
-    found = divergence(model, texts, "safe", tokenizer=tokenizer, prompt_tokens=1024, steps=64)
+    found = divergence(model, texts, "safe", tokenizer=tokenizer, prompt_tokens=384, steps=40, batch_size=3)
     assert found.kl_mean <= 0.005
-    assert found.top1_agreement >= 0.94  # 192 steps: one standard error of the measured 0.97 is 0.012
+    assert found.top1_agreement >= 0.94  # 120 steps: one standard error of the measured 0.97 is 0.016
 
 
 def test_two_bit_values_make_the_cache_smaller(smollm2: tuple[Any, Any]) -> None:
     model, _ = smollm2
-    ids = torch.randint(0, 1000, (1, 600), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(0, 1000, (1, 200), generator=torch.Generator().manual_seed(1))
     sizes = []
     for bits in (4, 2):
         with create_tiered_cache(model, FadeConfig(middle_k_bits=4, middle_v_bits=bits)) as cache, torch.no_grad():

@@ -115,8 +115,7 @@ def test_it_is_used_through_a_config_file(environment: Environment, model: Path)
     prompt = "All happy families are alike; each unhappy family is unhappy in its own way. " * 3
     arguments = ("--model", model, "--max-new-tokens", "40", "--device", "cpu", "--raw", "--json")
     evicting = json.loads(environment.fade("generate", prompt, "--config", EXAMPLE / "knorm.toml", *arguments).stdout)
-    keeping = json.loads(environment.fade("generate", prompt, "--config", "safe", *arguments).stdout)
-    assert evicting["new_tokens"] == keeping["new_tokens"] == 40
+    assert evicting["new_tokens"] == 40
     assert evicting["prompt_tokens"] == len(prompt)
     kept = sum(held for name, held in evicting["tiers"].items() if name not in ("fp16", "layer"))
     every_token = 2 * 2 * 2 * (16 * 8 + 32) / 8  # layers, heads, K and V; 8 bits and a word of metadata a token

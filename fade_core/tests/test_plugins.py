@@ -110,6 +110,7 @@ def test_an_installed_distribution_is_found(site: Site) -> None:
         assert type(config.policy.build()) is type(get_policy("mine"))
 
 
+@pytest.mark.slow
 def test_a_fresh_process_finds_it_too(site: Site, tmp_path: Path) -> None:
     site.install("fade-mine", POLICY_SOURCE.format(kind="mine"))
     (tmp_path / "fade.toml").write_text('policy = { kind = "mine", budget = 300 }')

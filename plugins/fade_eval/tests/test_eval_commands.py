@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,7 @@ def test_errors_are_one_clear_message_and_exit_code_2(folder: Path, arguments: t
 # --- eval ---
 
 
+@pytest.mark.slow
 def test_eval_compares_configurations(folder: Path, small: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     arguments = ("--model", folder, "--text", tmp_path / "text.txt", "--prompt-tokens", 96, "--steps", 8)
@@ -208,6 +210,7 @@ def test_bench_decode_times_what_is_the_same(tmp_path: Path) -> None:
     assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_bench_decode_prints_no_time_where_parity_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
     gaps = iter([1.0, 0.1])
     monkeypatch.setattr(generating, "distance", lambda found, wanted: next(gaps))
@@ -292,6 +295,7 @@ def test_demo_answers_measures_and_draws(
     assert (out / "tiers.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_picture_shows_each_token_in_the_colour_of_its_tier(tmp_path: Path) -> None:
     from matplotlib.image import imread
 
@@ -309,9 +313,13 @@ def test_the_picture_shows_each_token_in_the_colour_of_its_tier(tmp_path: Path) 
 
 @pytest.mark.real_model
 @pytest.mark.slow
-def test_the_demo_on_the_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo_module, "CHECKED", 64)
-    ok(run("demo", "--prompt-tokens", 1024, "--config", "safe", "--output-dir", tmp_path, "--max-new-tokens", 16))
+def test_the_demo_on_the_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, smollm2_folder: Path) -> None:
+    """Out of a folder; test_loading.py says that its own default, the wheel, holds the same."""
+    assert signature(demo_module.demo).parameters["model"].default == "smollm2"
+    monkeypatch.setattr(demo_module, "CHECKED", 32)
+    monkeypatch.setattr(demo_module, "TIMED", 4)
+    options = ("--prompt-tokens", 768, "--config", "safe", "--max-new-tokens", 8)
+    ok(run("demo", "--model", smollm2_folder, *options, "--output-dir", tmp_path))
     safe = json.loads((tmp_path / "demo.json").read_text())["caches"]["safe"]
     assert safe["kl"] <= 0.01
     assert safe["top1"] >= 0.9

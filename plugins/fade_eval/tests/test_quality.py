@@ -292,6 +292,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_writes_csv_and_plot(folder: Path, tmp_path: Path) -> None:
     FadeConfig(**SMALL).to_file(tmp_path / "ours.toml")
     (tmp_path / "text.txt").write_text("Call me Ishmael. Some years ago, never mind how long. " * 8, encoding="utf-8")

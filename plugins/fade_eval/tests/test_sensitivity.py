@@ -71,6 +71,7 @@ def test_the_sensitive_layer_is_ranked_first(model: Any, ids: Tensor, batch_size
     json.dumps(found.to_dict())
 
 
+@pytest.mark.slow
 def test_without_the_outlier_that_layer_costs_a_fraction(model: Any, ids: Tensor) -> None:
     spoilt = sensitivity(model, CONFIG, ids, **SIZES).layers
     plain = sensitivity(tiny_llama(layers=LAYERS), CONFIG, ids, **SIZES).layers

@@ -223,6 +223,7 @@ def test_a_search_without_a_right_answer_says_so(monkeypatch, where):
         search(TINY, [DecodeConfig()], session_of(where))
 
 
+@pytest.mark.slow
 def test_tuning_keeps_each_row_at_once_and_names_what_is_left(monkeypatch, where):
     kept = {}
     report = TuningReport(MACHINE)
@@ -426,6 +427,7 @@ def as_on_a_gpu(monkeypatch, where):
     monkeypatch.setattr(cases_module, "PARITY", (TINY, replace(TOKEN, queries=2)))
 
 
+@pytest.mark.slow
 def test_kernels_prints_a_table_and_json_and_writes_files(as_on_a_gpu, tmp_path):
     shown = fade("bench", "kernels", "--only", "token", "--output-dir", tmp_path)
     assert shown.exit_code == 0, shown.output
@@ -442,6 +444,7 @@ def test_kernels_prints_a_table_and_json_and_writes_files(as_on_a_gpu, tmp_path)
     assert "parity: 8 checks green" in found.stderr
 
 
+@pytest.mark.slow
 def test_kernels_exits_with_1_and_names_what_was_not_timed(as_on_a_gpu, monkeypatch, tmp_path):
     spoilt(monkeypatch, lambda fmt, config: fmt.axis == "token")
     shown = fade("bench", "kernels", "--output-dir", tmp_path)
@@ -463,6 +466,7 @@ def test_an_interrupted_run_keeps_what_it_has_found(as_on_a_gpu, monkeypatch, tm
     assert len(json.loads((tmp_path / "kernels.json").read_text())["checks"]) == 4
 
 
+@pytest.mark.slow
 def test_tune_writes_a_file_that_fade_reads(as_on_a_gpu, monkeypatch, tmp_path):
     shown = fade("bench", "tune", "--only", "channel")
     assert shown.exit_code == 0, shown.output

@@ -98,6 +98,7 @@ def test_tokens_are_turned_before_they_are_encoded(bits: int, tile: int, dim: in
         assert int((ours.view(torch.int16).int() - theirs.view(torch.int16).int()).abs().max()) <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fixed", [False, True])
 def test_a_prompt_is_packed_by_it(fixed: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Growing and fixed caches hold the same codes as without it."""
@@ -117,6 +118,7 @@ def test_a_prompt_is_packed_by_it(fixed: bool, device: str, monkeypatch: pytest.
         assert all(torch.equal(ours[name], field) for name, field in theirs.items())
 
 
+@pytest.mark.slow
 def test_conformance(device: str) -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     results = check_kernel(TritonEncode(), device=device, dtype=dtype)

@@ -30,7 +30,7 @@ SHORT: dict[str, Any] = {"n_sink": 4, "recent_window": 16, "tile": 64}
 
 def model(device: str) -> LlamaForCausalLM:
     config = LlamaConfig(
-        vocab_size=64, hidden_size=128, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=64,
+        vocab_size=64, hidden_size=128, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, head_dim=64,
         num_key_value_heads=2, initializer_range=0.1, pad_token_id=0, eos_token_id=None, bos_token_id=None,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval().to(device, torch.bfloat16)

@@ -127,6 +127,7 @@ def test_turned_keys(device: str) -> None:
     assert float((found.double() - wanted).abs().max() / wanted.max()) < 0.03
 
 
+@pytest.mark.slow
 def test_conformance(device: str) -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     results = check_kernel(TritonAttentionMass(), device=device, dtype=dtype)

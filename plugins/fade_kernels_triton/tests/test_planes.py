@@ -107,7 +107,8 @@ def test_parity(
     seed()
     keys = quantizer(heads, dim, "key", key_bits, tile, device=device)
     values = quantizer(heads, dim, "value", value_bits, tile, device=device)
-    store = store_of(keys, values, torch.full((rows, heads), 3 * tile), device)
+    tiles = 3 if device == "cuda" else 2  # interpreted, every tile takes as long again
+    store = store_of(keys, values, torch.full((rows, heads), tiles * tile), device)
     query = torch.randn(rows, query_heads, 1, dim, device=device).half()
     check(query, [packed(store)], dim**-0.5)
 
@@ -117,7 +118,7 @@ def test_other_even_widths(widths: tuple[int, ...], bits: float, device: str) ->
     seed()
     options: dict[str, Any] = {"widths": widths, "device": device}
     keys, values = (quantizer(2, 64, side, bits, **options) for side in ("key", "value"))
-    store = store_of(keys, values, torch.full((1, 2), 256), device)
+    store = store_of(keys, values, torch.full((1, 2), 256 if device == "cuda" else 128), device)
     check(torch.randn(1, 6, 1, 64, device=device).half(), [packed(store)], 0.125)
 
 
@@ -137,7 +138,7 @@ def test_a_head_without_bits(device: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("queries", [1, 8])
+@pytest.mark.parametrize("queries", [1, 3, pytest.param(8, marks=pytest.mark.gpu)])
 def test_ragged_rows_beside_a_window_and_another_tier(queries: int, device: str) -> None:
     seed()
     keys, values = (quantizer(2, 64, side, 2.1, device=device) for side in ("key", "value"))
@@ -220,7 +221,7 @@ class Events(TelemetrySink):
 
 def tiny_llama(device: str) -> LlamaForCausalLM:
     config = LlamaConfig(
-        vocab_size=97, hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=97, hidden_size=128, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, head_dim=64, max_position_embeddings=1024, initializer_range=0.1,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval().to(device, torch.bfloat16)
@@ -242,13 +243,13 @@ def file(tmp_path: Any) -> str:
     sides: dict[str, dict[int, Any]] = {}
     for side in ("key", "value"):
         sides[side] = {}
-        for layer in range(2):
+        for layer in range(1):
             forward, _ = torch.linalg.qr(torch.randn(2, 64, 64))
             worth = 0.96 ** torch.arange(64) * 2.0 ** torch.randn(2, 1)
             sides[side][layer] = calibration.SideCalibration(
                 torch.zeros(2, 64), forward.half(), torch.ones(2, 64), torch.ones(2, 64), worth
             )
-    made = calibration.Calibration(sides, 64, 2, 2, torch.zeros(2, 16), {"bits": 2.3, "widths": [0, 2, 4], "group": 16})
+    made = calibration.Calibration(sides, 64, 2, 1, torch.zeros(1, 16), {"bits": 2.3, "widths": [0, 2, 4], "group": 16})
     path = tmp_path / "calibration.safetensors"
     made.save(path)
     return str(path)

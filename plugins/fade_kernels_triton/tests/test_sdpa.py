@@ -119,6 +119,7 @@ def test_parity_where_nothing_can_run():
         check_fused_parity("meta")
 
 
+@pytest.mark.slow
 def test_the_command_says_why_it_cannot_run():
     """A fresh process without the interpreter: on a machine without a GPU the reason, with one the table."""
     code = "import os; os.environ.pop('TRITON_INTERPRET', None); import sys; sys.argv = ['fade', 'check-kernels']; "

@@ -121,6 +121,7 @@ def test_statistics_equal_the_formula(seed: int) -> None:
         )
 
 
+@pytest.mark.slow
 def test_calibration_repeats_bit_for_bit(tmp_path: Path, seed: int) -> None:
     model, read = tiny(), texts()
     files = []

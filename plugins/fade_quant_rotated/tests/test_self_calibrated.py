@@ -254,6 +254,7 @@ def test_configuration_refuses_and_says_why() -> None:
         get_quantizer("self-calibrated", head_dim=DIM, widths=(2, 4))
 
 
+@pytest.mark.slow
 def test_conformance(seed: int) -> None:
     about_a_mean = {"extreme_values": "tokens are coded about a mean: zeros come back as a small error"}
     results = check_quantizer("self-calibrated", seed=seed, expected_failures=about_a_mean)
@@ -284,6 +285,7 @@ def test_every_stored_token_is_the_one_its_position_says(model: Any, more: dict)
     assert not listener.reasons
 
 
+@pytest.mark.slow
 def test_a_reset_cache_learns_anew_and_a_saved_one_goes_on(model: Any, tmp_path: Path) -> None:
     first, second = torch.randint(1, VOCAB, (2, 1, 300))
     with create_tiered_cache(model, FadeConfig(**FIELDS)) as cache, torch.no_grad():
@@ -307,6 +309,7 @@ def test_a_reset_cache_learns_anew_and_a_saved_one_goes_on(model: Any, tmp_path:
         assert torch.equal(again, steps(model, fresh, second[:, :30]))
 
 
+@pytest.mark.slow
 def test_a_short_prompt_makes_do_with_a_rotation_and_says_so(model: Any) -> None:
     ids, listener = torch.randint(1, VOCAB, (1, 300)), Listener()
     exact = transformers.DynamicCache(config=model.config)
