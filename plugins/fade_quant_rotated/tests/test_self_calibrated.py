@@ -131,7 +131,7 @@ def test_padding_is_not_learnt_from_and_rows_add_up(seed: int) -> None:
     alone = moments_of(once, 1, queries=100, shrink=0.0)
     padded = [
         torch.nn.functional.pad(t, (0, 0, pad, 0), value=9.0).expand(2, -1, -1, -1)
-        for t in (once.held.queries, once.keys, once.values)
+        for t in (once.queries, once.keys, once.values)
     ]
     at = torch.arange(400 + pad)
     seen = (at <= at[:, None]) & (at >= pad)

@@ -439,6 +439,8 @@ class TieredLayer(CacheLayerMixin):
 
 def _tell(layer: TieredLayer, moved: Mapping[str, int], before: int, started: float, source: str = "") -> None:
     """Send an event for each kind of move that there was, and for every ranking."""
+    if not any(moved.values()) and "reassign" not in moved:
+        return
     for quantizer in layer.plan.learners:
         if quantizer.shortcoming:
             layer.plan.emit_once({"op": "encode", "quantizer": quantizer.kind, "reason": quantizer.shortcoming})
