@@ -167,19 +167,12 @@ def pack_codes(codes: Tensor, width: int, layout: Layout) -> Tensor:
 
 def unpack_codes(words: Tensor, width: int, layout: Layout, dtype: torch.dtype = torch.int16) -> Tensor:
     """Undo ``pack_codes``: words to codes ``[..., tile, D]`` (token-major) or ``[..., D, tile]`` (channel-major)."""
-    fields = WORD_BITS // width
-    mask = (1 << width) - 1
+    shifts = torch.arange(0, WORD_BITS, width, dtype=words.dtype, device=words.device)
     if layout == "token":
-        rows, dim = words.shape[-2:]
-        out = torch.empty(*words.shape[:-2], fields, rows, dim, dtype=dtype, device=words.device)
-        for j in range(fields):
-            out[..., j, :, :] = (words >> (width * j) if j else words) & mask
-        return out.reshape(*words.shape[:-2], fields * rows, dim)
-    dim, rows = words.shape[-2:]
-    out = torch.empty(*words.shape[:-1], fields, rows, dtype=dtype, device=words.device)
-    for j in range(fields):
-        out[..., j, :] = (words >> (width * j) if j else words) & mask
-    return out.reshape(*words.shape[:-1], fields * rows)
+        codes = (words[..., None, :, :] >> shifts[:, None, None]).bitwise_and_((1 << width) - 1)  # [..., fields, R, D]
+        return codes.flatten(-3, -2).to(dtype)
+    codes = (words[..., None, :] >> shifts[:, None]).bitwise_and_((1 << width) - 1)  # [..., D, fields, R]
+    return codes.flatten(-2).to(dtype)
 
 
 def pack_meta(scale: Tensor, minimum: Tensor) -> Tensor:
