@@ -129,7 +129,7 @@ def test_safe_preset_compresses_and_leaves_the_model_as_it_was(model: PreTrained
         for layer in cache.tiered:
             store = layer.held.stores[0]
             assert store.lengths[:, 0].tolist() == [128, 128 if cache.attention == "stock" else 64]
-            coded = sum(t.nbytes for n, t in store.pool.tensors().items() if n.startswith(("k.codes", "v.codes")))
+            coded = sum(t.nbytes for n, t in store.pool.fields.items() if n.startswith(("k.codes", "v.codes")))
             assert coded * 8 == 4 * 2 * layer.held.window.keys.shape[-1] * store.pool.capacity * store.tile
     assert implementations(model) == before
     tolerance = 1e-5 * float(logits.std())

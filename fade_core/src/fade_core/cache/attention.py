@@ -65,9 +65,8 @@ def fade_attention(
     Returns:
         output ``[B, Q, H_q, D]`` and ``None`` in place of attention weights.
     """
-    call = _Call(
-        query, as_bool(attention_mask), query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux
-    )
+    mask = attention_mask if attention_mask is None or attention_mask.dtype == torch.bool else as_bool(attention_mask)
+    call = _Call(query, mask, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
     if isinstance(key, CompiledHandle):
         layer = cast(TieredLayer, key.layer)
         output = layer.steps.attend_compiled(*call) if key.stepping else _eagerly(module, layer, call)

@@ -333,7 +333,7 @@ class TieredLayer(CacheLayerMixin):
             tokens = window.longest + unseen  # at most: what the host has not seen yet may have left the window
             due = 0 if keep or tokens < ladder.threshold else (tokens - ladder.threshold) // ladder.tile + 1
             slots = tokens - due * ladder.tile + coming
-            if slots <= window.capacity and (keep or held.stores[0].ahead() >= due):
+            if slots <= window.capacity and (not due or held.stores[0].ahead() >= due):
                 break
             self.sync()
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ class LayerPlan(EvictionPlan):
         """Whether tokens carry how far they are moved when they are read."""
         return self.rope is not None
 
-    @property
+    @cached_property
     def learners(self) -> list[Quantizer]:
         """The quantizers that learn from a prompt."""
         return [q for tier in self.ladder.tiers for q in (tier.keys, tier.values) if q.learns]

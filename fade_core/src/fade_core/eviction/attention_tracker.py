@@ -32,6 +32,7 @@ class AttentionTracker:
     Attributes:
         statistics: those that are kept of each token.
         query_statistics: those that are kept of each layer's queries.
+        active: whether anything is tracked of the tokens at every step, so that attention probabilities are needed.
     """
 
     def __init__(
@@ -48,11 +49,7 @@ class AttentionTracker:
         if not 0 < decay <= 1:
             raise ConfigError(f"decay={decay} must lie in (0, 1]")
         self.decay, self.observation_window = decay, observation_window
-
-    @property
-    def active(self) -> bool:
-        """Whether anything is tracked of the tokens at every step, so that attention probabilities are needed."""
-        return any(name != "reread" for name in self.statistics)
+        self.active = any(name != "reread" for name in self.statistics)
 
     def observed(self, queries: int) -> int:
         """How many of the last ``queries`` queries are observed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -35,12 +36,12 @@ class Ladder:
     budget: int | float | ByteBudget | None
     tile: int
 
-    @property
+    @cached_property
     def bounded(self) -> bool:
         """Whether a token can ever be moved down or evicted once it is packed."""
         return self.budget is not None or any(t.capacity != "rest" for t in self.tiers)
 
-    @property
+    @cached_property
     def threshold(self) -> int:
         """Tokens that a full window holds: one tile leaves it before the next token comes."""
         return self.n_sink + self.recent_window + self.tile

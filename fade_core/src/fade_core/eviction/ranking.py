@@ -179,5 +179,8 @@ def _choose(store: TierStore, scores: Tensor, over: Tensor) -> Tensor:
         return lowest(scores, live, over)
     tiled = scores.masked_fill(~live, 0).unflatten(-1, (-1, store.tile)).sum(-1)
     count = live.unflatten(-1, (-1, store.tile)).sum(-1)
-    tiles = lowest(tiled / count.clamp_min(1), count > 0, -(-over // store.tile))
+    order = torch.argsort((tiled / count.clamp_min(1)).masked_fill(count == 0, torch.inf), dim=-1, stable=True)
+    sizes = count.gather(2, order)  # a tile that was cut short gives less: others go with it
+    gone = (sizes.cumsum(-1) - sizes < sent(over, sizes.device)[..., None]) & (sizes > 0)
+    tiles = torch.zeros_like(gone).scatter_(2, order, gone)
     return tiles.repeat_interleave(store.tile, dim=-1) & live

@@ -207,6 +207,8 @@ class StepPlan:
 
     def choose(self, kernel: Kernel, *args: object, shifted: bool = False, **options: object) -> Kernel:
         """``kernel`` if it accepts this very call, else the reference."""
+        if type(kernel) is type(_REFERENCES[kernel.op]):
+            return kernel
         support = kernel.accepts(*args, **options) if kernel.shifts or not shifted else _WITHOUT_SHIFTS
         if support:
             return kernel
@@ -350,7 +352,7 @@ def segments_of(
         seen = None if mask is None else gathered(mask, tier.positions(view.tiles), view.valid())
         shift = _noted_shift(plan, notes, on_host) if shifts is None else shifts[len(segments)]
         segments.append(PackedSegment(view, seen, mask is None, shift))
-        statistics.append(under(notes, "statistic."))
+        statistics.append(under(notes, "statistic.") if notes else {})
     longest, even, seen = held.keys.shape[2], False, None
     if on_host:
         longest = min(int(held.lengths.max()), longest)  # a window that ran over is reported later
@@ -362,7 +364,7 @@ def segments_of(
     shift = _noted_shift(plan, notes, on_host) if shifts is None else shifts[len(segments)]
     keys = held.keys[:, :, :longest] if shift is None else shift.moved(held.keys[:, :, :longest])
     segments.append(FullSegment(keys, held.values[:, :, :longest], seen, mask is None, None if even else held.lengths))
-    statistics.append(under(notes, "statistic."))
+    statistics.append(under(notes, "statistic.") if notes else {})
     return segments, statistics
 
 

@@ -30,6 +30,7 @@ def packed_bits(cache: Any, model: Any, rows: int) -> float:
 
 def _tiered_bits(cache: Any) -> float:
     bits = tokens = 0.0
+    cache.settle()
     for layer in cache.tiered:
         counts = torch.bincount(
             layer.held.tier_map().flatten() + 1, minlength=2 + len(layer.plan.ladder.tiers)

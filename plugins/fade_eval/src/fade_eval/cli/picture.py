@@ -31,9 +31,9 @@ class TierPicture:
     @classmethod
     def of(cls, cache: Any) -> TierPicture:
         """What a tiered cache holds now."""
-        shown = [(index, layer) for index, layer in enumerate(cache.layers) if hasattr(layer, "tier_map")]
-        tiers = torch.cat([layer.held.tier_map()[0].cpu() for _, layer in shown])
-        return cls(tuple(cache.tier_names()), tuple(index for index, _ in shown), tiers)
+        cache.settle()
+        tiers = torch.cat([layer.held.tier_map()[0].cpu() for layer in cache.tiered])
+        return cls(tuple(cache.tier_names()), tuple(layer.index for layer in cache.tiered), tiers)
 
     def shares(self) -> dict[str, float]:
         """Share of tokens in each tier, "evicted" included."""
