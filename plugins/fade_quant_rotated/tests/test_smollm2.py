@@ -60,7 +60,7 @@ def test_two_calibrated_bits_beat_the_best_rotation_by_far(tmp_path: Path, smoll
 def test_the_shipped_file_reaches_far_behind_its_texts(smollm2_folder: Path) -> None:
     """It was made from pieces of 1,024 tokens."""
     model, tokenizer = load_model(smollm2_folder, dtype="float32", device="cpu")
-    ids = tokenizer((TEXTS / "demo-alice-07.txt").read_text("utf-8"), return_tensors="pt").input_ids[:, :2816]
+    ids = tokenizer((TEXTS / "demo-alice-07.txt").read_text("utf-8"), return_tensors="pt").input_ids[:, :1664]
     side = {"kind": "calibrated", "file": "smollm2", "bits": 2.1}
     exact = last(model, DynamicCache(config=model.config), ids)
     with create_tiered_cache(model, FadeConfig(keys=side, values=side)) as cache:
