@@ -378,7 +378,7 @@ class Operations(RuleBasedStateMachine):
         for cache in self.caches:
             cache.settle()
             for layer in cache.tiered:
-                for store in layer.held.stores:
+                for store in layer.held.stores if layer.is_initialized else ():
                     check_tiles(store, reserved=cache.length_limit is not None)
             assert cache.memory_report().total == live_bytes(cache)
         self.each(lambda cache: cache.get_seq_length())

@@ -116,4 +116,5 @@ def _layer(cache: TieredKVCache, layer_idx: int) -> TieredLayer:
     known = {layer.index: layer for layer in cache.tiered}
     if layer_idx not in known:
         raise InputError(f"layer {layer_idx} is not tiered; tiered layers: {sorted(known)}")
+    known[layer_idx].settle()
     return known[layer_idx]
