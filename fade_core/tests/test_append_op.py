@@ -82,17 +82,6 @@ def rule_and_buffers(
     )
 
 
-def copied(buffers: StepBuffers) -> StepBuffers:
-    def copy(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: field.clone() for name, field in value.items()}
-        if isinstance(value, list):
-            return [note.clone() for note in value]
-        return value.clone() if isinstance(value, Tensor) else value
-
-    return StepBuffers(**{name: copy(value) for name, value in vars(buffers).items()})
-
-
 def same_live(ours: StepBuffers, theirs: StepBuffers) -> None:
     """All that is in use is alike, bit by bit, and no packed tile but the row's and head's own was touched."""
     assert torch.equal(ours.lengths, theirs.lengths)
@@ -161,7 +150,7 @@ def test_append_is_what_it_is_by_hand_whether_it_looks_or_not(axis: str, bits: i
     """Through a table and without; steps of one token and of many, so that up to two tiles are due at once."""
     torch.manual_seed(fresh_seed())
     rule, seen = rule_and_buffers(4, 2, 12, 5, axis, bits, runs)
-    blind, wanted = copied(seen), copied(seen)
+    blind, wanted = seen.clone(), seen.clone()
     for count in (1, 1, 5, 2 * TILE, 1, TILE, 1, 3):
         keys, values = torch.randn(2, 4, 2, count, 12)
         if int(wanted.lengths.max()) + count > wanted.keys.shape[2]:
@@ -183,7 +172,7 @@ def test_two_tiles_leave_at_once() -> None:
     seen.reserved[:] = torch.tensor([1, 2, 3])[:, None]
     seen.ids.copy_(torch.arange(30).flip(0).view(3, 2, 5))
     seen.lengths[:] = torch.tensor([rule.threshold + TILE, rule.threshold + TILE, rule.threshold - 1])[:, None]
-    blind, wanted = copied(seen), copied(seen)
+    blind, wanted = seen.clone(), seen.clone()
     keys, values = torch.randn(2, 3, 2, 1, 8)
     append(keys, values, seen, rule, on_host=True)
     append(keys, values, blind, rule, on_host=False)
@@ -215,7 +204,7 @@ def test_a_full_store_is_never_written_over() -> None:
     held.used.fill_(3)
     held.lengths.fill_(rule.threshold)
     for on_host in (True, False):
-        ours = copied(held)
+        ours = held.clone()
         for name, field in ours.key_fields.items():
             held.key_fields[name].copy_(field)
         for _ in range(20):
@@ -227,7 +216,7 @@ def test_a_full_store_is_never_written_over() -> None:
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_what_is_not_finite_is_refused_or_counted_or_stored_as_zero(bad: float) -> None:
     rule, held = rule_and_buffers(2, 2, 8, 3, "token", 4)
-    before, token = copied(held), torch.randn(2, 2, 1, 8)
+    before, token = held.clone(), torch.randn(2, 2, 1, 8)
     token[1, 0, 0, 3] = bad
     with pytest.raises(NonFiniteError, match="row 1"):
         append(token, token, held, rule, on_host=True)
@@ -236,7 +225,7 @@ def test_what_is_not_finite_is_refused_or_counted_or_stored_as_zero(bad: float) 
     assert held.counters.tolist() == [1, 1, 0]
     zero = AppendRule(rule.tier, rule.n_sink, rule.threshold, "zero")
     for on_host in (True, False):
-        held = copied(before)
+        held = before.clone()
         append(token, token, held, zero, on_host)
         assert float(held.keys[1, 0, int(held.lengths[1, 0]) - 1, 3]) == 0
         assert int(held.counters[NONFINITE]) == 0

@@ -90,17 +90,6 @@ def buffers(
     )
 
 
-def copied(held: StepBuffers) -> StepBuffers:
-    def copy(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: field.clone() for name, field in value.items()}
-        if isinstance(value, list):
-            return [note.clone() for note in value]
-        return value.clone() if isinstance(value, Tensor) else value
-
-    return StepBuffers(**{name: copy(value) for name, value in vars(held).items()})
-
-
 def same(ours: StepBuffers, theirs: StepBuffers) -> None:
     """Every bit in use is alike, and what is not in use was not touched where no tile has gone."""
     same_but_codes(ours, theirs)
@@ -148,7 +137,7 @@ def test_tiles_go_where_the_table_says(
     """Several tokens at once, two tiles at once, heads with numbers of their own; positions and notes go along."""
     seed()
     rule, ours = problem(3, 3, 4, dim, bits, axis, tile, dtype, device, runs=False)
-    before = copied(ours)
+    before = ours.clone()
     _steps(rule, ours, (1, 3, 2))
     assert (ours.used - before.used)[0].tolist() == [2, 2, 2]
     fresh = torch.arange(4, device=device) >= before.used[..., None]
@@ -175,7 +164,7 @@ def test_a_layer_without_tiles_only_fills_its_window(device: str) -> None:
 
 def _steps(rule: AppendRule, ours: StepBuffers, counts: tuple[int, ...]) -> None:
     """Give the kernel and the oracle the same tokens, so many a step."""
-    theirs, kernel = copied(ours), TritonAppend()
+    theirs, kernel = ours.clone(), TritonAppend()
     rows, heads, _, dim = ours.keys.shape
     for count in counts:
         new = torch.randn(2, rows, count, heads, dim, device=ours.keys.device).to(ours.keys.dtype)
@@ -193,7 +182,7 @@ def test_flat_tiny_and_huge_tokens(spread: float, axis: str, device: str) -> Non
     seed()
     rule, ours = problem(1, 2, 2, 64, 4, axis, 64, torch.float32, device, spread)
     ours.keys[:, 0] = 0.25
-    theirs = copied(ours)
+    theirs = ours.clone()
     new = torch.randn(2, 1, 2, 1, 64, device=device)
     TritonAppend()(*new, ours, rule)
     append(*new, theirs, rule, on_host=False)
@@ -205,7 +194,7 @@ def test_what_is_not_finite_is_counted_or_zero(on_nonfinite: str, device: str) -
     seed()
     rule, ours = problem(2, 2, 2, 64, 4, "token", 64, torch.float16, device, on_nonfinite=on_nonfinite)
     ours.lengths.fill_(9)
-    theirs = copied(ours)
+    theirs = ours.clone()
     new = torch.randn(2, 2, 2, 1, 64, device=device).half()
     new[0, 1, 0, 0, 3], new[1, 0, 1, 0, 63] = torch.inf, torch.nan
     TritonAppend()(*new, ours, rule)
@@ -255,7 +244,7 @@ def test_tokens_are_turned_before_they_are_encoded(bits: int, tile: int, dim: in
     ours.lengths.fill_(rule.threshold)
     ours.keys.nan_to_num_()
     ours.values.nan_to_num_()
-    theirs = copied(ours)
+    theirs = ours.clone()
     new = torch.randn(2, 2, 2, 1, dim, device=device).half()
     assert TritonAppend().accepts(*new, ours, rule)
     TritonAppend()(*new, ours, rule)
@@ -279,7 +268,7 @@ def test_a_full_store_lets_the_window_fill_up_and_writes_nowhere_else(device: st
     ours.lengths.fill_(ours.keys.shape[2] - 4)
     ours.keys.nan_to_num_()
     ours.values.nan_to_num_()
-    theirs, before = copied(ours), ours.lengths.clone()
+    theirs, before = ours.clone(), ours.lengths.clone()
     for _ in range(7):
         new = torch.randn(2, 1, 2, 1, 64, device=device).half()
         TritonAppend()(*new, ours, rule)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import relative_error, seed
-from test_append import RECENT, SINK, buffers, copied, same_but_codes
+from test_append import RECENT, SINK, buffers, same_but_codes
 from test_planes import quantizer
 from torch import Tensor
 
@@ -147,7 +147,7 @@ def test_tiles_that_leave_the_window(
 ) -> None:
     seed()
     rule, ours = problem(heads, dim, tile, dtype, device, runs)
-    theirs, kernel = copied(ours), TritonAppend()
+    theirs, kernel = ours.clone(), TritonAppend()
     for count in (1, 1, 1) if runs else (1, 2, 3):
         new = torch.randn(2, 3, count, heads, dim, device=device).to(dtype).transpose(2, 3)  # [B, T, H, D] inside
         assert kernel.accepts(*new, ours, rule)

@@ -65,18 +65,18 @@ def fade_attention(
     Returns:
         output ``[B, Q, H_q, D]`` and ``None`` in place of attention weights.
     """
-    mask = attention_mask if attention_mask is None or attention_mask.dtype == torch.bool else as_bool(attention_mask)
-    call = _Call(query, mask, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    call = _Call(query, as_bool(attention_mask), scaling, softcap, s_aux)
     if isinstance(key, CompiledHandle):
         layer = cast(TieredLayer, key.layer)
         output = layer.steps.attend_compiled(*call) if key.stepping else _eagerly(module, layer, call)
     elif isinstance(key, Handle):
         output = _eagerly(module, cast(TieredLayer, key.layer), call)
     elif softcap or s_aux is not None:
-        output = blocked_attention(query, key, cast(Tensor, value), call.mask, call.scaling, softcap, s_aux).output
+        output = blocked_attention(query, key, cast(Tensor, value), call.mask, scaling, softcap, s_aux).output
     else:
         given = module, query, key, cast(Tensor, value), attention_mask
-        plain: tuple[Tensor, None] = sdpa_attention_forward(*given, dropout=dropout, scaling=call.scaling, **kwargs)
+        plain: tuple[Tensor, None] = sdpa_attention_forward(*given, dropout=dropout, scaling=scaling, **kwargs)
         return plain
     return output.transpose(1, 2).contiguous(), None  # [B, Q, H_q, D]
 

@@ -401,16 +401,17 @@ class TieredLayer(CacheLayerMixin):
             due: only in rows that have taken ``plan.every`` tokens since they were last ranked, and not while a pass is open.
                 Rows that came at different times are not due together, and each must go on as it would alone.
         """
-        if self._held is None or (due and (self.holding or self._before is not None)):
+        if self._held is None or not self.plan.ladder.bounded:
             return
         rows = torch.ones(self._held.rows, dtype=torch.bool)
-        if due and self.plan.ladder.bounded:
+        if due:
+            if self.holding or self._before is not None:
+                return
             if self._held.logical + self.steps.coming - int(self._held.ranked_at.min()) < self.plan.every:
                 return
             rows = self.logical - self._held.ranked_at >= self.plan.every
-        if not self.plan.ladder.bounded or not bool(rows.any()):
-            return
-        if due:
+            if not bool(rows.any()):
+                return
             self._compress_due()
         held = self.held
         held.ranked_at = held.ranked_at.masked_fill(rows, held.logical)

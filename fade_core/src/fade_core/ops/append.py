@@ -93,6 +93,18 @@ class StepBuffers:
     tile_notes: Sequence[Tensor] = ()
     runs: bool = False
 
+    def clone(self) -> StepBuffers:
+        """The same contents in other memory."""
+
+        def copy(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {name: field.clone() for name, field in value.items()}
+            if isinstance(value, Sequence):
+                return [note.clone() for note in value]
+            return value.clone() if isinstance(value, Tensor) else value
+
+        return StepBuffers(**{name: copy(value) for name, value in vars(self).items()})
+
 
 def append(keys: Tensor, values: Tensor, buffers: StepBuffers, rule: AppendRule, on_host: bool | None = None) -> None:
     """Write new tokens behind the window; where the window is full, encode its oldest tiles into the pool first.

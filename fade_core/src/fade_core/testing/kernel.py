@@ -267,7 +267,7 @@ def appending(case: KernelCase) -> None:
     case.supported(ops=("append",))
     for rows, heads, head_dim, runs in ((3, 2, 64, True), (1, 1, 128, True), (3, 2, 64, False)):
         rule, ours = _buffers(case, rows, heads, head_dim, runs)
-        theirs, before = _copied(ours), _copied(ours)
+        theirs, before = ours.clone(), ours.clone()
         for count in (1, 1, 1) if runs else (1, 5, 1):
             keys, values = (case.randn(rows, heads, count, head_dim) for _ in range(2))
             if not case.kernel.accepts(keys, values, ours, rule):
@@ -455,19 +455,6 @@ def _buffers(case: KernelCase, rows: int, heads: int, head_dim: int, runs: bool)
         tile_notes=[] if runs else [torch.zeros(rows, heads, count, keys.tile, device=case.device)],
         runs=runs,
     )
-
-
-def _copied(buffers: StepBuffers) -> StepBuffers:
-    """The same contents in other memory."""
-
-    def copy(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {name: field.clone() for name, field in value.items()}
-        if isinstance(value, list):
-            return [note.clone() for note in value]
-        return value.clone() if isinstance(value, Tensor) else value
-
-    return StepBuffers(**{name: copy(value) for name, value in vars(buffers).items()})
 
 
 def _agrees(
