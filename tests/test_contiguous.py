@@ -19,7 +19,7 @@ from fade_core.cache.layer import TieredLayer
 from fade_core.cache.manual import apply_tier_assignment_per_sequence, assign_layer
 from fade_core.errors import CheckpointError, ConfigError, UnsupportedModelError
 from fade_core.interfaces import Event, Kernel, TelemetrySink
-from fade_core.ops.attention import FullSegment, PackedSegment, TorchDecodeAttention
+from fade_core.ops.reference import FullSegment, PackedSegment, TorchDecodeAttention
 from fade_core.ops.step import segments_of
 from fade_core.plugins import Registry, use_registry
 from fade_core.support.memory import live_bytes, storage_bytes
@@ -250,7 +250,7 @@ def test_what_lies_behind_every_hole_is_read_in_pieces(
     monkeypatch: pytest.MonkeyPatch, max_cache_len: int | None
 ) -> None:
     """Pieces of two tiles: some are moved, later ones are left to the quantizer."""
-    monkeypatch.setattr("fade_core.ops.attention.READ_AT_ONCE", 2 * TILE)
+    monkeypatch.setattr("fade_core.ops.reference.READ_AT_ONCE", 2 * TILE)
     monkeypatch.setattr("fade_core.cache.prompt.READ_AT_ONCE", TILE + 3)
     model = tiny("llama", fresh_seed(), num_hidden_layers=1)
     for queries in (3, 40):

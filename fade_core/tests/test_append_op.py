@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fade_core import Tier
 from fade_core.builtin.quantizers.uniform import UniformQuantizer
 from fade_core.errors import NonFiniteError
-from fade_core.ops.append import LOGICAL, NONFINITE, AppendRule, StepBuffers, append
+from fade_core.ops.buffers import LOGICAL, NONFINITE, AppendRule, StepBuffers
+from fade_core.ops.reference import append
 
 TILE, SINK, RECENT = 16, 3, 8
 

@@ -14,7 +14,7 @@ from fade_core import FadeConfig, create_tiered_cache
 from fade_core.cache.inspection import dense
 from fade_core.errors import NonFiniteError
 from fade_core.interfaces import RopeConfig, RopeScheme
-from fade_core.ops.attention import TorchDecodeAttention
+from fade_core.ops.reference import TorchDecodeAttention
 from fade_core.plugins import Registry, use_registry
 
 PROMPT, STEPS, LAYERS = 300, 40, 3

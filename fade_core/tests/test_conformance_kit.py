@@ -26,8 +26,7 @@ from fade_core.interfaces import (
     Support,
     TelemetrySink,
 )
-from fade_core.ops.append import TorchAppend
-from fade_core.ops.attention import AttentionOutput, FullSegment, PackedSegment, decode_attention
+from fade_core.ops.reference import AttentionOutput, FullSegment, PackedSegment, TorchAppend, decode_attention
 from fade_core.packed import Packed, PackedFormat
 from fade_core.plugins import Registry, use_registry
 from fade_core.plugins.hookspecs import hookimpl

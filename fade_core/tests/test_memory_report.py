@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fade_core import FadeConfig, TieredKVCache, create_tiered_cache, reassign_tiers
 from fade_core.cache.attention import fade_attention
-from fade_core.cache.handle import Handle
+from fade_core.cache.layer import Handle
 from fade_core.support.memory import CachePeak, PeakTracker, live_bytes
 
 SMALL: dict[str, Any] = {"n_sink": 2, "recent_window": 16, "tile": 16}

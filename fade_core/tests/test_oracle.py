@@ -12,8 +12,8 @@ from torch import Tensor
 from fade_core.builtin.quantizers.full import FullQuantizer
 from fade_core.builtin.quantizers.uniform import UniformQuantizer
 from fade_core.interfaces import Quantizer, Tier
-from fade_core.ops import attention
-from fade_core.ops.attention import (
+from fade_core.ops import reference
+from fade_core.ops.reference import (
     AttentionOutput,
     FullSegment,
     PackedSegment,
@@ -237,7 +237,7 @@ def test_reading_a_few_tiles_at_once_changes_nothing(kind: str, at_once: int, mo
     segment = PackedSegment(store.view(), valid_mask(store))
     query = torch.randn(BATCH, 3 * KV_HEADS, 2, DIM)
     whole = decode_attention(query, [segment], DIM**-0.5, probabilities=True)
-    monkeypatch.setattr(attention, "READ_AT_ONCE", at_once)
+    monkeypatch.setattr(reference, "READ_AT_ONCE", at_once)
     parts = decode_attention(query, [segment], DIM**-0.5, probabilities=True)
     torch.testing.assert_close(parts.output, whole.output, rtol=64 * EPS, atol=64 * EPS)
     torch.testing.assert_close(parts.lse, whole.lse, rtol=64 * EPS, atol=64 * EPS)

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fade_core.ops.append import AppendRule, StepBuffers, append
+from fade_core.ops.buffers import AppendRule, StepBuffers
+from fade_core.ops.reference import append
 from fade_core.storage.window import Window
 
 VOCABULARY = 256

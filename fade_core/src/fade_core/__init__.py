@@ -38,8 +38,8 @@ if TYPE_CHECKING:
         TierConfig,
     )
     from fade_core.models.loading import load_model
-    from fade_core.ops.append import MOST_TOKENS, AppendRule, StepBuffers, append
-    from fade_core.ops.attention import AttentionOutput, FullSegment, PackedSegment, attention_mass
+    from fade_core.ops.buffers import MOST_TOKENS, AppendRule, StepBuffers
+    from fade_core.ops.reference import AttentionOutput, FullSegment, PackedSegment, append, attention_mass
     from fade_core.plugins import list_plugins
     from fade_core.plugins.hookspecs import hookimpl
     from fade_core.plugins.resolve import AnyPolicy, get_policy, get_quantizer
@@ -69,8 +69,8 @@ _HOME = {
         ),
         "interfaces",
     ),
-    **dict.fromkeys(("MOST_TOKENS", "AppendRule", "StepBuffers", "append"), "ops.append"),
-    **dict.fromkeys(("AttentionOutput", "FullSegment", "PackedSegment", "attention_mass"), "ops.attention"),
+    **dict.fromkeys(("MOST_TOKENS", "AppendRule", "StepBuffers"), "ops.buffers"),
+    **dict.fromkeys(("AttentionOutput", "FullSegment", "PackedSegment", "append", "attention_mass"), "ops.reference"),
     "load_model": "models.loading",
     **dict.fromkeys(
         (

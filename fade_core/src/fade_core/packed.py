@@ -167,12 +167,15 @@ def pack_codes(codes: Tensor, width: int, layout: Layout) -> Tensor:
 
 def unpack_codes(words: Tensor, width: int, layout: Layout, dtype: torch.dtype = torch.int16) -> Tensor:
     """Undo ``pack_codes``: words to codes ``[..., tile, D]`` (token-major) or ``[..., D, tile]`` (channel-major)."""
+    lanes = 4 if words.shape[-1] % 4 == 0 else 1  # words that are shifted together: rows of a tile are short on a CPU
+    words = words.contiguous().view(torch.int64 if lanes == 4 else torch.int16)
     shifts = torch.arange(0, WORD_BITS, width, dtype=words.dtype, device=words.device)
+    mask = sum(((1 << width) - 1) << (WORD_BITS * lane) for lane in range(lanes))
     if layout == "token":
-        codes = (words[..., None, :, :] >> shifts[:, None, None]).bitwise_and_((1 << width) - 1)  # [..., fields, R, D]
-        return codes.flatten(-3, -2).to(dtype)
-    codes = (words[..., None, :] >> shifts[:, None]).bitwise_and_((1 << width) - 1)  # [..., D, fields, R]
-    return codes.flatten(-2).to(dtype)
+        codes = (words[..., None, :, :] >> shifts[:, None, None]).bitwise_and_(mask)  # [..., fields, R, D / lanes]
+        return codes.view(torch.int16).flatten(-3, -2).to(dtype)
+    codes = (words[..., None, :] >> shifts[:, None]).bitwise_and_(mask)  # [..., D, fields, R / lanes]
+    return codes.view(torch.int16).flatten(-2).to(dtype)
 
 
 def pack_meta(scale: Tensor, minimum: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from fade_core import FadeConfig, FullSegment, PackedSegment, Tier, create_tiered_cache
 from fade_core.builtin.quantizers.uniform import UniformQuantizer
 from fade_core.errors import InputError
-from fade_core.ops.attention import attention_mass, decode_attention
+from fade_core.ops.reference import attention_mass, decode_attention
 from fade_core.packed import Packed
 from fade_core.storage.slots import TokenLayout
 from fade_core.storage.tier_store import TierStore, Tokens

@@ -15,7 +15,7 @@ from fade_core import FadeConfig, FullSegment, TileView, create_tiered_cache, ge
 from fade_core.builtin.quantizers.uniform import UniformQuantizer
 from fade_core.errors import InputError
 from fade_core.interfaces import Event, Quantizer, TelemetrySink, Tier
-from fade_core.ops.attention import PackedSegment, decode_attention
+from fade_core.ops.reference import PackedSegment, decode_attention
 from fade_core.packed import Packed
 from fade_core.storage.slots import TokenLayout
 from fade_core.storage.tier_store import TierStore, Tokens

@@ -37,8 +37,7 @@ def fade_policies() -> Sequence[type[PolicyConfig]]:
 
 @hookimpl
 def fade_kernels() -> Sequence[type[Kernel]]:
-    from fade_core.ops.append import TorchAppend
-    from fade_core.ops.attention import TorchAttentionMass, TorchDecodeAttention
+    from fade_core.ops.reference import TorchAppend, TorchAttentionMass, TorchDecodeAttention
     from fade_core.storage.codec import TorchDequantize, TorchEncode
 
     return [TorchDecodeAttention, TorchAttentionMass, TorchAppend, TorchEncode, TorchDequantize]

@@ -11,12 +11,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from fade_core.cache.handle import CompiledHandle, Handle
-from fade_core.cache.layer import TieredLayer
-from fade_core.cache.masks import as_bool, rows_of
+from fade_core.cache.layer import CompiledHandle, Handle, TieredLayer
 from fade_core.cache.prompt import dense_with_past, hides_stored, past_masks
 from fade_core.interfaces import PromptView
-from fade_core.ops.attention import AttentionOutput, FullSegment, decode_attention
+from fade_core.ops.reference import AttentionOutput, FullSegment, decode_attention
+from fade_core.ops.step import read_all
 from fade_core.storage.repositioning import shown_shifts
 from fade_core.support.transfer import sent
 
@@ -68,10 +67,9 @@ def fade_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     call = _Call(query, as_bool(attention_mask), scaling, softcap, s_aux)
     if isinstance(key, CompiledHandle):
-        layer = cast(TieredLayer, key.layer)
-        output = layer.steps.attend_compiled(*call) if key.stepping else _eagerly(module, layer, call)
+        output = key.layer.steps.attend_compiled(*call) if key.stepping else _eagerly(module, key.layer, call)
     elif isinstance(key, Handle):
-        output = _eagerly(module, cast(TieredLayer, key.layer), call)
+        output = _eagerly(module, key.layer, call)
     elif softcap or s_aux is not None:
         output = blocked_attention(query, key, cast(Tensor, value), call.mask, scaling, softcap, s_aux).output
     else:
@@ -107,7 +105,11 @@ def _step_attention(layer: TieredLayer, call: _Call) -> Tensor:
         shown = None if rope is None else hides_stored(held, mask[:, :, -1].any(1), held.logical)
         if rope is not None and shown is not None:
             shifts = shown_shifts(rope, held.window, held.stores, held.logical, shown)
-    return layer.steps.attend(held, *call._replace(mask=mask), shifts)
+    steps, options = layer.steps, (mask, call.sinks, call.scaling, call.softcap, shifts)
+    output = read_all(steps.step_plan, call.query, steps.buffers or steps.wire(held), *options)
+    if steps.step_plan.refused:
+        steps.tell_refused()
+    return output
 
 
 def _chunk_attention(module: torch.nn.Module, layer: TieredLayer, call: _Call) -> Tensor:
@@ -226,7 +228,7 @@ def _observe_queries(layer: TieredLayer, call: _Call, padding: Tensor | None) ->
     held.queries.observe(call.query[:, :, first:] * call.scaling, tracker.keeps(count), real)
 
 
-# --- exact attention ---
+# --- exact attention, and masks ---
 
 
 def blocked_attention(
@@ -255,6 +257,21 @@ def _in_blocks(call: _Call, key: Tensor, value: Tensor, visible: Visible) -> Att
         for part in (slice(start, min(start + block, total)) for start in range(0, total, block))
     ]
     return AttentionOutput(torch.cat([f.output for f in found], 2), torch.cat([f.lse for f in found], 2))
+
+
+def as_bool(mask: Tensor | None) -> Tensor | None:
+    """A boolean mask; an additive one forbids what it pushes below half of its dtype's range."""
+    if mask is None or mask.dtype == torch.bool:
+        return mask
+    return mask > torch.finfo(mask.dtype).min / 2
+
+
+def rows_of(mask: Tensor | None, part: slice | Tensor, queries: int, tokens: int, device: torch.device) -> Tensor:
+    """bool ``[B or 1, H or 1, len(part), tokens]`` of what the queries ``part`` may see; causal without a ``mask``."""
+    if mask is not None:
+        return mask[:, :, part, :tokens]
+    newest = torch.arange(tokens - queries, tokens, device=device)[part]
+    return (torch.arange(tokens, device=device) <= newest[:, None])[None, None]
 
 
 def register() -> None:

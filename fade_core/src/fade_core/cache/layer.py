@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from transformers.cache_utils import CacheLayerMixin
 
-from fade_core.cache.handle import CompiledHandle, Handle
 from fade_core.cache.inspection import dense, tensors
 from fade_core.cache.layer_plan import REJECTABLE, LayerPlan
 from fade_core.cache.layer_steps import LayerSteps
@@ -24,7 +24,8 @@ from fade_core.eviction.contents import LayerContents, Snapshot
 from fade_core.eviction.query_moments import QueryMoments
 from fade_core.eviction.ranking import rank
 from fade_core.interfaces import Event
-from fade_core.ops.append import LOGICAL, MOST_TOKENS, NONFINITE
+from fade_core.ops.buffers import LOGICAL, MOST_TOKENS, NONFINITE, LayerBuffers
+from fade_core.ops.step import take_in
 from fade_core.storage.capacity import bucket
 from fade_core.storage.repositioning import note_shifts
 from fade_core.storage.tier_store import TierStore
@@ -73,7 +74,7 @@ class TieredLayer(CacheLayerMixin):
         self._held: LayerContents | None = None
         self.pending: tuple[Tensor, Tensor] | None = None
         self._before: Snapshot | None = None
-        self._encoded = 0
+        self._encoded = self._quiet = 0
         self._maintained = self._room_left = False
         if self._kept is not None:
             self._kept[0].clear()
@@ -105,9 +106,10 @@ class TieredLayer(CacheLayerMixin):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def sync(self) -> None:
         """Read back what steps have changed, if the host is behind; tell what was encoded. Raises as ``read_back``."""
-        if not self.steps.behind or self._held is None:
+        if self._held is None:
             return
-        self.steps.read_back(self._held)
+        if self.steps.behind:
+            self.steps.read_back(self._held)
         encoded, self._encoded = self._held.encoded - self._encoded, self._held.encoded
         if encoded > 0:
             _tell(self, {"encode": encoded}, storage_bytes(self.tensors()), time.perf_counter())
@@ -185,30 +187,35 @@ class TieredLayer(CacheLayerMixin):
         if not self._maintained:
             self.maintain(keys.shape[2] if keys.dim() == 4 else 0)
         self._maintained = False
-        held = self._held
-        check_tokens(self.index, keys, values, None if held is None else (held.window.keys, held.window.values))
+        held, before = self._held, 0 if self._held is None else self._held.logical
+        if held is None or not _like(keys, values, self.steps.buffers):
+            check_tokens(self.index, keys, values, None if held is None else (held.window.keys, held.window.values))
         self._check_room(keys.shape[2])
-        before = 0 if held is None else held.logical
-        keys, values = self.plan.finite(
-            self.index, keys, values, before, self.plan.on_nonfinite, at_once=bool(self.plan.learners)
-        )
+        if keys.device.type != "cpu" or not bool(torch.isfinite(keys.sum() + values.sum())):
+            keys, values = self.plan.finite(
+                self.index, keys, values, before, self.plan.on_nonfinite, at_once=bool(self.plan.learners)
+            )
         if held is None:
             self.lazy_initialization(keys, values)
-            held = self.held
+            held = self.known
         if not before and not self.reading:
             for quantizer in self.plan.learners:
                 quantizer.forget()
-        ready = self.steps.ready if self.steps.behind else bool((held.window.numbers.host > 0).all())
-        step = ready and before > 0 and keys.shape[2] <= MOST_TOKENS and not self.reading
-        self._before = (
-            held.snapshot(step) if before and not self.reading else Snapshot(step, {"logical": before}, [], {})
-        )
+        step = self.steps.ready and before > 0 and keys.shape[2] <= MOST_TOKENS and not self.reading
+        taken_back = before > 0 and not self.reading and (not step or self.plan.observes)
+        self._before = held.snapshot(step) if taken_back else Snapshot(step, {"logical": before}, [], {})
         if step:
             # tokens that may be taken back, or are to stay, leave the window to nobody; most steps find it not full anyway
-            self.steps.append(held, keys, values, self.record_past or self.holding or self._room_left)
-            self.steps.behind = True
+            rule = self.steps.rules[self.record_past or self.holding or self._room_left]
+            take_in(self.steps.step_plan, keys, values, self.steps.buffers or self.steps.wire(held), rule)
+            if self.steps.step_plan.refused:
+                self.steps.tell_refused()
+            if self.device.type == "cpu":
+                self.steps.coming = 0  # the host's numbers are the device's
+            else:
+                self.steps.behind = True
         else:
-            self.pending = (keys.detach(), values.detach())
+            self.pending, self._quiet = (keys.detach(), values.detach()), 0
         held.logical += keys.shape[2]
         if self.plan.attention == "stock" and not before:
             self.finish_pending()
@@ -310,6 +317,12 @@ class TieredLayer(CacheLayerMixin):
         self._maintained = coming > 0
         if self._held is None:
             return
+        held, kept = self._held, self.holding or self.reading or self.record_past
+        if 0 < coming <= self._quiet and not kept and not (self.steps.stale and self.device.type == "cpu"):
+            self._before = None
+            self._quiet -= coming
+            self.steps.coming += coming
+            return
         self.finish_pending()
         self._before = None
         if self.device.type == "cpu":
@@ -319,11 +332,27 @@ class TieredLayer(CacheLayerMixin):
                 self._compress_due()  # whatever the last verification rejected has been cropped by now
             self.rank(due=True)
             if coming <= MOST_TOKENS:
-                self._make_room(self._held, coming)
+                self._make_room(held, coming)
         self.steps.coming += coming
-        if self.max_length is None and self._held.logical + self.steps.coming > self.steps.slots:
-            self.steps.slots = bucket(self._held.logical + self.steps.coming)
-        self.steps.wire(self._held)
+        if self.max_length is None and held.logical + self.steps.coming > self.steps.slots:
+            self.steps.slots = bucket(held.logical + self.steps.coming)
+        self.steps.wire(held)
+        self._quiet = self._quiet_for(held) if self.steps.ready else 0
+
+    def _quiet_for(self, held: LayerContents) -> int:
+        """Tokens that may come before there is anything to do between two passes, as far as the host knows."""
+        ladder, window = self.plan.ladder, held.window
+        logical, tokens = held.logical + self.steps.coming, window.longest + self.steps.coming
+        quiet = min(self.steps.slots - logical, window.capacity - tokens)
+        if held.stores and tokens < ladder.threshold:
+            quiet = min(quiet, ladder.threshold - 1 - tokens)
+        elif held.stores:
+            # steps send tokens out of the window themselves, as long as tiles are reserved for them
+            reserved = 0 if self.device.type == "cpu" else held.stores[0].ahead() * ladder.tile
+            quiet = min(self.steps.slots - logical, ladder.threshold + reserved - 1 - tokens)
+        if ladder.bounded:
+            quiet = min(quiet, self.plan.every - 1 - (logical - int(held.ranked_at.min())))
+        return max(0, quiet)
 
     def _make_room(self, held: LayerContents, coming: int) -> None:
         """Room for ``coming`` tokens in the window, and reserved tiles for what they send out of it."""
@@ -381,11 +410,11 @@ class TieredLayer(CacheLayerMixin):
 
     def rest(self) -> None:
         """The pass is over: what is due is packed and ranked at once, where the host need not wait for the device to know."""
-        if self.steps.behind and self.device.type != "cpu":
+        if self._quiet or (self.steps.behind and self.device.type != "cpu"):
             self._before = None
         else:
             self.settle()
-        if self.steps.compiles and self._held is not None:
+        if self.steps.compiles and self.steps.buffers is None and self._held is not None:
             self.steps.wire(self._held)  # a compiled step may come without anybody asking for the mask
 
     def _compress_due(self, prompt: bool = False) -> None:
@@ -426,7 +455,7 @@ class TieredLayer(CacheLayerMixin):
         if self.plan.shifted:
             pending = 0 if self.pending is None else self.pending[0].shape[2]
             note_shifts(self._held.window, self._held.stores, self._held.logical - pending)
-        self._encoded = self._held.encoded
+        self._encoded, self._quiet = self._held.encoded, 0
         self.steps.start_from(self._held)
 
     @contextlib.contextmanager
@@ -458,5 +487,67 @@ def _dense(layer: TieredLayer, side: str) -> Tensor:
 
 def _fits(new: Tensor, held: Tensor) -> bool:
     """Whether tokens ``[B, H_kv, T, D]`` fit buffers in all but their number."""
-    sizes = [(len(t), t.shape[1], t.shape[3], t.dtype, t.device) for t in (new, held)]
-    return sizes[0] == sizes[1]
+    (rows, heads, _, dim), like = new.shape, held.shape
+    return (rows, heads, dim, new.dtype, new.device) == (like[0], like[1], like[3], held.dtype, held.device)
+
+
+def _like(keys: Tensor, values: Tensor, held: LayerBuffers | None) -> bool:
+    """Whether new tokens are plainly like those that are held: what is not is looked at closely, and refused by name."""
+    if held is None or keys.dim() != 4 or values.dim() != 4 or not 0 < keys.shape[2] == values.shape[2]:
+        return False
+    return _fits(keys, held.keys) and _fits(values, held.values)
+
+
+class Handle(Tensor):
+    """The keys or values of a layer, ``[B, H_kv, T, D]`` in name only.
+
+    FADE's attention takes the layer out of it and reads packed tiers. Any other operation gets the dequantised tokens,
+    so stock attention works too, at the price of materialising one layer.
+    """
+
+    layer: TieredLayer
+    materialise: Callable[[], Tensor]
+
+    @staticmethod
+    def __new__(
+        cls, layer: TieredLayer, shape: Sequence[int], like: Tensor, materialise: Callable[[], Tensor]
+    ) -> Handle:
+        """A handle on tokens of ``layer``.
+
+        Args:
+            layer: the layer that attention reads.
+            shape: ``[B, H_kv, T, D]``, whatever is stored.
+            like: gives dtype and device.
+            materialise: gives the dequantised tokens, a plain tensor of this shape.
+        """
+        handle: Handle = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
+        handle.layer, handle.materialise = layer, materialise
+        return handle
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"Handle({type(self.layer).__name__}, shape={tuple(self.shape)})"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        def plain(value: Any) -> Any:
+            return value.materialise() if isinstance(value, Handle) else value
+
+        return func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
+
+
+class CompiledHandle:
+    """What ``update`` returns inside a compiled graph: FADE's attention takes the layer out of it.
+
+    Args:
+        layer: the layer that has taken the new tokens in.
+        stepping: whether it did so by its op, as a step of one token; else attention is eager too.
+    """
+
+    def __init__(self, layer: TieredLayer, stepping: bool) -> None:
+        self.layer, self.stepping = layer, stepping
+
+    def to(self, *_: Any, **__: Any) -> CompiledHandle:
+        """Itself: the tokens stay where they are."""
+        return self

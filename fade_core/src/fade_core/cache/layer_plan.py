@@ -14,8 +14,8 @@ from fade_core.eviction.byte_budget import ByteBudget
 from fade_core.eviction.ladder import tokens_of
 from fade_core.eviction.plan import EvictionPlan
 from fade_core.interfaces import Event, Kernel, Quantizer, RopeScheme
-from fade_core.ops.append import MOST_TOKENS, AppendRule, TorchAppend
-from fade_core.ops.attention import TorchAttentionMass, TorchDecodeAttention
+from fade_core.ops.buffers import MOST_TOKENS, AppendRule
+from fade_core.ops.reference import TorchAppend, TorchAttentionMass, TorchDecodeAttention
 from fade_core.ops.step import StepPlan
 from fade_core.storage.codec import Codec
 from fade_core.storage.slots import TokenLayout
@@ -71,6 +71,11 @@ class LayerPlan(EvictionPlan):
     def shifted(self) -> bool:
         """Whether tokens carry how far they are moved when they are read."""
         return self.rope is not None
+
+    @cached_property
+    def observes(self) -> bool:
+        """Whether attention leaves statistics behind."""
+        return self.ladder.bounded and (self.tracker.active or bool(self.tracker.query_statistics))
 
     @cached_property
     def learners(self) -> list[Quantizer]:

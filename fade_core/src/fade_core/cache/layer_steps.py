@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -11,10 +10,9 @@ from torch import Tensor
 from fade_core.cache.layer_plan import NEVER, LayerPlan
 from fade_core.errors import InputError, NonFiniteError
 from fade_core.eviction.contents import LayerContents
-from fade_core.ops.append import LOGICAL, NONFINITE, ODD_MASK
-from fade_core.ops.step import LayerBuffers, layer_buffers, plan_step, read_all, step_name, take_in
+from fade_core.ops.buffers import LOGICAL, NONFINITE, ODD_MASK, LayerBuffers, layer_buffers
+from fade_core.ops.step import plan_step, read_all, step_name, take_in
 from fade_core.storage.capacity import bucket
-from fade_core.storage.repositioning import Shift
 from fade_core.support.transfer import sent
 
 
@@ -26,8 +24,10 @@ class LayerSteps:
         max_length: most tokens the layer may see, or ``None``.
 
     Attributes:
-        counters: int64 ``[3]`` on the device (``fade_core.ops.append``).
+        counters: int64 ``[3]`` on the device (``fade_core.ops.buffers``).
         first: position of each row's first token, int64 ``[B]`` on the device.
+        buffers: what a step reads and writes; ``None`` until they are wired again.
+        rules: how eager steps take tokens in: as they leave a full window, and as none leaves it.
         slots: width of the masks of compiled steps.
         compiles: whether ``generate`` may compile steps.
         ready: whether the next token may come straight into the window: every row holds one.
@@ -64,12 +64,12 @@ class LayerSteps:
         """Take the plan of the quantizers as they are now; ``fresh``: under a name that no other has."""
         self.step_plan = plan_step(self.plan.step(), self.plan.compatibility, fresh)
         checked = replace(self.step_plan.rule, on_nonfinite="checked")
-        self._rules = checked, replace(checked, threshold=NEVER)
+        self.rules = checked, replace(checked, threshold=NEVER)
         self.rewire()
 
     def rewire(self) -> None:
         """Buffers are others now, or may be."""
-        self._buffers: LayerBuffers | None = None
+        self.buffers: LayerBuffers | None = None
         self._appended: tuple[list[Tensor], list[Tensor]] = ([], [])
         self._attended: tuple[list[Tensor], list[Tensor]] = ([], [])
 
@@ -82,22 +82,23 @@ class LayerSteps:
         else:
             self.first = padding.clone()
         self.ready = bool((held.window.numbers.host > 0).all())
+        self.coming = 0
         self.rewire()
 
     def wire(self, held: LayerContents) -> LayerBuffers:
         """What a step reads and writes; the compiler is promised that it stays where it is."""
-        if self._buffers is not None:
-            return self._buffers
+        if self.buffers is not None:
+            return self.buffers
         # a graph is not told that tiles lie in runs, and then that they do not
         moves = self.compiles and self.plan.ladder.bounded
-        self._buffers = layer_buffers(held.window, held.stores, self.counters, held.queries, moves)
+        self.buffers = layer_buffers(held.window, held.stores, self.counters, held.queries, moves)
         if self.compiles:
-            self._appended, self._attended = self._buffers.operands("append"), self._buffers.operands("attend")
-            self.name = step_name(self.step_plan, self._buffers)
+            self._appended, self._attended = self.buffers.operands("append"), self.buffers.operands("attend")
+            self.name = step_name(self.step_plan, self.buffers)
             for tensor in (*self._appended[0], *self._appended[1], *self._attended[0], *self._attended[1], self.first):
                 # unguarded: another cache of the same shapes runs the same graph, and CUDA graphs are recorded anew
                 torch._dynamo.mark_static_address(tensor, guard=False)
-        return self._buffers
+        return self.buffers
 
     @torch.no_grad()
     def warm_up(self, held: LayerContents) -> None:
@@ -108,42 +109,28 @@ class LayerSteps:
         """
         held.window.reserve(1)
         (batch, heads, _, dim), keys = held.window.keys.shape, held.window.keys
-        self.append(held, keys.new_zeros((batch, heads, 1, dim)), held.window.values[:, :, :1].clone(), False)
+        take_in(
+            self.step_plan,
+            keys.new_zeros((batch, heads, 1, dim)),
+            held.window.values[:, :, :1].clone(),
+            self.wire(held),
+        )
         query = keys.new_zeros((batch, max(self.plan.query_heads, heads), 1, dim))
-        self.attend(held, query, None, 1.0, None, None)
+        read_all(self.step_plan, query, self.wire(held), None, None, 1.0, None)
+        self.tell_refused()
         self.counters.zero_()
         held.window.clear()
 
-    # --- the two ops ---
-    def append(self, held: LayerContents, keys: Tensor, values: Tensor, keep: bool) -> None:
-        """Take in new tokens ``[B, H_kv, Q, D]``; ``keep``: nothing leaves the window for them."""
-        take_in(self.step_plan, keys, values, self.wire(held), self._rules[keep])
-        self.tell_refused()
-
+    # --- the two ops, inside a graph ---
     def append_compiled(self, keys: Tensor, values: Tensor) -> None:
-        """``append`` inside a graph."""
+        """Take in new tokens ``[B, H_kv, 1, D]``."""
         self.behind = self.stale = True
         torch.ops.fade.append(keys, values, *self._appended, self.name)
-
-    def attend(
-        self,
-        held: LayerContents,
-        query: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-        shifts: Sequence[Shift | None] | None = None,
-    ) -> Tensor:
-        """Attention ``[B, H_q, Q, D]`` of the tokens that have just been taken in; arguments as ``read_all``'s."""
-        output = read_all(self.step_plan, query, self.wire(held), mask, sinks, scaling, softcap, shifts)
-        self.tell_refused()
-        return output
 
     def attend_compiled(
         self, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None, sinks: Tensor | None
     ) -> Tensor:
-        """``attend`` inside a graph.
+        """Attention ``[B, H_q, 1, D]`` of the token that has just been taken in; arguments as ``read_all``'s.
 
         On a CPU every mask is honoured. Elsewhere nothing may be read back: while the prompt's mask hid nothing but
         padding, a step's is taken to do the same, and the first layer counts the steps for which that was wrong.

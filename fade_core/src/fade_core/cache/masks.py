@@ -14,21 +14,6 @@ from fade_core.support.transfer import sent
 T = TypeVar("T")
 
 
-def as_bool(mask: Tensor | None) -> Tensor | None:
-    """A boolean mask; an additive one forbids what it pushes below half of its dtype's range."""
-    if mask is None or mask.dtype == torch.bool:
-        return mask
-    return mask > torch.finfo(mask.dtype).min / 2
-
-
-def rows_of(mask: Tensor | None, part: slice | Tensor, queries: int, tokens: int, device: torch.device) -> Tensor:
-    """bool ``[B or 1, H or 1, len(part), tokens]`` of what the queries ``part`` may see; causal without a ``mask``."""
-    if mask is not None:
-        return mask[:, :, part, :tokens]
-    newest = torch.arange(tokens - queries, tokens, device=device)[part]
-    return (torch.arange(tokens, device=device) <= newest[:, None])[None, None]
-
-
 class MaskReader:
     """Reads the masks of a cache's passes: its layers share one, which is looked at once."""
 

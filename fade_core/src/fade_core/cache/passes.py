@@ -15,7 +15,7 @@ from fade_core.cache.layer import TieredLayer
 from fade_core.config import FadeConfig
 from fade_core.errors import InputError, UnsupportedModelError
 from fade_core.interfaces import Event
-from fade_core.ops.append import LOGICAL
+from fade_core.ops.buffers import LOGICAL
 from fade_core.support.checks import check_finite, check_room, check_tokens
 
 

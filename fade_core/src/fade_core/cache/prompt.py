@@ -10,7 +10,7 @@ from torch import Tensor
 from fade_core.eviction.contents import LayerContents
 from fade_core.eviction.ranking import place
 from fade_core.interfaces import RopeScheme
-from fade_core.ops.attention import READ_AT_ONCE
+from fade_core.ops.reference import READ_AT_ONCE
 from fade_core.ops.step import gathered
 from fade_core.storage.repositioning import Shift, shown_shifts
 from fade_core.storage.slots import picked

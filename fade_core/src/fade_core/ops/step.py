@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import re
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,159 +20,26 @@ from fade_core.errors import InputError
 from fade_core.eviction.attention_tracker import AttentionTracker
 from fade_core.eviction.query_moments import QueryMoments
 from fade_core.interfaces import Kernel, RopeScheme, Support, Tier
-from fade_core.ops.append import LOGICAL, ODD_MASK, AppendRule, StepBuffers, TorchAppend
-from fade_core.ops.attention import (
+from fade_core.ops.buffers import LOGICAL, ODD_MASK, AppendRule, LayerBuffers, operands
+from fade_core.ops.reference import (
     AttentionOutput,
     FullSegment,
     PackedSegment,
     Segment,
+    TorchAppend,
     TorchAttentionMass,
     TorchDecodeAttention,
 )
 from fade_core.storage.repositioning import Shift
 from fade_core.storage.slots import under
-from fade_core.storage.tier_store import TierStore
-from fade_core.storage.tile_view import TileView
-from fade_core.storage.window import Window
 
 _REFERENCES: dict[str, Kernel] = {k.op: k for k in (TorchAppend(), TorchDecodeAttention(), TorchAttentionMass())}
 _WITHOUT_SHIFTS = Support(False, "packed keys that are read at other positions (reposition = 'contiguous')")
-_OPERANDS = {
-    "append": (
-        re.compile(r"keys|values|positions|lengths|counters|notes\..+|0\.(used|starts|fields\..+|notes\..+)"),
-        re.compile(r"0\.(ids|reserved)"),
-    ),
-    "attend": (re.compile(r"counters|(\d+\.)?notes\.statistic\..+|moments\..+"), re.compile(r".+")),
-}
-"""Names of the tensors that each custom op writes (not none: inductor fails then), and, of the others, that it reads."""
-
 _plans: weakref.WeakValueDictionary[str, StepPlan] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 
-# --- what a step reads and writes ---------------------------------------------------------------------------------------
-
-
-class TierBuffers:
-    """One tier of ``LayerBuffers``: ``tensors`` by name, ``fields`` and ``notes`` among them, and the tier's flags."""
-
-    def __init__(self, tier: Tier, tensors: Mapping[str, Tensor], runs: bool, whole: bool) -> None:
-        self.tier, self.tensors, self.runs, self.whole = tier, tensors, runs, whole
-        self.fields, self.notes = under(tensors, "fields."), under(tensors, "notes.")
-
-    def view(self, dtype: torch.dtype, on_host: bool) -> TileView:
-        """The tiles as attention reads them: no more than are in use, where "used" may be read ``on_host``."""
-        ids, used = self.tensors["ids"], self.tensors["used"]
-        counts, tiles, even = None if self.whole else self.tensors["counts"], ids.shape[2], False
-        if on_host:
-            tiles, fewest = int(used.max()), int(used.min())
-            even = tiles == fewest
-        return TileView(self.tier, self.fields, ids, used, counts, self.runs, dtype, tiles, even)
-
-    def positions(self, tiles: int) -> Tensor:
-        """Positions of the tokens of the first ``tiles``, int64 ``[B, H_kv, tiles * tile]``."""
-        if "starts" not in self.tensors:
-            return self.notes["positions"][:, :, :tiles].flatten(2).long()
-        starts = self.tensors["starts"][:, :, :tiles, None].long()
-        return (starts + torch.arange(self.tier.keys.tile, device=starts.device)).flatten(2)
-
-
-class LayerBuffers:
-    """What a step reads and writes of a layer, in place.
-
-    Args:
-        tensors: every tensor by its name, in an order that layers of one make share. Of the window "keys", "values",
-            "positions", "lengths", "counters" (as in ``StepBuffers``) and "notes.NAME" ``[B, H_kv, capacity]``; of its queries
-            "moments.NAME"; of tier ``n`` "n.ids", "n.used", "n.reserved", "n.starts" (as in ``StepBuffers``), "n.counts",
-            int32 ``[B, H_kv, T]``, live tokens of each tile, "n.fields.k.NAME" and "n.fields.v.NAME" ``[N, *tile_shape]``,
-            and "n.notes.NAME" ``[B, H_kv, T, tile]``. Notes are "statistic.NAME", "shift", and, without starts, "positions".
-        tiers: name and quantizers of each packed tier, finest first.
-        flags: of each whether ids are in runs (as in ``StepBuffers``), and whether all tiles in use are full.
-    """
-
-    def __init__(
-        self, tensors: Mapping[str, Tensor], tiers: Sequence[Tier], flags: Sequence[tuple[bool, bool]]
-    ) -> None:
-        self.tensors, self.flags = tensors, flags
-        self.keys, self.values, self.positions = tensors["keys"], tensors["values"], tensors["positions"]
-        self.lengths, self.counters = tensors["lengths"], tensors["counters"]
-        self.notes, self.moments = under(tensors, "notes."), under(tensors, "moments.")
-        self.tiers = [TierBuffers(t, under(tensors, f"{n}."), *flags[n]) for n, t in enumerate(tiers)]
-
-    @cached_property
-    def step(self) -> StepBuffers:
-        """What ``append`` takes: the window and the first tier."""
-        window, notes = (self.keys, self.values, self.positions, self.lengths, self.counters), [*self.notes.values()]
-        if not self.tiers:
-            none = self.lengths.new_zeros((*self.lengths.shape, 0))
-            return StepBuffers(*window, {}, {}, none, self.lengths, self.lengths, window_notes=notes)
-        tier, tensors = self.tiers[0], self.tiers[0].tensors
-        return StepBuffers(
-            *window,
-            under(tier.fields, "k."),
-            under(tier.fields, "v."),
-            tensors["ids"],
-            tensors["used"],
-            tensors["reserved"],
-            tensors.get("starts"),
-            tier.notes.get("positions"),
-            notes,
-            [tier.notes[name] for name in self.notes],
-            tier.runs,
-        )
-
-    def operands(self, op: str) -> tuple[list[Tensor], list[Tensor]]:
-        """Tensors that the custom op "append" or "attend" writes, and those that it reads."""
-        written, read = _operands(op, self.tensors)
-        return [self.tensors[name] for name in written], [self.tensors[name] for name in read]
-
-
-def layer_buffers(
-    window: Window,
-    stores: Sequence[TierStore],
-    counters: Tensor,
-    moments: QueryMoments | None,
-    runs_may_change: bool,
-) -> LayerBuffers:
-    """The buffers of a layer as they are now; ``runs_may_change``: steps are not to rely on tiles that lie in runs."""
-    tensors = {"keys": window.keys, "values": window.values, "positions": window.positions}
-    tensors |= {"lengths": window.numbers.device, "counters": counters} | _above("notes.", window.notes)
-    tensors |= _above("moments.", {} if moments is None else moments.tensors())
-    for number, store in enumerate(stores):
-        table = store.table
-        named = {"ids": table.ids.device, "used": table.used.device, "reserved": table.reserved.device}
-        named |= {"counts": table.counts.device} | ({} if table.starts is None else {"starts": table.starts})
-        named |= _above("fields.", store.pool.fields) | _above("notes.", table.notes)
-        tensors |= _above(f"{number}.", named)
-    flags = tuple((store.runs and not runs_may_change, store.table.whole()) for store in stores)
-    return LayerBuffers(tensors, [store.tier for store in stores], flags)
-
-
-def _above(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {prefix + name: tensor for name, tensor in tensors.items()}
-
-
-def _operands(op: str, names: Collection[str]) -> tuple[list[str], list[str]]:
-    """Those ``names`` whose tensors the custom op ``op`` writes, and those that it reads."""
-    writes, reads = _OPERANDS[op]
-    written = [name for name in names if writes.fullmatch(name)]
-    return written, [name for name in names if reads.fullmatch(name) and name not in written]
-
-
 # --- plans --------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LayerLayout:
-    """What ``LayerBuffers`` are made from again in a custom op, beside the tensors that it is given.
-
-    Attributes:
-        operands: names of these tensors, by op: those that it writes, then those that it reads.
-        flags: as in ``LayerBuffers``.
-    """
-
-    operands: Mapping[str, Sequence[str]]
-    flags: Sequence[tuple[bool, bool]]
 
 
 @dataclass(eq=False)
@@ -191,7 +56,7 @@ class StepPlan:
         tracker: what steps note of attention.
         rope: by which keys are moved when they are read; ``None`` if they stay.
         refused: op, implementation and reason of calls that the reference computed instead.
-        layouts: of the buffers that graphs were made for, by name.
+        layouts: names and flags of the ``LayerBuffers`` that graphs were made for, by name.
     """
 
     name: str
@@ -203,7 +68,7 @@ class StepPlan:
     tracker: AttentionTracker
     rope: RopeScheme | None = None
     refused: set[tuple[str, str, str]] = field(default_factory=set)
-    layouts: dict[str, LayerLayout] = field(default_factory=dict)
+    layouts: dict[str, tuple[tuple[str, ...], Sequence[tuple[bool, bool]]]] = field(default_factory=dict)
 
     def choose(self, kernel: Kernel, *args: object, shifted: bool = False, **options: object) -> Kernel:
         """``kernel`` if it accepts this very call, else the reference."""
@@ -263,8 +128,7 @@ def _contents(tiers: Sequence[Tier]) -> str:
 
 def step_name(plan: StepPlan, held: LayerBuffers) -> str:
     """What a graph calls a step of ``plan`` over buffers like ``held``."""
-    operands = {op: [name for names in _operands(op, held.tensors) for name in names] for op in _OPERANDS}
-    layout = LayerLayout(operands, held.flags)
+    layout = tuple(held.tensors), held.flags
     name = hashlib.sha256(repr(layout).encode()).hexdigest()[:8]
     plan.layouts.setdefault(name, layout)
     return f"{plan.name}/{name}"
@@ -304,9 +168,8 @@ def read_all(
     Returns:
         ``[B, H_q, Q, D_v]`` in the query's dtype.
     """
-    on_host = query.device.type == "cpu" and isinstance(
-        plan.attention, TorchDecodeAttention
-    )  # kernels take buffers whole
+    # kernels take buffers whole
+    on_host = query.device.type == "cpu" and isinstance(plan.attention, TorchDecodeAttention)
     segments, statistics = segments_of(plan, held, mask, on_host, shifts)
     tracker, call = plan.tracker, (query, segments, scaling, softcap, sinks)
     tracked = tracker.active and any(statistics)
@@ -343,12 +206,10 @@ def segments_of(
     segments: list[Segment] = []
     statistics: list[dict[str, Tensor]] = []
     for tier in held.tiers:
-        view = tier.view(held.keys.dtype, on_host)
+        view = tier.view.in_use() if on_host else tier.view
         if not view.tiles:
             continue
-        notes = {
-            name: note[:, :, : view.tiles].flatten(2) for name, note in tier.notes.items()
-        }  # [B, H_kv, tiles * tile]
+        notes = {n: note[:, :, : view.tiles].flatten(2) for n, note in tier.notes.items()}  # [B, H_kv, tiles * tile]
         seen = None if mask is None else gathered(mask, tier.positions(view.tiles), view.valid())
         shift = _noted_shift(plan, notes, on_host) if shifts is None else shifts[len(segments)]
         segments.append(PackedSegment(view, seen, mask is None, shift))
@@ -440,9 +301,10 @@ def _step(op: str, name: str, written: Sequence[Tensor], read: Sequence[Tensor])
     plan = _plans.get(plan_name)
     if plan is None or layout_name not in plan.layouts:
         raise InputError("a compiled step was run for a cache that is gone; run it with the cache it is meant for")
-    layout = plan.layouts[layout_name]
-    tensors = dict(zip(layout.operands[op], (*written, *read), strict=True))
-    return plan, LayerBuffers(tensors, plan.tiers, layout.flags)
+    names, flags = plan.layouts[layout_name]
+    writes, reads = operands(op, names)
+    tensors = dict(zip((*writes, *reads), (*written, *read), strict=True))
+    return plan, LayerBuffers(tensors, plan.tiers, flags)
 
 
 def _hides_padding_alone(mask: Tensor, plan: StepPlan, held: LayerBuffers) -> bool:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fade_core.interfaces import Tier
 from fade_core.packed import Packed
-from fade_core.storage.slots import under
 
 
 @dataclass(eq=False)
@@ -38,6 +37,11 @@ class TileView:
     dtype: torch.dtype
     tiles: int
     even: bool = False
+
+    def in_use(self) -> TileView:
+        """No more tiles than are in use; their number is read on the host."""
+        tiles = int(self.used.max())
+        return replace(self, tiles=tiles, even=tiles == int(self.used.min()))
 
     @property
     def tile(self) -> int:
@@ -77,7 +81,7 @@ class TileView:
             found = {name: field[:, :, at] for name, field in self.kernel_fields(side).items()}
         else:
             ids = self.pool_ids()[:, :, at] if isinstance(at, slice) else at
-            pool, flat = under(self.fields, f"{side}."), ids.flatten()
+            pool, flat = self.pool_fields(side), ids.flatten()
             found = {name: field.index_select(0, flat).unflatten(0, ids.shape) for name, field in pool.items()}
         tiles = at.stop - at.start if isinstance(at, slice) else at.shape[2]
         return Packed(found, tiles * self.tile, self.dtype)
@@ -105,5 +109,9 @@ class TileView:
 
     def kernel_fields(self, side: str) -> dict[str, Tensor]:
         """Fields of "k" or "v": the pool ``[N, ...]`` if there is a ``table``, else ``[B, H_kv, T, ...]``."""
-        pool, lead = under(self.fields, f"{side}."), self.ids.shape
+        pool, lead = self.pool_fields(side), self.ids.shape
         return {n: f[: lead.numel()].unflatten(0, lead) for n, f in pool.items()} if self.runs else pool
+
+    def pool_fields(self, side: str) -> dict[str, Tensor]:
+        """Pool fields ``[N, ...]`` of "k" or "v"."""
+        return {name[2:]: field for name, field in self.fields.items() if name[0] == side}

@@ -12,12 +12,13 @@ from torch import Tensor
 from fade_core.builtin.quantizers.uniform import UniformConfig
 from fade_core.errors import InputError
 from fade_core.interfaces import Kernel, Op, Quantizer, QuantizerContext, RopeScheme, Support, Tier
-from fade_core.ops.append import AppendRule, StepBuffers, append
-from fade_core.ops.attention import (
+from fade_core.ops.buffers import AppendRule, StepBuffers
+from fade_core.ops.reference import (
     AttentionOutput,
     FullSegment,
     PackedSegment,
     Segment,
+    append,
     attention_mass,
     decode_attention,
 )

@@ -70,7 +70,7 @@ class TritonDecodeAttention(Kernel):
         sinks: Tensor | None = None,
         probabilities: bool = False,
     ) -> AttentionOutput:
-        """As the oracle, ``fade_core.ops.attention.decode_attention``, without probabilities.
+        """As the oracle, ``fade_core.ops.reference.decode_attention``, without probabilities.
 
         Raises:
             InputError: for what ``accepts`` refuses.

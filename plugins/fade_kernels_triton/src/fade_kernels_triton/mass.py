@@ -48,7 +48,7 @@ class TritonAttentionMass(Kernel):
         scaling: float,
         softcap: float | None = None,
     ) -> Tensor:
-        """As the oracle, ``fade_core.ops.attention.attention_mass``: float32 ``[B, H_kv, Q, T]``.
+        """As the oracle, ``fade_core.ops.reference.attention_mass``: float32 ``[B, H_kv, Q, T]``.
 
         Raises:
             InputError: for what ``accepts`` refuses.
