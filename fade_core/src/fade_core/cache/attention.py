@@ -8,10 +8,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from fade_core.cache.layer import CompiledHandle, Handle, TieredLayer
+from fade_core.cache.masks import newest, padding_mask
 from fade_core.cache.prompt import dense_with_past, hides_stored, past_masks
 from fade_core.interfaces import PromptView
 from fade_core.ops.reference import AttentionOutput, FullSegment, decode_attention
@@ -55,7 +56,8 @@ def fade_attention(
         query: ``[B, H_q, Q, D]``.
         key: a ``Handle``, a ``CompiledHandle`` inside a compiled graph, or ``[B, H_kv, T, D]``.
         value: likewise.
-        attention_mask: bool ``[B, 1, Q, T]`` over logical positions, or ``None``.
+        attention_mask: over logical positions, ``[B or 1, H or 1, Q, T]``, or ``[B, T]`` where it hides padding alone; ``None``
+            if queries see all that came before them.
         dropout: for plain tensors in training; a packed cache is not trained through.
         scaling: factor of the logits, ``D ** -0.5`` by default.
         softcap: soft cap of the logits.
@@ -73,6 +75,8 @@ def fade_attention(
     elif softcap or s_aux is not None:
         output = blocked_attention(query, key, cast(Tensor, value), call.mask, scaling, softcap, s_aux).output
     else:
+        if attention_mask is not None and attention_mask.dim() == 2:
+            attention_mask = rows_of(call.mask, slice(0, query.shape[2]), query.shape[2], key.shape[2], query.device)
         given = module, query, key, cast(Tensor, value), attention_mask
         plain: tuple[Tensor, None] = sdpa_attention_forward(*given, dropout=dropout, scaling=scaling, **kwargs)
         return plain
@@ -84,15 +88,15 @@ def _eagerly(module: torch.nn.Module, layer: TieredLayer, call: _Call) -> Tensor
     """Attention ``[B, H_q, Q, D]`` over a layer of the cache, which may then compress what it has taken in."""
     output = _step_attention(layer, call) if layer.pending is None else _chunk_attention(module, layer, call)
     if layer.steps.compiles and layer.device.type != "cpu" and not layer.reading:  # on a CPU every step's mask is read
-        layer.steps.assume_padding_mask = call.mask is None or _hides_padding_alone(layer, call.mask, newest=True)
+        layer.steps.assume_padding_mask = call.mask is None or _hides_padding_alone(layer, call.mask, last=True)
     cache = None if layer.owner is None else layer.owner()
     if cache is not None:
         cache.conclude()
     return output
 
 
-def _hides_padding_alone(layer: TieredLayer, mask: Tensor, newest: bool = False) -> bool:
-    return layer.plan.masks.hides_padding_alone(mask, layer.logical, layer.known.padding, newest)
+def _hides_padding_alone(layer: TieredLayer, mask: Tensor, last: bool = False) -> bool:
+    return layer.plan.masks.hides_padding_alone(mask, layer.logical, layer.known.padding, last)
 
 
 def _step_attention(layer: TieredLayer, call: _Call) -> Tensor:
@@ -101,8 +105,8 @@ def _step_attention(layer: TieredLayer, call: _Call) -> Tensor:
     if mask is not None and _hides_padding_alone(layer, mask):
         mask = None
     if mask is not None:
-        mask = mask[..., : held.logical]
-        shown = None if rope is None else hides_stored(held, mask[:, :, -1].any(1), held.logical)
+        mask = rows_of(mask, slice(0, call.query.shape[2]), call.query.shape[2], held.logical, call.query.device)
+        shown = None if rope is None else hides_stored(held, newest(mask), held.logical)
         if rope is not None and shown is not None:
             shifts = shown_shifts(rope, held.window, held.stores, held.logical, shown)
     steps, options = layer.steps, (mask, call.sinks, call.scaling, call.softcap, shifts)
@@ -116,13 +120,15 @@ def _chunk_attention(module: torch.nn.Module, layer: TieredLayer, call: _Call) -
     """A prompt, or a chunk of one: exact among its own tokens, over the packed past before it."""
     held, (keys, values), mask = layer.held, cast(tuple[Tensor, Tensor], layer.pending), call.mask
     chunk, queries = keys.shape[2], call.query.shape[2]
-    padding = None
+    padding, alone = None, False
     if mask is not None and bool((held.lengths == chunk).any()):
         padding = layer.plan.masks.leading_padding(mask, chunk)
     past = held.logical > chunk
     if past:
-        newest = None if mask is None else mask[:, :, -1].any(1)  # [B or 1, T]
-        keys, values = dense_with_past(held, keys, values, newest, layer.plan.rope)
+        shown = None if mask is None else newest(mask)
+        keys, values = dense_with_past(held, keys, values, shown, layer.plan.rope)
+    elif padding is not None and mask is not None and mask.dim() == 2:
+        alone = layer.plan.masks.hides_padding_alone(mask, chunk, padding)
 
     def visible(part: slice | Tensor) -> Tensor:
         rows = rows_of(mask, part, queries, held.logical, call.query.device)
@@ -135,10 +141,13 @@ def _chunk_attention(module: torch.nn.Module, layer: TieredLayer, call: _Call) -
     apart = past and any(not store.heads_aligned for store in held.packed)
     if call.softcap or call.sinks is not None or apart:
         output = _in_blocks(call, keys, values, visible).output
+    elif alone and padding is not None:
+        output = _row_by_row(module, call, keys, values, padding)
     else:
-        seen = visible(slice(0, queries)) if past else mask
-        output = sdpa_attention_forward(module, call.query, keys, values, seen, scaling=call.scaling)[0].transpose(1, 2)
-        del seen
+        whole = not past and (mask is None or mask.dim() == 4)
+        output = (
+            _sdpa(module, call, keys, values, mask) if whole else _sdpa_in_blocks(module, call, keys, values, visible)
+        )
     if layer.reading:
         _reread(layer, call, keys, visible)
         layer.finish_pending()
@@ -248,15 +257,40 @@ def blocked_attention(
 
 
 def _in_blocks(call: _Call, key: Tensor, value: Tensor, visible: Visible) -> AttentionOutput:
-    """Exact attention in blocks of queries whose logits take no more elements than the keys do, at least 16."""
-    total, block = call.query.shape[2], max(16, key.shape[1] * key.shape[3] // call.query.shape[1])
-    found = [
-        decode_attention(
-            call.query[:, :, part], [FullSegment(key, value, visible(part))], call.scaling, call.softcap, call.sinks
-        )
-        for part in (slice(start, min(start + block, total)) for start in range(0, total, block))
-    ]
+    """Exact attention in blocks of queries whose logits take no more elements than the keys do."""
+    options, parts = (call.scaling, call.softcap, call.sinks), _blocks(call.query.shape[2], key, call.query.shape[1])
+    found = [decode_attention(call.query[:, :, p], [FullSegment(key, value, visible(p))], *options) for p in parts]
     return AttentionOutput(torch.cat([f.output for f in found], 2), torch.cat([f.lse for f in found], 2))
+
+
+def _blocks(queries: int, key: Tensor, heads: int) -> list[slice]:
+    """Blocks of queries, at least 16, for which ``heads`` numbers a row and token take no more elements than ``key``."""
+    block = max(16, key.shape[1] * key.shape[3] // heads)
+    return [slice(start, min(start + block, queries)) for start in range(0, queries, block)]
+
+
+def _sdpa(module: torch.nn.Module, call: _Call, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """torch's exact attention ``[B, H_q, Q, D_v]``; causal where ``mask`` is ``None``."""
+    output: Tensor = sdpa_attention_forward(module, call.query, key, value, mask, scaling=call.scaling)[0]
+    return output.transpose(1, 2)
+
+
+def _sdpa_in_blocks(module: torch.nn.Module, call: _Call, key: Tensor, value: Tensor, visible: Visible) -> Tensor:
+    """As ``_sdpa``, in blocks of queries whose masks take no more elements than the keys do."""
+    parts = _blocks(call.query.shape[2], key, 1)
+    return torch.cat(
+        [_sdpa(module, call._replace(query=call.query[:, :, p]), key, value, visible(p)) for p in parts], 2
+    )
+
+
+def _row_by_row(module: torch.nn.Module, call: _Call, key: Tensor, value: Tensor, padding: Tensor) -> Tensor:
+    """As ``_sdpa``, each row without the ``padding[b]`` columns on its left, whose output is 0: no mask is needed then."""
+    output = call.query.new_zeros((*call.query.shape[:3], value.shape[3]))
+    for row, first in enumerate(padding.tolist()):
+        if first < key.shape[2]:
+            own = [t[row : row + 1, :, first:] for t in (call.query, key, value)]
+            output[row : row + 1, :, first:] = _sdpa(module, call._replace(query=own[0]), own[1], own[2], None)
+    return output
 
 
 def as_bool(mask: Tensor | None) -> Tensor | None:
@@ -267,17 +301,18 @@ def as_bool(mask: Tensor | None) -> Tensor | None:
 
 
 def rows_of(mask: Tensor | None, part: slice | Tensor, queries: int, tokens: int, device: torch.device) -> Tensor:
-    """bool ``[B or 1, H or 1, len(part), tokens]`` of what the queries ``part`` may see; causal without a ``mask``."""
-    if mask is not None:
+    """bool ``[B or 1, H or 1, len(part), tokens]``: what the queries ``part`` may see. ``mask`` as in ``fade_attention``."""
+    if mask is not None and mask.dim() == 4:
         return mask[:, :, part, :tokens]
-    newest = torch.arange(tokens - queries, tokens, device=device)[part]
-    return (torch.arange(tokens, device=device) <= newest[:, None])[None, None]
+    own = torch.arange(tokens - queries, tokens, device=device)[part]
+    causal = (torch.arange(tokens, device=device) <= own[:, None])[None, None]
+    return causal if mask is None else causal & mask[:, None, None, :tokens]
 
 
 def register() -> None:
     """Make ``attn_implementation="fade"`` known to transformers, masks included (without one padding is ignored)."""
     AttentionInterface.register(NAME, fade_attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, padding_mask)
 
 
 register()

@@ -14,7 +14,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from fade_core.cache.attention import NAME
 from fade_core.cache.layer import TieredLayer
 from fade_core.cache.layer_plan import LayerPlan
-from fade_core.cache.masks import MaskReader
+from fade_core.cache.masks import MaskReader, take_rows
 from fade_core.cache.rope_schemes import layer_schemes
 from fade_core.config import FadeConfig
 from fade_core.config.kernel_selection import choose_kernel
@@ -309,6 +309,7 @@ def attach(model: PreTrainedModel, cache: Any) -> Callable[[], Any]:
     before, users = _attached.get(model, (str(model.config._attn_implementation), set()))
     if not users:
         model.set_attn_implementation(NAME)
+        take_rows(model)
     token = id(cache)
     users.add(token)
     _attached[model] = (before, users)
