@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from random import Random
 from typing import Any
 
 import pytest
@@ -138,6 +139,31 @@ def test_a_prompt_and_steps_are_packed_without_reading_positions_back(
                 side.take(keys, values, torch.tensor(PADDING))
         here, away = (side.state() for side in sides)
     assert not sides[1].reads
+    assert_same(here, away)
+
+
+@pytest.mark.parametrize("limit", [None, 1024])
+@pytest.mark.parametrize("name", ["one tier", "by attention"])
+def test_steps_that_nobody_looks_at_leave_what_others_do(
+    name: str, limit: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Off a CPU tiles leave the window when the next tokens come, and the host goes by what it knows to be reserved."""
+    seed = fresh_seed()
+    generator, random = torch.Generator().manual_seed(seed), Random(seed)
+    monkeypatch.setattr("fade_core.cache.layer.storage_bytes", lambda tensors: 0)
+    with Device() as device, torch.no_grad():
+        sides = Side(name, None, limit), Side(name, device, limit)
+        for count in (random.randint(30, 60), *(random.choice((1, 1, 1, 1, 1, 7, 32)) for _ in range(60))):
+            keys, values = tokens(count, generator)
+            for side in sides:
+                side.take(keys, values)
+            windows = [_inner(side.layer.known.window.numbers.device) for side in sides]  # without telling the host
+            assert torch.equal(*windows), "attention reads other tokens in full precision"
+            for side in sides:
+                side.layer.rest()
+        for side in sides:
+            side.layer.settle()
+        here, away = (side.state() for side in sides)
     assert_same(here, away)
 
 

@@ -75,7 +75,7 @@ class TieredLayer(CacheLayerMixin):
         self.pending: tuple[Tensor, Tensor] | None = None
         self._before: Snapshot | None = None
         self._encoded = self._quiet = 0
-        self._maintained = self._room_left = False
+        self._maintained = self._room_left = self._roomy = False
         if self._kept is not None:
             self._kept[0].clear()
             for store in self._kept[1]:
@@ -318,8 +318,9 @@ class TieredLayer(CacheLayerMixin):
         if self._held is None:
             return
         held, kept = self._held, self.holding or self.reading or self.record_past
-        if 0 < coming <= self._quiet and not kept and not (self.steps.stale and self.device.type == "cpu"):
-            self._before = None
+        quiet = 0 < coming <= self._quiet and (self._roomy or coming == 1)
+        if quiet and not kept and not (self.steps.stale and self.device.type == "cpu"):
+            self._before, self._room_left = None, self._roomy
             self._quiet -= coming
             self.steps.coming += coming
             return
@@ -342,14 +343,14 @@ class TieredLayer(CacheLayerMixin):
     def _quiet_for(self, held: LayerContents) -> int:
         """Tokens that may come before there is anything to do between two passes, as far as the host knows."""
         ladder, window = self.plan.ladder, held.window
-        logical, tokens = held.logical + self.steps.coming, window.longest + self.steps.coming
-        quiet = min(self.steps.slots - logical, window.capacity - tokens)
-        if held.stores and tokens < ladder.threshold:
-            quiet = min(quiet, ladder.threshold - 1 - tokens)
-        elif held.stores:
-            # steps send tokens out of the window themselves, as long as tiles are reserved for them
-            reserved = 0 if self.device.type == "cpu" else held.stores[0].ahead() * ladder.tile
-            quiet = min(self.steps.slots - logical, ladder.threshold + reserved - 1 - tokens)
+        logical, tokens = held.logical + self.steps.coming, window.longest + self.steps.coming  # with those announced
+        quiet, self._roomy = self.steps.slots - logical, not held.stores or tokens < ladder.threshold
+        if self._roomy:
+            quiet = min(quiet, window.capacity - tokens, ladder.threshold - 1 - tokens if held.stores else quiet)
+        elif self.device.type == "cpu":
+            return 0
+        else:  # steps send tokens out of the window themselves, one tile at a time, as long as tiles are reserved for them
+            quiet = min(quiet, ladder.threshold - 1 + held.stores[0].ahead() * ladder.tile - tokens)
         if ladder.bounded:
             quiet = min(quiet, self.plan.every - 1 - (logical - int(held.ranked_at.min())))
         return max(0, quiet)

@@ -62,6 +62,8 @@ class LayerSteps:
     # --- getting ready ---
     def replan(self, fresh: bool) -> None:
         """Take the plan of the quantizers as they are now; ``fresh``: under a name that no other has."""
+        for quantizer in (q for tier in self.plan.ladder.tiers for q in (tier.keys, tier.values)):
+            quantizer.planes()  # made once: not in the memory pool of a CUDA graph, where nothing may stay behind
         self.step_plan = plan_step(self.plan.step(), self.plan.compatibility, fresh)
         checked = replace(self.step_plan.rule, on_nonfinite="checked")
         self.rules = checked, replace(checked, threshold=NEVER)

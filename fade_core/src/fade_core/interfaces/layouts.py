@@ -59,6 +59,8 @@ class PlaneLayout:
         worth: float32 ``[H_kv, kept]``; 0 where a channel is not stored.
         forward: float16 ``[H_kv, D, kept]``.
         inverse: float16 ``[H_kv, kept, D]``.
+        longest: float32 ``[H_kv]``: length of the longest vector ``scale * deviation * inverse`` of any plane, so that a
+            kernel knows how large a query's products with the stored channels can be.
     """
 
     tile: int
@@ -75,3 +77,4 @@ class PlaneLayout:
     worth: Tensor
     forward: Tensor
     inverse: Tensor
+    longest: Tensor

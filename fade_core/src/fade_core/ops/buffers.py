@@ -165,11 +165,14 @@ class LayerBuffers:
         self.keys, self.values, self.positions = tensors["keys"], tensors["values"], tensors["positions"]
         self.lengths, self.counters = tensors["lengths"], tensors["counters"]
         self.notes, self.moments = _notes(tensors), under(tensors, "moments.")
-        self.tiers = [self._tier(under(tensors, f"{n}."), tier, *flags[n]) for n, tier in enumerate(tiers)]
+        given = [
+            n for n in range(len(tiers)) if f"{n}.ids" in tensors
+        ]  # an op is not told of tiers that it does not touch
+        self.tiers = [self._tier(under(tensors, f"{n}."), tiers[n], *flags[n]) for n in given]
 
     def _tier(self, of: Mapping[str, Tensor], tier: Tier, runs: bool, whole: bool) -> TierBuffers:
         fields = {name: held for name, held in of.items() if name[:2] in ("k.", "v.")}
-        counts, width = None if whole else of["counts"], of["ids"].shape[2]
+        counts, width = None if whole else of.get("counts"), of["ids"].shape[2]
         view = TileView(tier, fields, of["ids"], of["used"], counts, runs, self.keys.dtype, width)
         return TierBuffers(view, of.get("starts"), _notes(of))
 

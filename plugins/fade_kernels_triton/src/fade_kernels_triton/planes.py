@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -134,19 +133,6 @@ class PlanesTier:
         return int((self.table if self.table is not None else self.keys["codes"]).shape[2])
 
 
-_reaches: WeakKeyDictionary[PlaneLayout, Tensor] = WeakKeyDictionary()
-
-
-def _reach(layout: PlaneLayout) -> Tensor:
-    """float32 ``[H_kv]``: how long the vectors are at most that a query is multiplied by; made once a layout."""
-    if layout not in _reaches:
-        length = layout.inverse.float().norm(dim=-1) * layout.deviation.abs()  # [H, kept]
-        channels = layout.planes[..., 1:2].long() + torch.arange(PLANE_CHANNELS, device=length.device)
-        worth = length.gather(1, channels.flatten(1)).view_as(channels) * layout.scales[..., None]
-        _reaches[layout] = worth.amax((1, 2)).contiguous()
-    return _reaches[layout]
-
-
 def planes_attention(
     query: Tensor,
     tier: PlanesTier,
@@ -217,7 +203,7 @@ def planes_attention(
         keys.deviation,
         keys.inverse,
         keys.mean,
-        _reach(keys),
+        keys.longest,
         turned,
         norm,
         bias,

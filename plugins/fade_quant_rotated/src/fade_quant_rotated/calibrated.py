@@ -169,12 +169,16 @@ class CalibratedQuantizer(Quantizer):
     def planes(self) -> PlaneLayout | None:
         """Where a kernel finds the codes, of even widths in groups of 16 channels and uniform levels; ``None`` for others."""
         if self._planes is None and isinstance(self.layout, PlaneStream) and self.levels == "uniform":
-            state = self._state
+            state, (planes, scales) = self._state, self.layout.table()
+            length = state["inverse"].float().norm(dim=-1) * state["deviation"].abs()  # [H, kept]
+            channels = planes[..., 1:2].long() + torch.arange(PLANE_CHANNELS, device=length.device)  # [H, P, 16]
+            longest = length.gather(1, channels.flatten(1)).view_as(channels) * scales[..., None]
             self._planes = PlaneLayout(
                 self.tile,
                 self.layout.row,
                 self.layout.layout,
-                *self.layout.table(),
+                planes,
+                scales,
                 state["usual"],
                 GAIN_ZERO,
                 GAIN_STEPS,
@@ -184,6 +188,7 @@ class CalibratedQuantizer(Quantizer):
                 state["worth"],
                 state["forward"],
                 state["inverse"],
+                longest.amax((1, 2)),
             )
         return self._planes
 
