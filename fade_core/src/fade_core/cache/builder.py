@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache
 from transformers.configuration_utils import PreTrainedConfig
 
-from fade_core.cache.attention import NAME
+from fade_core.cache.attention import NAME, take_rows
 from fade_core.cache.layer import TieredLayer
 from fade_core.cache.layer_plan import LayerPlan
-from fade_core.cache.masks import MaskReader, take_rows
+from fade_core.cache.masks import MaskReader
 from fade_core.cache.rope_schemes import layer_schemes
 from fade_core.config import FadeConfig
 from fade_core.config.kernel_selection import choose_kernel

@@ -74,8 +74,8 @@ class TieredLayer(CacheLayerMixin):
         self._held: LayerContents | None = None
         self.pending: tuple[Tensor, Tensor] | None = None
         self._before: Snapshot | None = None
-        self._encoded = self._quiet = 0
-        self._maintained = self._room_left = self._roomy = False
+        self._encoded = 0
+        self._maintained = self._room_left = False
         if self._kept is not None:
             self._kept[0].clear()
             for store in self._kept[1]:
@@ -215,7 +215,7 @@ class TieredLayer(CacheLayerMixin):
             else:
                 self.steps.behind = True
         else:
-            self.pending, self._quiet = (keys.detach(), values.detach()), 0
+            self.pending, self.steps.quiet = (keys.detach(), values.detach()), 0
         held.logical += keys.shape[2]
         if self.plan.attention == "stock" and not before:
             self.finish_pending()
@@ -317,12 +317,12 @@ class TieredLayer(CacheLayerMixin):
         self._maintained = coming > 0
         if self._held is None:
             return
-        held, kept = self._held, self.holding or self.reading or self.record_past
-        quiet = 0 < coming <= self._quiet and (self._roomy or coming == 1)
-        if quiet and not kept and not (self.steps.stale and self.device.type == "cpu"):
-            self._before, self._room_left = None, self._roomy
-            self._quiet -= coming
-            self.steps.coming += coming
+        held, steps, kept = self._held, self.steps, self.holding or self.reading or self.record_past
+        quiet = 0 < coming <= steps.quiet and (steps.roomy or coming == 1)
+        if quiet and not kept and not (steps.stale and self.device.type == "cpu"):
+            self._before, self._room_left = None, steps.roomy
+            steps.quiet -= coming
+            steps.coming += coming
             return
         self.finish_pending()
         self._before = None
@@ -338,22 +338,7 @@ class TieredLayer(CacheLayerMixin):
         if self.max_length is None and held.logical + self.steps.coming > self.steps.slots:
             self.steps.slots = bucket(held.logical + self.steps.coming)
         self.steps.wire(held)
-        self._quiet = self._quiet_for(held) if self.steps.ready else 0
-
-    def _quiet_for(self, held: LayerContents) -> int:
-        """Tokens that may come before there is anything to do between two passes, as far as the host knows."""
-        ladder, window = self.plan.ladder, held.window
-        logical, tokens = held.logical + self.steps.coming, window.longest + self.steps.coming  # with those announced
-        quiet, self._roomy = self.steps.slots - logical, not held.stores or tokens < ladder.threshold
-        if self._roomy:
-            quiet = min(quiet, window.capacity - tokens, ladder.threshold - 1 - tokens if held.stores else quiet)
-        elif self.device.type == "cpu":
-            return 0
-        else:  # steps send tokens out of the window themselves, one tile at a time, as long as tiles are reserved for them
-            quiet = min(quiet, ladder.threshold - 1 + held.stores[0].ahead() * ladder.tile - tokens)
-        if ladder.bounded:
-            quiet = min(quiet, self.plan.every - 1 - (logical - int(held.ranked_at.min())))
-        return max(0, quiet)
+        self.steps.look_ahead(held)
 
     def _make_room(self, held: LayerContents, coming: int) -> None:
         """Room for ``coming`` tokens in the window, and reserved tiles for what they send out of it."""
@@ -411,7 +396,7 @@ class TieredLayer(CacheLayerMixin):
 
     def rest(self) -> None:
         """The pass is over: what is due is packed and ranked at once, where the host need not wait for the device to know."""
-        if self._quiet or (self.steps.behind and self.device.type != "cpu"):
+        if self.steps.quiet or (self.steps.behind and self.device.type != "cpu"):
             self._before = None
         else:
             self.settle()
@@ -456,7 +441,7 @@ class TieredLayer(CacheLayerMixin):
         if self.plan.shifted:
             pending = 0 if self.pending is None else self.pending[0].shape[2]
             note_shifts(self._held.window, self._held.stores, self._held.logical - pending)
-        self._encoded, self._quiet = self._held.encoded, 0
+        self._encoded = self._held.encoded
         self.steps.start_from(self._held)
 
     @contextlib.contextmanager

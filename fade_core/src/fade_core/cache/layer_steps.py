@@ -34,6 +34,8 @@ class LayerSteps:
         behind: whether steps have changed lengths that the host has not read back.
         stale: whether the logical length is among them: compiled steps tell the host nothing.
         coming: tokens that have been announced since then, at most.
+        quiet: tokens that may come before there is anything to do between two passes.
+        roomy: whether nothing leaves the window meanwhile.
         checks_masks: whether this layer looks at the masks of compiled steps, for all layers.
         assume_padding_mask: whether the mask of a compiled step is taken to hide padding alone, as the prompt's did.
     """
@@ -51,8 +53,8 @@ class LayerSteps:
 
     def forget(self) -> None:
         """The layer holds nothing; numbers of fixed size stay where they are."""
-        self.ready = self.behind = self.stale = self.assume_padding_mask = False
-        self.coming = 0
+        self.ready = self.behind = self.stale = self.assume_padding_mask = self.roomy = False
+        self.coming = self.quiet = 0
         self.slots = bucket(self.max_length or 1)
         if self.max_length is None:
             self.counters = self.first = torch.zeros(0, dtype=torch.long)
@@ -84,8 +86,22 @@ class LayerSteps:
         else:
             self.first = padding.clone()
         self.ready = bool((held.window.numbers.host > 0).all())
-        self.coming = 0
+        self.coming = self.quiet = 0
         self.rewire()
+
+    def look_ahead(self, held: LayerContents) -> None:
+        """Work out ``quiet`` and ``roomy``, as far as the host knows, for the passes after the tokens that are announced."""
+        ladder, window = self.plan.ladder, held.window
+        logical, tokens = held.logical + self.coming, window.longest + self.coming
+        quiet, self.roomy = self.slots - logical, not held.stores or tokens < ladder.threshold
+        if self.roomy:
+            quiet = min(quiet, window.capacity - tokens, ladder.threshold - 1 - tokens if held.stores else quiet)
+        else:  # steps send tokens out of the window themselves, a tile at a time, as long as tiles are reserved for them
+            quiet = min(quiet, ladder.threshold - 1 + held.stores[0].ahead() * ladder.tile - tokens)
+        if ladder.bounded:
+            quiet = min(quiet, self.plan.every - 1 - (logical - int(held.ranked_at.min())))
+        on_host = held.device.type == "cpu"  # where the host packs as soon as it can
+        self.quiet = max(0, quiet) if self.ready and (self.roomy or not on_host) else 0
 
     def wire(self, held: LayerContents) -> LayerBuffers:
         """What a step reads and writes; the compiler is promised that it stays where it is."""

@@ -1,60 +1,17 @@
-"""Masks: made without a column a query where they hide padding alone, and read once a pass, however many layers ask."""
+"""What masks say: read once a pass, however many layers ask."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from fade_core.support.transfer import sent
 
 T = TypeVar("T")
-
-_take_rows: weakref.WeakValueDictionary[int, PreTrainedConfig] = weakref.WeakValueDictionary()
-"""Configurations, by id, of models that pass a mask ``[B, T]`` on as it is: they do so for flash attention."""
-
-
-def take_rows(model: PreTrainedModel) -> None:
-    """Masks of this ``model`` that hide padding alone may be ``[B, T]``, if it hands them on to attention unseen."""
-    if model._supports_flash_attn:
-        for config in (model.config, model.config.get_text_config(decoder=True)):
-            _take_rows[id(config)] = config
-
-
-def padding_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    mask_function: Callable[..., Any] = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    config: PreTrainedConfig | None = None,
-    **kwargs: Any,
-) -> Tensor | None:
-    """The mask of a pass, as transformers asks for it.
-
-    Returns:
-        ``None`` for a prompt whose tokens see all that came before them; bool ``[B, T]`` where several queries see that but
-        for padding; else what transformers makes for its own attention, ``[B, 1, Q, T]``.
-    """
-    plain = mask_function is causal_mask_function and kwargs.get("allow_is_causal_skip", True)
-    plain = plain and config is not None and _take_rows.get(id(config)) is config
-    plain = plain and isinstance(q_offset, int) and kv_offset == 0 and kv_length == q_offset + q_length
-    if plain and q_length > 1 and not torch.compiler.is_compiling():
-        rows = attention_mask
-        if rows is None:
-            rows = torch.ones((batch_size, kv_length), dtype=torch.bool, device=kwargs.get("device"))
-        if rows.shape[1] == kv_length and (q_offset or not bool(rows.all())):
-            return rows.bool()
-    options = kwargs | {"mask_function": mask_function, "attention_mask": attention_mask, "config": config}
-    made: Tensor | None = sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **options)
-    return made
 
 
 def newest(mask: Tensor) -> Tensor:
