@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import functools
 import os
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +31,44 @@ def _missing() -> str:
     if _release("triton") < (3, 7) and _release("numpy") >= (2, 4):
         return f"the interpreter of Triton {version('triton')} does not work with NumPy {version('numpy')}"
     return ""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interpreter_patches_once_a_launch() -> Iterator[None]:
+    """Triton's interpreter patches ``triton.language`` again at every call within a kernel, which takes half of its time."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or _missing():
+        yield
+        return
+    from triton import language
+    from triton.runtime import interpreter
+
+    patch, restore, dtype = interpreter._patch_lang, interpreter._LangPatchScope.restore, interpreter._get_np_dtype
+    known = functools.cache(dtype)  # it makes a table of all types whenever it is asked for one
+    patched: set[frozenset[str]] = set()
+
+    @functools.cache
+    def modules(function: Any) -> frozenset[str]:
+        return frozenset(m.__name__ for m in function.__globals__.values() if m is language or m is language.core)
+
+    def patch_once(function: Any) -> Any:
+        if (names := modules(function)) in patched:
+            return interpreter._LangPatchScope()
+        patched.add(names)
+        return patch(function)
+
+    def restore_all(scope: Any) -> None:
+        """The end of a launch: what a call patches for itself is never restored."""
+        patched.clear()
+        restore(scope)
+
+    def dtype_of(kind: Any) -> Any:
+        return dtype(kind) if kind.scalar.is_ptr() else known(kind.scalar)
+
+    with pytest.MonkeyPatch.context() as here:
+        here.setattr(interpreter, "_patch_lang", patch_once)
+        here.setattr(interpreter._LangPatchScope, "restore", restore_all)
+        here.setattr(interpreter, "_get_np_dtype", dtype_of)
+        yield
 
 
 @pytest.fixture
