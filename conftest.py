@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import runpy
@@ -17,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import Phase, settings
+
+gc.disable()  # until all is imported: what imports make stays, and looking through it again and again takes long
 
 for name in ("COLUMNS", "LINES"):  # workers of pytest-xdist are born with 80 x 24, which rich would keep for good
     os.environ.pop(name, None)
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: its kernels run on the CPU
 if "FADE_SHRINK" not in os.environ:  # a smaller example takes minutes: for who looks for an error, not for a run of all
     settings.register_profile("unshrunk", phases=[phase for phase in Phase if phase is not Phase.shrink])
     settings.load_profile("unshrunk")
@@ -42,7 +42,32 @@ PACE = 0.11
 """CPU seconds that ``_pace`` takes on that core. Cores that are slower, or whose threads others share, allow a test more."""
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", default=None):
+        return  # hands out tests only, and starts sooner without torch
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: its kernels run on the CPU
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)  # tensors are freed without it
+    gc.enable()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    """What a test leaves in cycles, as errors and their frames do, is gone before the next: a cache holds on to its model."""
+    found = yield
+    gc.collect(1)
+    return found
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
     missing = {mark: [name for name in names if find_spec(name) is None] for mark, names in NEEDED.items()}
     for item in items:
         for pattern, reason in REFUSED.items():
@@ -67,6 +92,8 @@ def _order(item: pytest.Item) -> tuple[bool, int]:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     """A test that takes long says so: CPU seconds, processes that it started included."""
+    import torch
+
     started = sum(os.times()[:4])
     found = yield
     spent = sum(os.times()[:4]) - started
@@ -81,6 +108,8 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 
 def _pace() -> float:
     """CPU seconds of a fixed piece of work that is like a test's: small tensors, and Python."""
+    import torch
+
     started, x = time.process_time(), torch.ones(2, 4, 16, 16)
     for _ in range(4000):
         x = torch.softmax(x @ x.mT, -1)
@@ -103,6 +132,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def _seed(item: Any) -> None:
+    import torch
+
     seed = int(os.environ["FADE_SEED"]) ^ zlib.crc32(item.nodeid.encode())
     torch.manual_seed(seed)
     random.seed(seed)

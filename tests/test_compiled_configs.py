@@ -25,8 +25,8 @@ from fade_quant_rotated.training import train_codebooks
 
 pytestmark = pytest.mark.slow  # each compiles
 
-PROMPT = 160
-STEPS = int(os.environ.get("FADE_STEPS", "48"))
+PROMPT = 176
+STEPS = int(os.environ.get("FADE_STEPS", "32"))
 SHORT = {"n_sink": 4, "recent_window": 32, "tile": 16}
 TWO_TIERS = [{"tier": "int4", "capacity": 1 / 3}, {"tier": "int2", "capacity": "rest"}]
 TOKENS = {"kind": "uniform", "axis": "token"}

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import DynamicCache
 
-from fade_core import FadeConfig, create_tiered_cache, load_model
+from fade_core import FadeConfig, create_tiered_cache
 from fade_core.eval import divergence
 from fade_core.support.memory import live_bytes
 from fade_eval.texts import passages
 
 pytestmark = [pytest.mark.real_model, pytest.mark.slow]
 
-PROMPT, STEPS = 1024, 72
-
-
-@pytest.fixture(scope="module")
-def smollm2(smollm2_folder: Path) -> tuple[Any, Any]:
-    return load_model(smollm2_folder)
+PROMPT, STEPS = 1024, 24  # the fourth step fills a tile
 
 
 def test_safe_holds_a_third_and_compresses_from_the_first_step(smollm2: tuple[Any, Any]) -> None:
@@ -57,7 +51,7 @@ def test_safe_holds_a_third_and_compresses_from_the_first_step(smollm2: tuple[An
 def test_safe_stays_close_to_the_exact_cache_in_decode(smollm2: tuple[Any, Any]) -> None:
     model, tokenizer = smollm2
     texts = [p.text for p in passages("evaluation")[:3]]
-    found = divergence(model, texts, "safe", tokenizer=tokenizer, prompt_tokens=384, steps=40, batch_size=3)
+    found = divergence(model, texts, "safe", tokenizer=tokenizer, prompt_tokens=256, steps=40, batch_size=3)
     assert found.kl_mean <= 0.005
     assert found.top1_agreement >= 0.94  # 120 steps: one standard error of the measured 0.97 is 0.016
 

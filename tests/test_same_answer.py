@@ -25,7 +25,7 @@ TOKENS = {"kind": "uniform", "axis": "token"}
 EVICTING = {
     "h2o, one tier": FadeConfig(**SHORT, keys=TOKENS, policy={"kind": "h2o", "budget": 0.6, "every": 8}),
     "position, one tier": FadeConfig(**SHORT, keys=TOKENS, policy={"kind": "position", "budget": 70, "every": 5}),
-    "snapkv": FadeConfig(**SHORT, keys=TOKENS, policy={"kind": "snapkv", "budget": 0.5, "every": 16}),
+    "snapkv": FadeConfig(**SHORT, keys=TOKENS, policy={"kind": "snapkv", "budget": 0.5, "every": 8}),
     "capacity": FadeConfig(**SHORT, ladder=[{"tier": "int4", "capacity": 48}], policy={"kind": "h2o", "every": 8}),
 }
 FULL = {
@@ -101,7 +101,7 @@ def test_every_mode_says_the_same(family: str, name: str, mode: str) -> None:
 
 
 @contextlib.contextmanager
-def two(name: str, length: int = 150, steps: int = 17) -> Iterator[tuple[TieredKVCache, TieredKVCache]]:
+def two(name: str, length: int = 158, steps: int = 9) -> Iterator[tuple[TieredKVCache, TieredKVCache]]:
     """A cache that grows and one that is reserved, both fed two rows."""
     with contextlib.ExitStack() as stack:
         growing, reserved = (
@@ -145,14 +145,14 @@ def test_a_crop_through_packed_tiles(name: str) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_beams(name: str) -> None:
     """Rows are repeated, chosen and reordered between steps; each goes on for itself."""
-    with two(name, 120, 3) as (growing, reserved):
+    with two(name, 124, 3) as (growing, reserved):
         for cache in (growing, reserved):
             cache.batch_repeat_interleave(3)
-        go_on(growing, reserved, 12)
+        go_on(growing, reserved, 8)
         for rows in ([5, 0, 0, 4, 4, 1], [1, 1, 1, 1, 0, 2], [3, 2]):
             for cache in (growing, reserved):
                 cache.reorder_cache(torch.tensor(rows))
-            go_on(growing, reserved, 6)
+            go_on(growing, reserved, 5)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import DynamicCache
 
-from fade_core import load_model
 from fade_eval.texts import demo_document, passages
 
 pytestmark = pytest.mark.real_model
 
 
 @pytest.fixture(scope="module")
-def loaded(smollm2_folder: Path) -> tuple[Any, Any]:
-    return load_model(smollm2_folder, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(loaded: tuple[Any, Any]) -> Any:
-    return loaded[1]
+def tokenizer(smollm2: tuple[Any, Any]) -> Any:
+    return smollm2[1]
 
 
 @pytest.mark.parametrize(("split", "tokens"), [("evaluation", 1_500), ("calibration", 1_050), ("unlike", 1_450)])
@@ -31,8 +24,8 @@ def test_passages_are_long_enough(tokenizer: Any, split: Any, tokens: int) -> No
 
 
 @pytest.mark.slow
-def test_the_model_answers_the_demo_questions_with_an_exact_cache(loaded: tuple[Any, Any]) -> None:
-    model, tokenizer = loaded
+def test_the_model_answers_the_demo_questions_with_an_exact_cache(smollm2: tuple[Any, Any]) -> None:
+    model, tokenizer = smollm2
     demo = demo_document()
     assert len(tokenizer(demo.passage.text).input_ids) >= 3_000
     cache, before = DynamicCache(config=model.config), None
@@ -46,6 +39,8 @@ def test_the_model_answers_the_demo_questions_with_an_exact_cache(loaded: tuple[
             assert alike >= 3_000
             cache.crop(alike - cache.get_seq_length())
         before = ids
-        output = model.generate(**inputs, past_key_values=cache, max_new_tokens=40, do_sample=False)
+        output = model.generate(
+            **inputs, past_key_values=cache, max_new_tokens=40, do_sample=False, eos_token_id=tokenizer.eos_token_id
+        )
         answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         assert question.answered_by(answer), f"{question.text} -> {answer!r}"
