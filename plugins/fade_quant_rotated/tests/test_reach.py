@@ -1,4 +1,4 @@
-"""Texts are read all over the positions that a calibration is for, and the model is none the wiser."""
+"""Positions further on than what was read: texts are read all over them, and moments of a prompt are averaged over them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,19 @@ import itertools
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
+from tiny import fresh_seed
+from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from fade_core import FadeConfig, RopeScheme, create_tiered_cache
+from fade_core.interfaces import PromptView, Quantizer
+from fade_quant_rotated import prompt as prompt_statistics
 from fade_quant_rotated.calibrate import calibrate
 from fade_quant_rotated.calibration import Calibration
-from fade_quant_rotated.reach import REACH, places, reach_of
+from fade_quant_rotated.reach import REACH, places, reach_of, rotations
+from fade_quant_rotated.statistics import LayerSums
 
 
 def config(trained: int = 32768, **rope: Any) -> SimpleNamespace:
@@ -85,3 +92,87 @@ def test_a_file_says_how_far_it_reaches_and_repeats_bit_for_bit() -> None:
     assert learnt(1)[1].notes["reach"] == 128
     for side, layers in found.sides.items():
         assert all(torch.equal(ours.transform, again.sides[side][n].transform) for n, ours in layers.items())
+
+
+# --- moments over the positions to come ---
+
+
+class Partial(RopeScheme):
+    """Turns channels ``i`` and ``i + 3`` of the first six; the others carry no position."""
+
+    kind = "partial"
+    speeds = torch.tensor([1.0, 0.05, 0.0005])
+
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        angles = positions[..., None] * self.speeds
+        (a, b), rest = x[..., :6].chunk(2, -1), x[..., 6:]
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+    def unrotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        return self.rotate(x, -positions)
+
+
+def test_a_rotation_is_what_the_scheme_does_to_a_key() -> None:
+    torch.manual_seed(fresh_seed())
+    turns, key = rotations(Partial(), 8, torch.device("cpu"), 500), torch.randn(8)
+    offsets = (torch.linspace(0, 1, len(turns)).double() ** 4 * 500).round().long()
+    moved = Partial().rotate(key.expand(1, 1, len(turns), -1), offsets[None, None])[0, 0]
+    torch.testing.assert_close((turns @ key.double()).float(), moved)
+
+
+def test_sums_are_averaged_as_if_tokens_came_at_each_position() -> None:
+    torch.manual_seed(fresh_seed())
+    turns = rotations(Partial(), 8, torch.device("cpu"), 300)
+    keys, values, queries = (torch.randn(2, 40, 8, dtype=torch.float64) for _ in range(3))
+    weights = torch.rand(2, 2, 40, dtype=torch.float64)
+
+    def sums(turn: Tensor) -> LayerSums:
+        found = LayerSums.empty(8, torch.eye(8).expand(2, 1, -1, -1))
+        found.add(keys @ turn.T, values, weights[0], weights[1], sinks=3)
+        turned = queries @ turn.T
+        found.query_square += turned.transpose(-1, -2) @ turned
+        return found
+
+    each = [vars(sums(turn)) for turn in turns]
+    found = vars(sums(torch.eye(8, dtype=torch.float64)).turned(turns))
+    for name, mine in found.items():
+        wanted = sum(one[name] for one in each) / len(each)
+        torch.testing.assert_close(
+            torch.as_tensor(mine, dtype=torch.float64), torch.as_tensor(wanted, dtype=torch.float64)
+        )
+
+
+@torch.no_grad()
+def lost_later(monkeypatch: pytest.MonkeyPatch, known: bool, start: int) -> float:
+    """Share of the energy of keys at positions ``start`` and on that codes learnt from positions 0 to 127 lose."""
+    llama, side = model(), {"kind": "self-calibrated", "bits": 2.0}
+    with monkeypatch.context() as patch:
+        if not known:
+            patch.setattr("fade_core.cache.builder.known_scheme", lambda *_: None)
+        cache = create_tiered_cache(llama, FadeConfig(n_sink=2, recent_window=16, tile=16, keys=side, values=side))
+    ids = torch.randint(0, 64, (1, 256), generator=torch.Generator().manual_seed(11))
+    with cache:
+        llama(ids[:, :128], past_key_values=cache)
+        quantizer: Quantizer = cache.tiered[1].plan.ladder.tiers[0].keys
+    later = DynamicCache(config=llama.config)
+    llama(ids[:, 128:], past_key_values=later, position_ids=torch.arange(start, start + 128)[None])
+    keys = later.layers[1].keys
+    return float((quantizer.decode(quantizer.encode(keys)) - keys).square().sum() / keys.square().sum())
+
+
+def test_codes_learnt_from_a_prompt_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    near, far = (lost_later(monkeypatch, True, start) for start in (128, 1800))
+    assert far < 1.7 * near, (near, far)
+    assert far < 0.7 * lost_later(monkeypatch, False, 1800)  # without the averages
+
+
+def test_what_turns_nobody_knows_how_counts_a_share_of_the_mean_as_variance() -> None:
+    torch.manual_seed(fresh_seed())
+    tokens = [torch.randn(1, heads, 64, 8) + 2 for heads in (4, 2, 2)]
+    seen = torch.ones(64, 64, dtype=torch.bool).tril()[None, None]
+    view = PromptView(*tokens, 0.3, None, None, lambda part: seen[:, :, part], torch.nn.Identity())
+    found = [prompt_statistics.moments_of(view, 8, drift=drift) for drift in (0.0, 0.4)]
+    assert not any(isinstance(moments, str) for moments in found)
+    grown = (found[1].key_cov - found[0].key_cov).diagonal(dim1=-2, dim2=-1)  # type: ignore[union-attr]
+    torch.testing.assert_close(grown.sum(-1), 0.4 * found[0].key_mean.square().sum(-1))  # type: ignore[union-attr]

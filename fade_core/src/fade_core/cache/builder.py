@@ -15,7 +15,7 @@ from fade_core.cache.attention import NAME, take_rows
 from fade_core.cache.layer import TieredLayer
 from fade_core.cache.layer_plan import LayerPlan
 from fade_core.cache.masks import MaskReader
-from fade_core.cache.rope_schemes import layer_schemes
+from fade_core.cache.rope_schemes import known_scheme, layer_schemes
 from fade_core.config import FadeConfig
 from fade_core.config.kernel_selection import choose_kernel
 from fade_core.errors import ConfigError, UnsupportedModelError
@@ -145,6 +145,7 @@ def build(
             codec=Codec(kernels["encode"], kernels["dequantize"]),
             emit=emit,
             rope=schemes.get(index),
+            turns=known_scheme(config.rope, text, index),
             finite=finite,
             masks=masks,
             compatibility=f"{made_from} for {kv_heads(text, index)} heads in {len(own_layers)} layers",

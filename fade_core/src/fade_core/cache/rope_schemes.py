@@ -1,4 +1,4 @@
-"""``reposition = "contiguous"``: which models it works on, and the rotary embedding of each of their layers."""
+"""The rotary embedding of each layer of a model: for ``reposition = "contiguous"``, and for quantizers that learn."""
 
 from __future__ import annotations
 
@@ -54,6 +54,21 @@ def layer_schemes(
     if not any(schemes.values()):
         _refuse_learned(model, name)
     return schemes
+
+
+def known_scheme(rope: RopeConfig | None, config: Any, layer: int) -> RopeScheme | None:
+    """How the keys of a layer carry their positions, as quantizers that learn are told; ``None`` if nobody here knows.
+
+    Args:
+        rope: as for ``layer_schemes``.
+        config: the text part of a model's configuration.
+        layer: layer index.
+    """
+    try:
+        scheme = (_detecting() if rope is None else rope).build(config, layer)
+    except (ConfigError, UnsupportedModelError):
+        return None
+    return scheme if scheme.fixed_until is None else None
 
 
 def _detecting() -> RopeConfig:

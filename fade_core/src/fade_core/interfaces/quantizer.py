@@ -13,6 +13,7 @@ from torch import Tensor
 from fade_core.errors import CheckpointError, InputError
 from fade_core.interfaces.component import ComponentConfig
 from fade_core.interfaces.layouts import PlainEncoding, PlaneLayout
+from fade_core.interfaces.rope import RopeScheme
 from fade_core.packed import Packed, PackedFormat
 from fade_core.support.validation import Count
 
@@ -42,6 +43,8 @@ class PromptView:
         layer: layer index.
         n_sink: leading tokens of a row that stay in full precision.
         recent_window: newest tokens that do.
+        rope: how the layer's keys and queries carry their positions; ``None`` where that is not known, or changes with the
+            length.
     """
 
     queries: Tensor
@@ -55,6 +58,7 @@ class PromptView:
     layer: int = 0
     n_sink: int = 0
     recent_window: int = 0
+    rope: RopeScheme | None = None
     _found: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def once(self, name: str, compute: Callable[[], Any]) -> Any:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fade_core.errors import NonFiniteError, UnsupportedModelError
 from fade_core.interfaces import PromptView
+from fade_quant_rotated.reach import REACH, rotations
 from fade_quant_rotated.statistics import LayerMoments, LayerSums, Movement, by_group, output_metric
 
 QUERIES = 512
@@ -18,10 +19,10 @@ EVEN = 0.05
 """Weight that all tokens share evenly, beside what attention gives them: a prompt has few tokens that matter much."""
 
 DRIFT = 0.4
-"""Share of the mean key's energy that counts as variance, since positions after the prompt's turn the mean further.
+"""Share of the mean key's energy that counts as variance where it is not known how positions turn keys.
 
-Channels that the rotary embedding turns slowly look constant in a short prompt. Without this they would get no bits, and
-be wrong for every token of a long answer.
+Channels that the rotary embedding turns slowly look constant in a short prompt: they would get no bits, and be wrong for every
+token of a long answer. Where the embedding is known, moments are averaged over the positions to come instead.
 """
 
 TINY = 1e-30
@@ -37,6 +38,7 @@ def moments_of(
     queries: int = QUERIES,
     even: float = EVEN,
     drift: float = DRIFT,
+    reach: int = REACH,
     shrink: float = 1.0,
 ) -> LayerMoments | str:
     """Moments of a layer over the real tokens of all rows, weighted as in ``statistics``; or why there are none.
@@ -46,7 +48,8 @@ def moments_of(
         needed: tokens outside the sinks that it takes, and queries of them, all heads of a group counted.
         queries: most queries of a row to look at.
         even: share of keys' and values' weight that goes to all tokens alike.
-        drift: share of the mean key's energy that counts as variance.
+        drift: share of the mean key's energy that counts as variance, where ``prompt.rope`` is not known.
+        reach: positions to come over which moments are averaged, where it is.
         shrink: factor of how far covariances are drawn to their diagonals (``shrunk``).
     """
     rows, _, total, _ = prompt.keys.shape
@@ -66,6 +69,8 @@ def moments_of(
         _add_row(sums, prompt, row, real[row], place[row], metric, queries, even)
     if not bool(sums.key_weight.isfinite().all()):
         return "the prompt's attention is not finite"
+    if prompt.rope is not None:
+        sums, drift = sums.turned(rotations(prompt.rope, prompt.keys.shape[3], prompt.keys.device, reach)), 0.0
     moments = sums.moments()
     turned = drift * torch.diag_embed(_turning(moments.key_mean))
     key_cov, value_cov = (shrunk(cov, tokens, shrink) for cov in (moments.key_cov, moments.value_cov))

@@ -1,4 +1,4 @@
-"""Positions that calibration texts are read at, so that a file serves contexts longer than the texts."""
+"""Positions further on than what was read, which a calibration is to serve too."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from fade_core.interfaces import RopeScheme
 
 REACH = 8192
 """Positions that a file serves where the model was trained that far: further ones cost bits at every length."""
@@ -33,6 +35,20 @@ def reach_of(config: Any, wanted: int | None = None) -> int:
         return 0
     trained = int(getattr(config, "max_position_embeddings", 0) or 0)
     return min(REACH if wanted is None else wanted, trained or REACH)
+
+
+OFFSETS = 96
+"""Distances that moments are averaged over. They grow by the fourth power: every answer has near ones, few have far ones."""
+
+
+def rotations(rope: RopeScheme, dim: int, device: torch.device, reach: int = REACH) -> Tensor:
+    """How ``rope`` turns a key of ``dim`` channels that comes ``0 <= offset <= reach`` positions later, ``[OFFSETS, D, D]``.
+
+    ``rotations[i] @ key`` is the key at offset ``i``; float64. All are the identity for keys that carry no position.
+    """
+    offsets = (torch.linspace(0, 1, OFFSETS, device=device).double() ** 4 * reach).round().long()
+    axes = torch.eye(dim, device=device).expand(1, OFFSETS, -1, -1)  # [1, OFFSETS, D, D]
+    return rope.shift(axes, offsets[None, :, None]).double()[0].transpose(-1, -2)
 
 
 def places(lengths: Sequence[int], reach: int) -> list[Tensor]:

@@ -20,6 +20,7 @@ from fade_quant_rotated.levels import check_tokens
 from fade_quant_rotated.lloyd_max import Levels
 from fade_quant_rotated.planes import PLANE_CHANNELS
 from fade_quant_rotated.prompt import moments_of
+from fade_quant_rotated.reach import REACH
 from fade_quant_rotated.rotation import Rotation
 from fade_quant_rotated.statistics import LayerMoments
 
@@ -47,6 +48,7 @@ class SelfCalibratedQuantizer(CalibratedQuantizer):
         tile: tokens a tile.
         device: where tokens will be.
         levels: which levels codes stand for; "uniform" ones take a kernel less work.
+        reach: positions after the prompt's that the codes are to serve, where it is known how positions turn keys.
 
     Raises:
         ConfigError: bits that the widths cannot give, or a group that does not divide ``D``.
@@ -65,8 +67,9 @@ class SelfCalibratedQuantizer(CalibratedQuantizer):
         tile: int = 64,
         device: torch.device | None = None,
         levels: Levels = "gaussian",
+        reach: int = REACH,
     ) -> None:
-        self.levels = levels
+        self.levels, self.reach = levels, reach
         self.head_dim, self.tile, self.side, self.device = head_dim, tile, side, device
         self.choice, self.group = check_widths(widths), group
         self.row = int((bits - GAIN_BITS / head_dim) * tile * head_dim / WORD_BITS + 1e-9)
@@ -97,7 +100,7 @@ class SelfCalibratedQuantizer(CalibratedQuantizer):
     # --- learning ---
     def observe(self, prompt: PromptView) -> None:
         needed = TOKENS_A_CHANNEL * self.head_dim
-        found = prompt.once(f"{__name__}.moments", lambda: moments_of(prompt, needed))
+        found = prompt.once(f"{__name__}.moments {self.reach}", lambda: moments_of(prompt, needed, reach=self.reach))
         if isinstance(found, LayerMoments):
             self._learn(side_of(found, self.side))
         else:
@@ -181,6 +184,8 @@ class SelfCalibratedConfig(QuantizerConfig):
         widths: code widths to choose from, 0 included. ``[0, 2, 4]`` suits kernels.
         group: neighbouring channels that share a width. 16 suits kernels.
         levels: "gaussian" levels have the least error (Lloyd-Max); "uniform" ones, at even distances, suit kernels.
+        reach: positions after the prompt that codes are to serve: what the prompt tells is averaged over them by the model's
+            rotary embedding (with fade-rope installed). Smaller is closer for short answers.
     """
 
     kind: Literal["self-calibrated"] = "self-calibrated"
@@ -188,6 +193,7 @@ class SelfCalibratedConfig(QuantizerConfig):
     widths: tuple[int, ...] = WIDTHS
     group: int = Field(default=1, ge=1)
     levels: Levels = "gaussian"
+    reach: int = Field(default=REACH, ge=0)
 
     def build(self, context: QuantizerContext) -> Quantizer:
         try:
@@ -200,6 +206,7 @@ class SelfCalibratedConfig(QuantizerConfig):
                 context.tile,
                 context.device,
                 self.levels,
+                self.reach,
             )
         except ConfigError as error:
             raise ConfigError(f"{context.side} quantizer of layer {context.layer}: {error}") from error

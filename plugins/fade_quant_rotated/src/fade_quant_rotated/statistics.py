@@ -8,7 +8,7 @@ than ``[H_q, block, T]`` is ever held.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +86,22 @@ class LayerSums:
             square += weighted.transpose(-1, -2) @ x
             one = torch.nn.functional.pad(x[:, sinks:], (0, 1), value=1.0)
             plain += one.transpose(-1, -2) @ one
+
+    def turned(self, rotations: Tensor) -> LayerSums:
+        """The sums as they would be, on average, after each of ``rotations`` ``[O, D, D]`` (float64) of keys and queries."""
+        wide = torch.nn.functional.pad(rotations, (0, 1, 0, 1))
+        wide[:, -1, -1] = 1  # what ``key_plain`` counts with is not turned
+
+        def average(turns: Tensor, square: Tensor) -> Tensor:
+            return sum((turn @ square @ turn.T for turn in turns), torch.zeros_like(square)) / len(turns)
+
+        return replace(
+            self,
+            key_mean=self.key_mean @ rotations.mean(0).T,
+            key_square=average(rotations, self.key_square),
+            query_square=average(rotations, self.query_square),
+            key_plain=average(wide, self.key_plain),
+        )
 
     def moments(self, residual: float = 1.0) -> LayerMoments:
         """What the sums come to; ``residual`` is the squared norm of the stream that the layer adds to."""
