@@ -18,7 +18,7 @@ from fade_quant_rotated import prompt as prompt_statistics
 from fade_quant_rotated.calibrate import calibrate
 from fade_quant_rotated.calibration import Calibration
 from fade_quant_rotated.reach import REACH, places, reach_of, rotations
-from fade_quant_rotated.statistics import LayerSums
+from fade_quant_rotated.statistics import LayerSums, average_turned
 
 
 def config(trained: int = 32768, **rope: Any) -> SimpleNamespace:
@@ -141,6 +141,17 @@ def test_sums_are_averaged_as_if_tokens_came_at_each_position() -> None:
         torch.testing.assert_close(
             torch.as_tensor(mine, dtype=torch.float64), torch.as_tensor(wanted, dtype=torch.float64)
         )
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+def test_an_average_over_rotations_is_the_average_of_each(pairs: bool) -> None:
+    torch.manual_seed(fresh_seed())
+    turns = rotations(Partial(), 8, torch.device("cpu"), 300)
+    if not pairs:  # nothing that turns channels in threes is known, but a scheme may
+        turns = turns @ torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64)).Q
+    square = torch.randn(3, 8, 8, dtype=torch.float64)
+    wanted = torch.stack([turn @ square @ turn.T for turn in turns]).mean(0)
+    torch.testing.assert_close(average_turned(square, turns), wanted)
 
 
 @torch.no_grad()

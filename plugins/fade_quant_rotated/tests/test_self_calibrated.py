@@ -11,7 +11,7 @@ import torch
 
 from fade_core import FadeConfig, TieredKVCache, attach_telemetry, create_tiered_cache, get_quantizer
 from fade_core.errors import CheckpointError, ConfigError
-from fade_core.interfaces import Event, PromptView, TelemetrySink
+from fade_core.interfaces import Event, PlaneLayout, PromptView, TelemetrySink
 from fade_core.testing import check_quantizer
 from fade_quant_rotated.calibrate import watching
 from fade_quant_rotated.prompt import moments_of
@@ -89,6 +89,26 @@ class Listener(TelemetrySink):
 @torch.no_grad()
 def steps(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
     return torch.cat([model(ids[:, at : at + 1], past_key_values=cache).logits for at in range(ids.shape[1])], 1)
+
+
+@torch.no_grad()
+def test_what_kernels_read_is_made_as_it_is_learnt(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the first step: that may be recorded as a CUDA graph, in whose memory nothing made once may lie."""
+    made: list[int] = []
+
+    def counted(*args: Any) -> PlaneLayout:
+        made.append(len(made))
+        return PlaneLayout(*args)
+
+    monkeypatch.setattr("fade_quant_rotated.calibrated.PlaneLayout", counted)
+    side = {"kind": "self-calibrated", "bits": 2.5, "widths": (0, 2, 4), "group": 16, "levels": "uniform"}
+    ids = torch.randint(1, VOCAB, (1, 300))
+    with create_tiered_cache(model, FadeConfig(**FIELDS | {"tile": 64, "keys": side, "values": side})) as cache:
+        model(ids[:, :200], past_key_values=cache)
+        assert len(made) == 2 * LAYERS
+        steps(model, cache, ids[:, 200:280])
+        assert all(quantizer.planes() is not None for quantizer in quantizers(cache))
+    assert len(made) == 2 * LAYERS
 
 
 # --- what is learnt ---

@@ -91,16 +91,12 @@ class LayerSums:
         """The sums as they would be, on average, after each of ``rotations`` ``[O, D, D]`` (float64) of keys and queries."""
         wide = torch.nn.functional.pad(rotations, (0, 1, 0, 1))
         wide[:, -1, -1] = 1  # what ``key_plain`` counts with is not turned
-
-        def average(turns: Tensor, square: Tensor) -> Tensor:
-            return sum((turn @ square @ turn.T for turn in turns), torch.zeros_like(square)) / len(turns)
-
         return replace(
             self,
             key_mean=self.key_mean @ rotations.mean(0).T,
-            key_square=average(rotations, self.key_square),
-            query_square=average(rotations, self.query_square),
-            key_plain=average(wide, self.key_plain),
+            key_square=average_turned(self.key_square, rotations),
+            query_square=average_turned(self.query_square, rotations),
+            key_plain=average_turned(self.key_plain, wide),
         )
 
     def moments(self, residual: float = 1.0) -> LayerMoments:
@@ -334,6 +330,22 @@ def output_projection(attention: nn.Module, features: int) -> Tensor:
         f"{type(attention).__name__} has no output projection that calibration recognises (a linear o_proj, out_proj, "
         f"dense, c_proj or wo with {features} inputs); found {found}. Use kind='rotated', which needs no calibration"
     )
+
+
+def average_turned(square: Tensor, rotations: Tensor) -> Tensor:
+    """The mean of ``R square R^T`` over ``rotations`` ``[O, D, D]``, for ``[H, D, D]``.
+
+    A rotary embedding turns channels in pairs: then all rotations together are four factors an element.
+    """
+    own = rotations.diagonal(dim1=1, dim2=2)  # [O, D]
+    others = rotations - torch.diag_embed(own)
+    partner = others.abs().amax(0).argmax(-1)  # [D]
+    other = others.gather(2, partner.expand(len(others), -1)[..., None])[..., 0]  # [O, D]
+    if bool((others.count_nonzero(-1) > 1).any()):
+        return sum((turn @ square @ turn.T for turn in rotations), torch.zeros_like(square)) / len(rotations)
+    found = (own.T @ own) * square + (own.T @ other) * square[..., partner]
+    found += (other.T @ own) * square[:, partner] + (other.T @ other) * square[:, partner][..., partner]
+    return found / len(rotations)
 
 
 def _central(square: Tensor, weight: Tensor, mean: Tensor) -> Tensor:
