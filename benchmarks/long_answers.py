@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 import fade_eval
 from fade_core import create_tiered_cache, load_model
+from fade_core.cache.named_caches import configuration
 
 CHUNK = 32
 """Tokens that are fed together."""
@@ -44,7 +45,7 @@ def main() -> None:
     ids = tokenizer(text, return_tensors="pt")["input_ids"][:, : wanted.prompt + wanted.tokens]
     exact = log_probabilities(model, DynamicCache(config=model.config), ids, wanted.prompt)
     for name in wanted.configs:
-        with create_tiered_cache(model, name) as cache:
+        with create_tiered_cache(model, configuration(name)) as cache:
             found = log_probabilities(model, cache, ids, wanted.prompt)
         kl = (exact.float().exp() * (exact.float() - found.float())).sum(-1)
         eighths = " ".join(f"{float(part.mean()):.4f}" for part in kl.chunk(8))
