@@ -165,3 +165,14 @@ def smollm2_folder(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPat
                 (unfinished / "IMPORTED").touch()
             unfinished.rename(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_folder: Path) -> tuple[Any, Any]:
+    """SmolLM2-135M-Instruct in float32, and its tokenizer."""
+    from fade_core import load_model  # not above: the process that only hands out tests reads this file too
+
+    model, tokenizer = load_model(smollm2_folder, device="cpu")
+    model.generation_config.eos_token_id = None  # texts of one length, whatever a cache makes of them
+    model.generation_config.pad_token_id = 0
+    return model, tokenizer

@@ -109,7 +109,8 @@ class Asked:
     ordinary: Tensor
 
 
-SAID = 24
+SAID = 16
+"""Tokens of an answer: tokens of it are ranked after every eighth."""
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +146,7 @@ def asked(smollm2: tuple[Any, Any]) -> Asked:
 def test_half_of_the_tokens_still_make_fluent_text(smollm2: tuple[Any, Any], asked: Asked, policy: str) -> None:
     """The exact model finds the answers nearly as likely as its own."""
     (model, tokenizer), batch = smollm2, asked.batch
-    config = FadeConfig(n_sink=4, recent_window=32, tile=16, policy={"kind": policy, "budget": 0.5, "every": 16})
+    config = FadeConfig(n_sink=4, recent_window=32, tile=16, policy={"kind": policy, "budget": 0.5, "every": 8})
     with create_tiered_cache(model, config) as cache:
         answers = model.generate(
             **batch, past_key_values=cache, do_sample=False, max_new_tokens=SAID, min_new_tokens=SAID
@@ -159,7 +160,7 @@ def test_half_of_the_tokens_still_make_fluent_text(smollm2: tuple[Any, Any], ask
     for row in range(2):
         print(policy, row, repr(tokenizer.decode(said[row])))
         assert surprise[row] <= asked.ordinary[row] + 1.5, "nats a token"
-        assert len(set(said[row].tolist())) >= 9
+        assert len(set(said[row].tolist())) >= 7
 
 
 @torch.no_grad()

@@ -79,7 +79,7 @@ def test_eight_rows_of_40_to_900_tokens_leave_and_join(name: str, max_cache_len:
 
 
 @pytest.mark.parametrize(
-    ("name", "max_cache_len"), [(n, (None, 300)[i % 2]) for i, n in enumerate(CONFIGS)] + [("by age", 300)]
+    ("name", "max_cache_len"), [(n, (None, 300)[i % 2]) for i, n in enumerate(CONFIGS)] + [("by age", None)]
 )
 def test_an_empty_cache_is_filled_by_rows_that_join(name: str, max_cache_len: int | None) -> None:
     seed, config = fresh_seed(), CONFIGS[name]

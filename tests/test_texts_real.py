@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from transformers import DynamicCache
+import torch
+from torch import Tensor
+from transformers import DynamicCache, StoppingCriteria
 
-from fade_eval.texts import demo_document, passages
+from fade_eval.texts import Question, demo_document, passages
 
 pytestmark = pytest.mark.real_model
 
@@ -21,6 +23,17 @@ def tokenizer(smollm2: tuple[Any, Any]) -> Any:
 def test_passages_are_long_enough(tokenizer: Any, split: Any, tokens: int) -> None:
     lengths = {p.name: len(tokenizer(p.text).input_ids) for p in passages(split)}
     assert min(lengths.values()) >= tokens, lengths
+
+
+class Answered(StoppingCriteria):
+    """Stops as soon as what was said answers the question: more would not change that."""
+
+    def __init__(self, tokenizer: Any, question: Question, prompt_tokens: int) -> None:
+        self.tokenizer, self.question, self.prompt_tokens = tokenizer, question, prompt_tokens
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        said = self.tokenizer.decode(input_ids[0, self.prompt_tokens :], skip_special_tokens=True)
+        return torch.tensor([self.question.answered_by(said)])
 
 
 @pytest.mark.slow
@@ -40,7 +53,12 @@ def test_the_model_answers_the_demo_questions_with_an_exact_cache(smollm2: tuple
             cache.crop(alike - cache.get_seq_length())
         before = ids
         output = model.generate(
-            **inputs, past_key_values=cache, max_new_tokens=40, do_sample=False, eos_token_id=tokenizer.eos_token_id
+            **inputs,
+            past_key_values=cache,
+            max_new_tokens=40,
+            do_sample=False,
+            eos_token_id=tokenizer.eos_token_id,
+            stopping_criteria=[Answered(tokenizer, question, len(ids))],
         )
-        answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answer = tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
         assert question.answered_by(answer), f"{question.text} -> {answer!r}"

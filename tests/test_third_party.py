@@ -8,6 +8,7 @@ import os
 import subprocess
 import sysconfig
 import venv
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,36 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 EXAMPLE = Path(__file__).parents[1] / "examples" / "fade_policy_knorm"
 MOST_LINES = 40
 
-pytestmark = pytest.mark.slow  # a virtual environment, and Python started in it again and again
+pytestmark = pytest.mark.slow  # a virtual environment, and Python started in it
+
+SEVERAL = """
+import contextlib, importlib, io, json, sys, traceback
+
+def fade(arguments):
+    from fade_core.cli import main
+    sys.argv = ["fade", *arguments]
+    main()
+
+def pytest(arguments):
+    sys.exit(importlib.import_module("pytest").main(arguments))
+
+def where(arguments):
+    print(importlib.import_module(*arguments).__file__)
+
+found = {}
+for name, (what, *arguments) in json.loads(sys.argv[1]).items():
+    code, said = 0, io.StringIO()
+    with contextlib.redirect_stdout(said):
+        try:
+            globals()[what](arguments)
+        except SystemExit as ended:
+            code = ended.code
+        except BaseException:
+            code = traceback.format_exc()
+    found[name] = code, said.getvalue()
+print(json.dumps(found))
+"""
+"""What a process does one thing after another, and then prints how each ended and what it printed."""
 
 
 class Environment:
@@ -33,7 +63,7 @@ class Environment:
         line = f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n"
         (self.site / "parent.pth").write_text(line, encoding="utf-8")
 
-    def run(self, *arguments: str | Path, ok: bool = True) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
         """Run its Python."""
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PIP_", "PYTEST"))}
         found = subprocess.run(
@@ -44,13 +74,22 @@ class Environment:
             timeout=300,
             check=False,
         )
-        if ok:
-            assert found.returncode == 0, found.stdout + found.stderr
+        assert found.returncode == 0, found.stdout + found.stderr
         return found
 
-    def fade(self, *arguments: str | Path, ok: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run ``fade`` there."""
-        return self.run("-c", "from fade_core.cli import main; main()", *arguments, ok=ok)
+
+@dataclass(frozen=True)
+class Ran:
+    """What one process did in the environment."""
+
+    ended: dict[str, tuple[int | str, str]]
+    errors: str
+
+    def said(self, name: str) -> str:
+        """What it printed, if it went well."""
+        code, printed = self.ended[name]
+        assert code in (0, None), f"{code}\n{printed}\n{self.errors}"
+        return printed
 
 
 @pytest.fixture(scope="module")
@@ -86,40 +125,58 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+PROMPT = "All happy families are alike; each unhappy family is unhappy in its own way. " * 3
+
+
+@pytest.fixture(scope="module")
+def ran(environment: Environment, model: Path) -> Ran:
+    """All that is asked below, in one process: it takes longer to start than to answer."""
+    config = EXAMPLE / "knorm.toml"
+    asked = {
+        "where": ("where", "fade_policy_knorm"),
+        "plugins": ("fade", "plugins", "--json"),
+        "check": ("fade", "check", "policies:knorm", "--json"),
+        "validate": ("fade", "config", "validate", config),
+        "generate": (
+            *("fade", "generate", PROMPT, "--config", config, "--model", model, "--max-new-tokens", "40"),
+            *("--device", "cpu", "--raw", "--json"),
+        ),
+        "kit": (
+            *("pytest", "-q", "-p", "fade_core.testing.pytest_plugin", "-p", "no:cacheprovider"),
+            *("--fade-component", "policies:knorm", "-c", os.devnull),
+        ),
+    }
+    found = environment.run("-c", SEVERAL, json.dumps(asked, default=str))
+    return Ran(json.loads(found.stdout.splitlines()[-1]), found.stderr)
+
+
 def test_the_example_is_short() -> None:
     lines = (EXAMPLE / "fade_policy_knorm.py").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= MOST_LINES
 
 
-def test_the_environment_is_its_own(environment: Environment) -> None:
-    where = environment.run("-c", "import fade_policy_knorm; print(fade_policy_knorm.__file__)").stdout
-    assert str(environment.site) in where
-    listed = json.loads(environment.fade("plugins", "--json").stdout)["plugins"]
+def test_the_environment_is_its_own(environment: Environment, ran: Ran) -> None:
+    assert str(environment.site) in ran.said("where")
+    listed = json.loads(ran.said("plugins"))["plugins"]
     (plugin,) = [p for p in listed if p["dist"] == "fade-policy-knorm"]
     assert (plugin["status"], plugin["components"]["policies"]) == ("loaded", ["knorm"])
 
 
-def test_it_passes_the_conformance_kit(environment: Environment) -> None:
-    report = json.loads(environment.fade("check", "policies:knorm", "--json").stdout)
+def test_it_passes_the_conformance_kit(ran: Ran) -> None:
+    report = json.loads(ran.said("check"))
     assert report["ok"]
     assert len(report["results"]) >= 7
-    tests = environment.run(
-        *("-m", "pytest", "-q", "-p", "fade_core.testing.pytest_plugin", "-p", "no:cacheprovider"),
-        *("--fade-component", "policies:knorm", "-c", os.devnull),
-    )
-    assert "passed" in tests.stdout
+    assert "passed" in ran.said("kit")
 
 
-def test_it_is_used_through_a_config_file(environment: Environment, model: Path) -> None:
-    environment.fade("config", "validate", EXAMPLE / "knorm.toml")
-    prompt = "All happy families are alike; each unhappy family is unhappy in its own way. " * 3
-    arguments = ("--model", model, "--max-new-tokens", "40", "--device", "cpu", "--raw", "--json")
-    evicting = json.loads(environment.fade("generate", prompt, "--config", EXAMPLE / "knorm.toml", *arguments).stdout)
+def test_it_is_used_through_a_config_file(ran: Ran) -> None:
+    ran.said("validate")
+    evicting = json.loads(ran.said("generate"))
     assert evicting["new_tokens"] == 40
-    assert evicting["prompt_tokens"] == len(prompt)
+    assert evicting["prompt_tokens"] == len(PROMPT)
     kept = sum(held for name, held in evicting["tiers"].items() if name not in ("fp16", "layer"))
     every_token = 2 * 2 * 2 * (16 * 8 + 32) / 8  # layers, heads, K and V; 8 bits and a word of metadata a token
-    assert 0 < kept < 0.8 * every_token * (len(prompt) + 40)
+    assert 0 < kept < 0.8 * every_token * (len(PROMPT) + 40)
 
 
 def test_a_policy_that_is_not_installed_is_named(model: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Callable, Iterator
 from random import Random
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 from tiny import fresh_seed, tiny_llama
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from fade_core import FadeConfig, create_tiered_cache
 from fade_core.cache.layer import TieredLayer
@@ -70,26 +70,48 @@ class Device(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Away)]
+        given = [*_away((args, kwargs))]
         wanted = kwargs.get("device")
         if wanted is not None:
             kwargs["device"] = torch.device("cpu")
         there = bool(given) if wanted is None else torch.device(wanted) == AWAY
         if func is _aten.copy_.default or func is _aten.index_put.default or func is _aten.index_put_.default:
             there = isinstance(args[0], Away)
-        masks = [t for t in tree_leaves(args[1]) if isinstance(t, Away)] if func is _aten.index.Tensor else []
+        masks = [*_away(args[1])] if func is _aten.index.Tensor else []
         if given and (not there or func in _READING or any(t.dtype == torch.bool for t in masks)):
             frames = [f for f in traceback.extract_stack() if "/fade_core/src/" in f.filename]
             self.reads.append(f"{func}: {frames[-1].line}" if frames else str(func))
-        found = func(*(tree_map(_inner, part) for part in args), **tree_map(_inner, kwargs))
+        found = func(*_each(_inner, args), **_each(_inner, kwargs)) if given else func(*args, **kwargs)
+        if not there:
+            return found
         known = {id(t.here): t for t in given}  # what an operation in place gives back
 
         def outer(value: Any) -> Any:
-            if not isinstance(value, Tensor) or not there:
+            if not isinstance(value, Tensor):
                 return value
             return known[id(value)] if id(value) in known else Away.of(value)
 
-        return tree_map(outer, found)
+        return _each(outer, found)
+
+
+def _away(value: Any) -> Iterator[Away]:
+    """Tensors of the pretended device in ``value``, however deep."""
+    if isinstance(value, Away):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _away(part)
+    elif isinstance(value, dict):
+        yield from _away([*value.values()])
+
+
+def _each(change: Callable[[Any], Any], value: Any) -> Any:
+    """``value`` with ``change`` made to whatever it holds (torch's ``tree_map`` takes as long as all else here)."""
+    if isinstance(value, (tuple, list)):
+        return type(value)([_each(change, part) for part in value])
+    if isinstance(value, dict):
+        return {name: _each(change, part) for name, part in value.items()}
+    return change(value)
 
 
 def _inner(value: Any) -> Any:
