@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 @cache
@@ -19,15 +20,20 @@ def gaussian_levels(bits: int) -> tuple[float, ...]:
     # Panter-Dite: the best density of points is the cube root of the source's, a Gaussian of variance 3
     levels = normal.icdf((torch.arange(count, dtype=torch.float64) + 0.5) / count) * math.sqrt(3 * (1 - 1 / count))
     infinity = torch.tensor([math.inf], dtype=torch.float64)
-    for _ in range(20_000):
+    for _ in range(
+        20
+    ):  # Newton's steps: each centroid moves with the two edges about it, each edge with the two levels about it
         edges = torch.cat([-infinity, (levels[1:] + levels[:-1]) / 2, infinity])
         density = torch.exp(-edges.square() / 2) / math.sqrt(2 * math.pi)
         mass = torch.special.ndtr(edges).diff()
         centroids = -density.diff() / mass
-        moved = (centroids - levels).abs().max()
-        levels = centroids
-        if moved < 1e-12:
+        if (centroids - levels).abs().max() < 1e-12:
             break
+        above = density[1:-1] / 2 * (edges[1:-1] - centroids[:-1]) / mass[:-1]  # [count - 1]
+        below = density[1:-1] / 2 * (centroids[1:] - edges[1:-1]) / mass[1:]
+        own = pad(above, (0, 1)) + pad(below, (1, 0))
+        slope = torch.diag(own) + torch.diag(above, 1) + torch.diag(below, -1)  # [count, count]
+        levels = levels + torch.linalg.solve(torch.eye(count, dtype=torch.float64) - slope, centroids - levels)
     levels = (levels - levels.flip(0)) / 2
     return tuple(levels.tolist())
 
