@@ -167,8 +167,10 @@ def pack_codes(codes: Tensor, width: int, layout: Layout) -> Tensor:
 
 def unpack_codes(words: Tensor, width: int, layout: Layout, dtype: torch.dtype = torch.int16) -> Tensor:
     """Undo ``pack_codes``: words to codes ``[..., tile, D]`` (token-major) or ``[..., D, tile]`` (channel-major)."""
-    lanes = 4 if words.shape[-1] % 4 == 0 else 1  # words that are shifted together: rows of a tile are short on a CPU
-    words = words.contiguous().view(torch.int64 if lanes == 4 else torch.int16)
+    # words that are shifted together: the rows of a tile are short on a CPU
+    lanes = 4 if words.shape[-1] % 4 == 0 and words.storage_offset() % 4 == 0 else 1
+    if lanes > 1:
+        words = words.flatten().view(torch.int64).view(*words.shape[:-1], words.shape[-1] // lanes)
     shifts = torch.arange(0, WORD_BITS, width, dtype=words.dtype, device=words.device)
     mask = sum(((1 << width) - 1) << (WORD_BITS * lane) for lane in range(lanes))
     if layout == "token":

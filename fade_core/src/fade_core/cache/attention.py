@@ -350,8 +350,17 @@ def padding_mask(
             rows = torch.ones((batch_size, kv_length), dtype=torch.bool, device=kwargs.get("device"))
         if rows.shape[1] == kv_length and (q_offset or not bool(rows.all())):
             return rows.bool()
-    options = kwargs | {"mask_function": mask_function, "attention_mask": attention_mask, "config": config}
-    made: Tensor | None = sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **options)
+    made: Tensor | None = sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        config=config,
+        **kwargs,
+    )
     return made
 
 
