@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 from transformers import PreTrainedModel
@@ -145,7 +146,7 @@ def build(
             codec=Codec(kernels["encode"], kernels["dequantize"]),
             emit=emit,
             rope=schemes.get(index),
-            turns=known_scheme(config.rope, text, index),
+            turns=partial(known_scheme, config.rope, text, index),
             finite=finite,
             masks=masks,
             compatibility=f"{made_from} for {kv_heads(text, index)} heads in {len(own_layers)} layers",

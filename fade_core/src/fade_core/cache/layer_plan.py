@@ -41,7 +41,8 @@ class LayerPlan(EvictionPlan):
         emit: where events go.
         rope: rotary embedding by which survivors of an eviction are read at contiguous positions; ``None`` where they keep
             theirs, or carry none.
-        turns: how keys carry their positions, for quantizers that learn; ``None`` if that is not known.
+        turns: tells quantizers that learn how keys carry their positions; ``None`` if that is not known. Made anew each time:
+            the cache holds nothing of it.
         finite: refuses what is not finite; shared by the layers of a cache.
         compatibility: what the quantizers were made from, written out; layers that agree in it share compiled steps.
         query_heads: query heads of the model.
@@ -57,7 +58,7 @@ class LayerPlan(EvictionPlan):
     codec: Codec = field(default_factory=Codec)
     emit: Callable[[Event], None] = lambda event: None
     rope: RopeScheme | None = None
-    turns: RopeScheme | None = None
+    turns: Callable[[], RopeScheme | None] = lambda: None
     finite: FiniteCheck = field(default_factory=FiniteCheck)
     compatibility: str = ""
     query_heads: int = 0
