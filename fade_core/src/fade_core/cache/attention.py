@@ -122,7 +122,7 @@ def _chunk_attention(module: torch.nn.Module, layer: TieredLayer, call: _Call) -
     """A prompt, or a chunk of one: exact among its own tokens, over the packed past before it."""
     held, (keys, values), mask = layer.held, cast(tuple[Tensor, Tensor], layer.pending), call.mask
     chunk, queries = keys.shape[2], call.query.shape[2]
-    padding, alone = None, False
+    padding = alone = None
     if mask is not None and bool((held.lengths == chunk).any()):
         padding = layer.plan.masks.leading_padding(mask, chunk)
     past = held.logical > chunk
@@ -130,7 +130,7 @@ def _chunk_attention(module: torch.nn.Module, layer: TieredLayer, call: _Call) -
         shown = None if mask is None else newest(mask)
         keys, values = dense_with_past(held, keys, values, shown, layer.plan.rope)
     elif padding is not None and mask is not None and mask.dim() == 2:
-        alone = layer.plan.masks.hides_padding_alone(mask, chunk, padding)
+        alone = padding if layer.plan.masks.hides_padding_alone(mask, chunk, padding) else None
 
     def visible(part: slice | Tensor) -> Tensor:
         rows = rows_of(mask, part, queries, held.logical, call.query.device)
@@ -143,8 +143,8 @@ def _chunk_attention(module: torch.nn.Module, layer: TieredLayer, call: _Call) -
     apart = past and any(not store.heads_aligned for store in held.packed)
     if call.softcap or call.sinks is not None or apart:
         output = _in_blocks(call, keys, values, visible).output
-    elif alone and padding is not None:
-        output = _row_by_row(module, call, keys, values, padding)
+    elif alone is not None:
+        output = _row_by_row(module, call, keys, values, alone)
     else:
         whole = not past and (mask is None or mask.dim() == 4)
         output = (

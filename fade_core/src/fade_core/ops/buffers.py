@@ -26,15 +26,15 @@ MOST_TOKENS = 32
 """Tokens a row that one call takes in."""
 
 
+_NOTE = r"(shift|statistic\..+)"
 _OPERANDS = {
     "append": (
-        r"keys|values|positions|lengths|counters|{n}|0\.(used|starts|positions|{n}|[kv]\..+)",
+        rf"keys|values|positions|lengths|counters|{_NOTE}|0\.(used|starts|positions|{_NOTE}|[kv]\..+)",
         r"0\.(ids|reserved)",
     ),
     "attend": (r"counters|(\d+\.)?statistic\..+|moments\..+", r".+"),
 }
 """Names of the tensors that each op writes (not none: inductor fails then), and, of the others, that it reads."""
-_NOTE = r"(shift|statistic\..+)"
 
 
 @dataclass(frozen=True)
@@ -233,6 +233,6 @@ def _notes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 @cache
 def operands(op: str, names: tuple[str, ...]) -> tuple[list[str], list[str]]:
     """Those ``names`` whose tensors the custom op ``op`` writes, and those that it reads."""
-    writes, reads = (re.compile(pattern.replace("{n}", _NOTE)) for pattern in _OPERANDS[op])
+    writes, reads = map(re.compile, _OPERANDS[op])
     written = [name for name in names if writes.fullmatch(name)]
     return written, [name for name in names if reads.fullmatch(name) and name not in written]

@@ -360,42 +360,39 @@ def _masked(logits: Tensor, mask: Tensor | None, queries: int) -> Tensor:
 # --- as kernels ---------------------------------------------------------------------------------------------------------
 
 
-class TorchAppend(Kernel):
-    """``append`` in torch: runs everywhere, with every quantizer."""
+class _Reference(Kernel):
+    """Runs everywhere, with every quantizer."""
 
     name: ClassVar[str] = "torch"
-    op: ClassVar[Op] = "append"
 
     def supports(self, format: PackedFormat | None, head_dim: int, device: torch.device, dtype: torch.dtype) -> Support:
         return Support(True)
+
+
+class TorchAppend(_Reference):
+    """``append`` in torch: runs everywhere, with every quantizer."""
+
+    op: ClassVar[Op] = "append"
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         append(*args, **kwargs)
 
 
-class TorchDecodeAttention(Kernel):
+class TorchDecodeAttention(_Reference):
     """``decode_attention`` in torch: runs everywhere."""
 
-    name: ClassVar[str] = "torch"
     op: ClassVar[Op] = "decode_attention"
     shifts: ClassVar[bool] = True
-
-    def supports(self, format: PackedFormat | None, head_dim: int, device: torch.device, dtype: torch.dtype) -> Support:
-        return Support(True)
 
     def __call__(self, *args: Any, **kwargs: Any) -> AttentionOutput:
         return decode_attention(*args, **kwargs)
 
 
-class TorchAttentionMass(Kernel):
+class TorchAttentionMass(_Reference):
     """``attention_mass`` in torch: runs everywhere."""
 
-    name: ClassVar[str] = "torch"
     op: ClassVar[Op] = "attention_mass"
     shifts: ClassVar[bool] = True
-
-    def supports(self, format: PackedFormat | None, head_dim: int, device: torch.device, dtype: torch.dtype) -> Support:
-        return Support(True)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         return attention_mass(*args, **kwargs)

@@ -12,6 +12,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 
+def _cells(levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Edges about ascending ``levels`` ``[n]``, a unit Gaussian's density at each ``[n + 1]``, and the mass between ``[n]``."""
+    infinity = levels.new_full((1,), math.inf)
+    edges = torch.cat([-infinity, (levels[1:] + levels[:-1]) / 2, infinity])
+    density = torch.exp(-edges.square() / 2) / math.sqrt(2 * math.pi)
+    return edges, density, torch.special.ndtr(edges).diff()
+
+
 @cache
 def gaussian_levels(bits: int) -> tuple[float, ...]:
     """Reconstruction levels ``2**bits``, ascending and symmetric about 0 (Lloyd 1982, Max 1960)."""
@@ -19,13 +27,10 @@ def gaussian_levels(bits: int) -> tuple[float, ...]:
     normal = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64))
     # Panter-Dite: the best density of points is the cube root of the source's, a Gaussian of variance 3
     levels = normal.icdf((torch.arange(count, dtype=torch.float64) + 0.5) / count) * math.sqrt(3 * (1 - 1 / count))
-    infinity = torch.tensor([math.inf], dtype=torch.float64)
     for _ in range(
         20
     ):  # Newton's steps: each centroid moves with the two edges about it, each edge with the two levels about it
-        edges = torch.cat([-infinity, (levels[1:] + levels[:-1]) / 2, infinity])
-        density = torch.exp(-edges.square() / 2) / math.sqrt(2 * math.pi)
-        mass = torch.special.ndtr(edges).diff()
+        edges, density, mass = _cells(levels)
         centroids = -density.diff() / mass
         if (centroids - levels).abs().max() < 1e-12:
             break
@@ -46,13 +51,10 @@ def uniform_levels(bits: int) -> tuple[float, ...]:
     """
     count = 2**bits
     place = torch.arange(count, dtype=torch.float64) - (count - 1) / 2
-    infinity = torch.tensor([math.inf], dtype=torch.float64)
 
     def error(step: float) -> float:
         levels = place * step
-        edges = torch.cat([-infinity, (levels[1:] + levels[:-1]) / 2, infinity])
-        density = torch.exp(-edges.square() / 2) / math.sqrt(2 * math.pi)
-        mass = torch.special.ndtr(edges).diff()
+        _, density, mass = _cells(levels)
         return float(1 + 2 * (levels * density.diff()).sum() + (levels.square() * mass).sum())
 
     low, high = 0.0, 4.0  # one minimum: thirds are cut off until it is found
@@ -74,9 +76,7 @@ def gaussian_distortion(bits: int) -> float:
     if bits == 0:
         return 1.0
     levels = torch.tensor(gaussian_levels(bits), dtype=torch.float64)
-    infinity = torch.tensor([math.inf], dtype=torch.float64)
-    edges = torch.cat([-infinity, (levels[1:] + levels[:-1]) / 2, infinity])
-    mass = torch.special.ndtr(edges).diff()
+    _, _, mass = _cells(levels)
     return float(1 - (mass * levels.square()).sum())  # levels are centroids: E[x xhat] = E[xhat^2]
 
 
