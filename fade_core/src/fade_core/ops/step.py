@@ -168,9 +168,7 @@ def read_all(
     Returns:
         ``[B, H_q, Q, D_v]`` in the query's dtype.
     """
-    # kernels take buffers whole
-    on_host = query.device.type == "cpu" and isinstance(plan.attention, TorchDecodeAttention)
-    segments, statistics = segments_of(plan, held, mask, on_host, shifts)
+    segments, statistics = segments_of(plan, held, mask, query.device.type == "cpu", shifts)
     tracker, call = plan.tracker, (query, segments, scaling, softcap, sinks)
     tracked = tracker.active and any(statistics)
     kernel = plan.choose(plan.attention, *call, shifted=any(map(_moved, segments)), probabilities=tracked)

@@ -68,7 +68,7 @@ _FIRST_PARTY: dict[Group, dict[str, str]] = {
         ("auto", "default", "dynamic", "linear", "llama3", "longrope", "mrope", "none", "ntk", "proportional", "yarn"),
         "fade-rope",
     ),
-    "kernels": {"triton": "fade-kernels-triton"},
+    "kernels": {"triton": "fade-kernels-triton", "cpu": "fade-kernels-cpu"},
 }
 """Names that FADE's own plugins provide, for the message that says what to install."""
 
