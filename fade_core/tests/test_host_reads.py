@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fade_core import FadeConfig, create_tiered_cache
+from fade_core.cache.attention import padding_mask
 from fade_core.cache.layer import TieredLayer
 from fade_core.cache.layer_state import store_state
 from fade_core.cache.manual import assign_layer
@@ -216,3 +217,14 @@ def test_positions_are_read_back_only_while_tokens_moved_by_hand_leave_gaps(monk
 def assert_same(here: dict[str, Tensor], away: dict[str, Tensor]) -> None:
     assert here.keys() == away.keys()
     assert all(torch.equal(held, away[n]) for n, held in here.items())
+
+
+def test_a_prompt_without_padding_is_known_to_have_none() -> None:
+    model = tiny_llama(layers=1)
+    with create_tiered_cache(model, FadeConfig(**SHORT)), Device() as device:
+        assert padding_mask(2, 5, 5, config=model.config, device=AWAY) is None
+        assert not device.reads
+        assert padding_mask(2, 5, 9, 4, config=model.config, device=AWAY) is not None
+        assert not device.reads
+        padding_mask(2, 5, 5, config=model.config, device=AWAY, attention_mask=Away.of(torch.ones(2, 5)))
+        assert device.reads  # the test sees what is read

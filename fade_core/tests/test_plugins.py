@@ -409,6 +409,7 @@ def test_a_near_miss_is_suggested() -> None:
         ("policies", "snapkv", "fade-policy-attention"),
         ("rope_schemes", "yarn", "fade-rope"),
         ("kernels", "decode_attention:triton", "fade-kernels-triton"),
+        ("kernels", "decode_attention:cpu", "fade-kernels-cpu"),
     ],
 )
 def test_the_plugin_to_install_is_named(group: Any, name: str, dist: str) -> None:

@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fade_core.errors import CheckpointError, ConfigError, InputError
-from fade_core.interfaces import QuantizerContext
+from fade_core.interfaces import QuantizerContext, RunLayout
+from fade_core.packed import Packed
 from fade_core.testing import check_quantizer
 from fade_quant_rotated import CalibratedConfig, CalibratedQuantizer, Calibration
 from fade_quant_rotated.allocation import WIDTHS, water_fill
@@ -168,6 +171,78 @@ def test_planes_lie_in_memory_as_documented(layout: str, word: int) -> None:
     assert rows.count_nonzero() == 2
     high, low = 5 * 128 + word, 6 * 128 + word
     assert [int(rows[0, w // 576, 0, w % 576]) for w in (high, low)] == [3 << 8, 1 << 8]
+
+
+class NothingIsRead(TorchDispatchMode):
+    """Refuses what a CUDA graph cannot hold: numbers that depend on what tensors say."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten = torch.ops.aten
+        flags = func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default) and any(
+            isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in args[1]
+        )
+        assert not flags, f"{func} by flags"
+        assert func not in (aten.nonzero.default, aten._local_scalar_dense.default), str(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("widths", [[0, 2, 4], [0, 1, 2, 3, 5]])
+def test_codes_are_read_without_asking_the_host(widths: list[int], seed: int) -> None:
+    found, mean, cov = side_calibration()
+    given = torch.tensor(widths)[torch.randint(len(widths), (HEADS, DIM // 16))].sort(-1, descending=True)[0]
+    given[0, 0] = max(widths)
+    for side in ("key", "value"):
+        quantizer = CalibratedQuantizer(found, given.repeat_interleave(16, -1), side)  # type: ignore[arg-type]
+        packed = quantizer.encode(tokens(mean, cov, 2, 100))
+        with NothingIsRead():
+            quantizer.scores(torch.randn(2, HEADS, 3, DIM), packed)
+            quantizer.combine(torch.rand(2, HEADS, 3, 100), packed)
+
+
+def read_runs(layout: RunLayout, packed: Packed) -> torch.Tensor:
+    """``RunLayout`` as its docstring has it, word by word: what is coded, float32 ``[B, H, n * tile, kept]``."""
+    codes, gain = packed.fields["codes"], packed.fields["gain"]
+    batch, heads, tiles, row = codes.shape
+    assert row == layout.row
+    stream = codes.transpose(1, 2).reshape(batch, tiles, heads * row).int() & 0xFFFF
+    kept = layout.widths.shape[1]
+    found = torch.zeros(batch, heads, tiles, layout.tile, kept, dtype=torch.int32)
+    token = torch.arange(layout.tile)
+    for head, blocks in enumerate(layout.blocks.tolist()):
+        for start, columns, first, own, channel, bits in blocks:
+            if not own:
+                continue
+            rows = layout.tile * bits // 16
+            column = first + torch.arange(own)
+            word = (
+                (token % rows)[:, None] * columns + column
+                if layout.layout == "token"
+                else column * rows + (token % rows)[:, None]
+            )
+            fields = (stream[..., start + word] >> (bits * (token // rows))[:, None]) & (2**bits - 1)
+            place = found[:, head, :, :, channel : channel + own]
+            place.copy_((place << bits) | fields)
+    levels = layout.levels[(1 << layout.widths)[:, None, None] + found]
+    gains = torch.cat([gain & 15, gain >> 4], -1).long()  # [B, H, n, tile]
+    by_head = layout.gains[:, None, :].expand(-1, tiles, -1).expand(batch, -1, -1, -1)
+    return (levels * by_head.gather(3, gains)[..., None]).flatten(2, 3)
+
+
+@pytest.mark.parametrize("side", ["key", "value"])
+@pytest.mark.parametrize("widths", [WIDTHS, (0, 2, 4)])
+@pytest.mark.parametrize("levels", ["gaussian", "uniform"])
+def test_runs_say_where_codes_lie_and_what_they_are_worth(widths: tuple, side: str, levels: str, seed: int) -> None:
+    found, mean, cov = side_calibration()
+    group = 16 if widths == (0, 2, 4) else 1
+    given = torch.tensor(widths)[torch.randint(len(widths), (HEADS, DIM // group))].sort(-1, descending=True)[0]
+    given[1, 2:] = 0
+    given[0, 0] = max(widths)
+    quantizer = CalibratedQuantizer(found, given.repeat_interleave(group, -1), side, levels=levels)  # type: ignore[arg-type]
+    packed = quantizer.encode(tokens(mean, cov, 2, 150))
+    layout = quantizer.runs()
+    assert layout is not None and quantizer.runs() is layout
+    inside, gain = quantizer._unpacked(packed, slice(None), torch.float32)
+    torch.testing.assert_close(read_runs(layout, packed), inside * gain[..., None])
 
 
 def test_a_layer_without_bits_stores_gains_only(seed: int) -> None:

@@ -346,9 +346,9 @@ def padding_mask(
     plain = plain and isinstance(q_offset, int) and kv_offset == 0 and kv_length == q_offset + q_length
     if plain and q_length > 1 and not torch.compiler.is_compiling():
         rows = attention_mask
-        if rows is None:
+        if rows is None and q_offset:
             rows = torch.ones((batch_size, kv_length), dtype=torch.bool, device=kwargs.get("device"))
-        if rows.shape[1] == kv_length and (q_offset or not bool(rows.all())):
+        if rows is not None and rows.shape[1] == kv_length and (q_offset or not bool(rows.all())):
             return rows.bool()
     made: Tensor | None = sdpa_mask(
         batch_size=batch_size,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from fade_core.interfaces.component import ComponentConfig
 from fade_core.interfaces.kernel import Kernel, KernelConfig, Op, Support
-from fade_core.interfaces.layouts import PlainEncoding, PlaneLayout
+from fade_core.interfaces.layouts import PlainEncoding, PlaneLayout, RunLayout
 from fade_core.interfaces.policy import EvictionPolicy, LayerView, PolicyConfig, PyramidSchedule
 from fade_core.interfaces.quantizer import PromptView, Quantizer, QuantizerConfig, QuantizerContext, Side
 from fade_core.interfaces.recipe import Recipe
@@ -34,6 +34,7 @@ __all__ = [
     "Recipe",
     "RopeConfig",
     "RopeScheme",
+    "RunLayout",
     "Side",
     "Support",
     "TelemetrySink",

@@ -78,3 +78,38 @@ class PlaneLayout:
     forward: Tensor
     inverse: Tensor
     longest: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class RunLayout:
+    """Codes of channels whose widths differ, from 0 to 8 bits, in runs, for kernels that look levels up.
+
+    The codes of all heads of a row are one stream of words a tile: word ``w`` of it is word ``w % row`` of field ``codes``
+    (int16 ``[row]``) of the tile that head ``w // row`` has (``Quantizer.heads_together``). The stream is made of blocks, each one
+    bit plane of a run of channels, with ``R = tile * bits / 16`` words a channel: field ``j`` of word ``r`` is token
+    ``j * R + r``. Field ``gain`` is that of ``PlaneLayout``.
+
+    Channel ``c`` of a token in the space of the codes is ``gains[head, gain_code] * levels[2 ** width + code]``, and 0 where
+    the width is 0. ``Quantizer.transform_query``, ``query_bias`` and ``transform_output`` say how that space is reached.
+
+    All tensors are on the tokens' device, contiguous.
+
+    Attributes:
+        tile: tokens a tile.
+        row: words of the stream that a head's tile holds.
+        layout: "token" for blocks ``[R, columns]`` (keys), "channel" for ``[columns, R]`` (values).
+        blocks: int32 ``[H_kv, P, 6]``: of each bit plane of a head's channels, high bits of a channel before its low ones, the
+            word of the stream where its block begins, the block's columns, the first of them that is the head's, how many are,
+            the head's first channel among them, and the bits. None are the head's where a head has fewer than ``P``.
+        widths: int32 ``[H_kv, kept]``, bits of each channel.
+        levels: float32 ``[512]``: those of width ``b`` begin at ``2 ** b``.
+        gains: float32 ``[H_kv, 16]``.
+    """
+
+    tile: int
+    row: int
+    layout: Layout
+    blocks: Tensor
+    widths: Tensor
+    levels: Tensor
+    gains: Tensor

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fade_core.errors import CheckpointError, InputError
 from fade_core.interfaces.component import ComponentConfig
-from fade_core.interfaces.layouts import PlainEncoding, PlaneLayout
+from fade_core.interfaces.layouts import PlainEncoding, PlaneLayout, RunLayout
 from fade_core.interfaces.rope import RopeScheme
 from fade_core.packed import Packed, PackedFormat
 from fade_core.support.validation import Count
@@ -142,6 +142,10 @@ class Quantizer(ABC):
         For quantizers that code ``heads_together``. The same object for as long as what it says holds: kernels keep what they
         derive from it.
         """
+        return None
+
+    def runs(self) -> RunLayout | None:
+        """Where a kernel that looks levels up finds codes of many widths, as ``planes`` for one that does not."""
         return None
 
     def transform_query(self, query: Tensor) -> Tensor:

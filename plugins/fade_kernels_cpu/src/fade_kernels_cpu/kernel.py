@@ -15,7 +15,7 @@ from fade_core.errors import InputError
 from fade_core.interfaces import Kernel, Op, Quantizer, Support
 from fade_core.packed import PackedFormat, planes_of
 from fade_kernels_cpu import build
-from fade_kernels_cpu.layouts import Call, Full, Segment, Side
+from fade_kernels_cpu.layouts import Call, Full, Runs, Segment, Side
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Of queries and windows; the numbers are those of ``FadeFull``."""
@@ -30,8 +30,8 @@ COLUMNS = 4
 class CpuDecodeAttention(Kernel):
     """``decode_attention`` over packed tiers and windows, each token unpacked once, in the core's own cache.
 
-    Any ``PackedFormat``, whatever quantizers do around it; any mask. Computed in float32, in as many threads as torch has;
-    the bits do not depend on their number.
+    Any ``PackedFormat`` and any ``RunLayout``, whatever quantizers do around them; any mask. Computed in float32, in as many
+    threads as torch has; the bits do not depend on their number.
     """
 
     name: ClassVar[str] = "cpu"
@@ -142,18 +142,16 @@ class Problem:
     def _packed(self, given: PackedSegment) -> Segment:
         store = given.store
         keys, values = store.tier.keys, store.tier.values
-        if keys.format is None or values.format is None:
-            raise InputError(f"tier {store.tier.name!r} has no packed format")
-        made = Segment(packed=1, slots=store.tiles * store.tile, key_dim=keys.format.head_dim)
-        made.value_dim, made.table_width = values.format.head_dim, store.ids.shape[2]
-        made.keys = self._side(keys.format, store.pool_fields("k"))
-        made.values = self._side(values.format, store.pool_fields("v"))
+        made = Segment(packed=1, slots=store.tiles * store.tile, table_width=store.ids.shape[2])
+        made.keys, made.key_runs = self._side(keys, store.pool_fields("k"))
+        made.values, made.value_runs = self._side(values, store.pool_fields("v"))
+        made.key_dim, made.value_dim = made.keys.dim, made.values.dim
         made.table, made.used = self._keep(store.ids), self._keep(store.used)
         if store.counts is not None:
             made.counts = self._keep(store.counts)
         made.query = self.at_query
         if moves(keys):
-            made.query = self._columns(keys.transform_query(self.query))
+            made.query = self._columns(keys.transform_query(self.query), made.key_dim)
             bias = keys.query_bias(self.query)
             made.bias = None if bias is None else self._keep(bias.contiguous())  # [B, H_kv, N, 1]
         if moves(values):
@@ -166,13 +164,16 @@ class Problem:
 
     def output(self) -> Tensor:
         """What all segments give, ``[B, H_kv, N, D_v]``."""
-        parts = [*self.sums.values(), *(values.transform_output(found, mass) for values, found, mass in self.moved)]
+        parts = [*self.sums.values()]
+        for values, found, mass in self.moved:
+            runs = values.runs()
+            parts.append(values.transform_output(found if runs is None else found[..., : runs.widths.shape[1]], mass))
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
-    def _columns(self, query: Tensor) -> int:
-        """Where ``query`` ``[B, H_kv, N, D]`` lies, padded with zeros to ``padded`` columns."""
-        short = self.padded - self.count
-        return self._keep(torch.nn.functional.pad(query, (0, 0, 0, short)) if short else query.contiguous())
+    def _columns(self, query: Tensor, dim: int = 0) -> int:
+        """Where ``query`` ``[B, H_kv, N, D]`` lies, padded with zeros to ``padded`` columns, and ``dim`` channels."""
+        missing = 0, max(0, dim - query.shape[3]), 0, self.padded - self.count
+        return self._keep(torch.nn.functional.pad(query, missing) if any(missing) else query.contiguous())
 
     def _sum(self, dim: int) -> int:
         """Where segments of ``dim`` value channels add what they give."""
@@ -180,7 +181,19 @@ class Problem:
             self.sums[dim] = self.query.new_zeros(*self.query.shape[:3], dim)
         return self.sums[dim].data_ptr()
 
-    def _side(self, fmt: PackedFormat, pool: dict[str, Tensor]) -> Side:
+    def _side(self, quantizer: Quantizer, pool: dict[str, Tensor]) -> tuple[Side, Runs]:
+        """Codes of keys or values of a tier; one of the two says where."""
+        runs = quantizer.runs()
+        if quantizer.format is not None:
+            return self._plain(quantizer.format, pool), Runs()
+        if runs is None:
+            raise InputError(f"quantizer {quantizer.kind!r} has no packed format and no runs")
+        kept = runs.widths.shape[1]
+        side = Side(tile=runs.tile, dim=-(-kept // CHANNELS) * CHANNELS, by_token=runs.layout == "token")
+        places = (pool["codes"], pool["gain"], runs.blocks, runs.widths, runs.levels, runs.gains)
+        return side, Runs(*map(self._keep, places), runs.blocks.shape[1], runs.row, kept)
+
+    def _plain(self, fmt: PackedFormat, pool: dict[str, Tensor]) -> Side:
         widths = planes_of(fmt.bits)
         made = Side(planes=len(widths), tile=fmt.tile, dim=fmt.head_dim, group=fmt.group)
         made.by_token, made.per_channel = fmt.layout == "token", fmt.axis == "channel"
@@ -251,9 +264,9 @@ def _refusal(segments: Sequence[FullSegment | PackedSegment]) -> str:
             continue
         tier = segment.store.tier
         for side, quantizer in (("key", tier.keys), ("value", tier.values)):
-            if quantizer.format is None:
-                return f"tier {tier.name!r}: the {side} quantizer {quantizer.kind!r} has no packed format"
-            if quantizer.format.head_dim % CHANNELS:
+            if quantizer.format is None and quantizer.runs() is None:
+                return f"tier {tier.name!r}: the {side} quantizer {quantizer.kind!r} has no packed format and no runs"
+            if quantizer.format is not None and quantizer.format.head_dim % CHANNELS:
                 return f"tier {tier.name!r}: {side}s of {quantizer.format.head_dim} channels"
         if tier.keys.tile != tier.values.tile:
             return f"tier {tier.name!r}: keys in tiles of {tier.keys.tile} beside values in tiles of {tier.values.tile}"

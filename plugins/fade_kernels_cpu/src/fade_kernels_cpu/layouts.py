@@ -22,6 +22,22 @@ class Side(Structure):
     )
 
 
+class Runs(Structure):
+    """``FadeRuns``: codes of channels of many widths."""
+
+    _fields_ = (
+        ("codes", c_void_p),
+        ("gain", c_void_p),
+        ("blocks", c_void_p),
+        ("widths", c_void_p),
+        ("levels", c_void_p),
+        ("gains", c_void_p),
+        ("count", c_int32),
+        ("row", c_int32),
+        ("kept", c_int32),
+    )
+
+
 class Full(Structure):
     """``FadeFull``: tokens in full precision."""
 
@@ -40,6 +56,8 @@ class Segment(Structure):
     _fields_ = (
         ("keys", Side),
         ("values", Side),
+        ("key_runs", Runs),
+        ("value_runs", Runs),
         ("full_keys", Full),
         ("full_values", Full),
         ("table", c_void_p),
@@ -83,5 +101,5 @@ class Call(Structure):
     )
 
 
-SIZED: tuple[type[Structure], ...] = (Side, Full, Segment, Call)
+SIZED: tuple[type[Structure], ...] = (Side, Runs, Full, Segment, Call)
 """In the order in which ``fade_sizes`` knows them."""

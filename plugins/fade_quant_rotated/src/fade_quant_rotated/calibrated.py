@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fade_core.errors import CheckpointError, ConfigError, InputError
-from fade_core.interfaces import PlaneLayout, Quantizer, QuantizerConfig, QuantizerContext, Side
+from fade_core.interfaces import PlaneLayout, Quantizer, QuantizerConfig, QuantizerContext, RunLayout, Side
 from fade_core.packed import Layout, Packed
 from fade_quant_rotated.calibrate import sketch_of
 from fade_quant_rotated.calibration import GAIN_BITS, Calibration, SideCalibration, load_calibration, plan_of
@@ -25,6 +25,8 @@ GAIN_ZERO = 10
 """Gain code of a token as large as tokens usually are."""
 GAIN_SEARCH = (-1, 0, 1, 2)
 """Gain codes that are tried, counted from that of the token's own root mean square."""
+MOST_BITS = 8
+"""Of a channel."""
 CHUNK = 32
 """Tiles decoded at once by ``scores`` and ``combine``."""
 
@@ -65,6 +67,7 @@ class CalibratedQuantizer(Quantizer):
     def _adopt(self, calibration: SideCalibration, widths: Tensor) -> None:
         """Code with this transform and these widths from now on."""
         self._planes: PlaneLayout | None = None
+        self._runs: RunLayout | None = None
         self._lay_out(widths)
         device, kept = self.device, self.layout.kept
         stored = (widths > 0).cpu()
@@ -192,6 +195,25 @@ class CalibratedQuantizer(Quantizer):
             )
         return self._planes
 
+    def runs(self) -> RunLayout | None:
+        """Where a kernel that looks levels up finds the codes, of any widths."""
+        if self._runs is None:
+            device, kept = self._state["usual"].device, self.layout.kept
+            levels = torch.zeros(2 * 2**MOST_BITS)
+            for width, _, _ in self.layout.runs:
+                levels[2**width : 2 ** (width + 1)] = torch.tensor(self.layout.levels(width))
+            gains = self._gain(torch.arange(2**GAIN_BITS, device=device).view(1, 1, 1, -1).float())  # [1, H, 1, 16]
+            self._runs = RunLayout(
+                self.tile,
+                self.layout.row,
+                self.layout.layout,
+                self.layout.blocks(),
+                self.widths[:, :kept].to(device, torch.int32).contiguous(),
+                levels.to(device),
+                gains[0, :, 0].contiguous(),
+            )
+        return self._runs
+
     def transform_query(self, query: Tensor) -> Tensor:
         """The query ``[B, H_kv, N, D]`` in the space of the stored channels, ``[B, H_kv, N, kept]``."""
         inverse, deviation = (self._state[name].to(query.dtype) for name in ("inverse", "deviation"))
@@ -221,7 +243,7 @@ class CalibratedQuantizer(Quantizer):
                 f"use the calibration file that the cache was made with"
             )
         self._state = {name: state[name].to(own[name].dtype).to(own[name].device) for name in self._state}
-        self._planes = None
+        self._planes = self._runs = None
 
 
 def _to_nibbles(codes: Tensor) -> Tensor:

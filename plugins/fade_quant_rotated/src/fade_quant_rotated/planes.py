@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fade_core.packed import WORD_BITS, Layout, pack_codes, unpack_codes
 from fade_quant_rotated.lloyd_max import Levels
-from fade_quant_rotated.streams import StreamLayout
+from fade_quant_rotated.streams import StreamLayout, padded
 
 PLANE_BITS = 2
 PLANE_CHANNELS = 16
@@ -56,6 +56,9 @@ class PlaneStream(StreamLayout):
         channel = first[:, None] + torch.arange(PLANE_CHANNELS)
         self._place = place[channel].to(device)  # [planes, 16], among the codes
         self._shift = self.planes[:, 2:].to(device, torch.int32)
+        shifts = self.planes[:, 2]
+        # numbers, where flags would be read back on the host each time
+        self._alike = [(shifts == shift).nonzero().flatten().to(device) for shift in shifts.unique().tolist()]
 
     @property
     def plane_words(self) -> int:
@@ -73,10 +76,15 @@ class PlaneStream(StreamLayout):
         fields = unpack_codes(words, PLANE_BITS, self.layout, torch.int32)
         fields = (fields if self.layout == "token" else fields.transpose(-1, -2)).transpose(2, 3) << self._shift
         out = torch.zeros(*stream.shape[:2], self.tile, len(self.channels), dtype=torch.int32, device=rows.device)
-        for shift in self.planes[:, 2].unique().tolist():
-            there = (self.planes[:, 2] == shift).to(rows.device)
-            out[..., self._place[there].flatten()] |= fields[..., there, :].flatten(3)
+        for planes in self._alike:  # no two of them have a channel in common
+            out[..., self._place[planes].flatten()] |= fields[..., planes, :].flatten(3)
         return out
+
+    def blocks(self) -> Tensor:
+        found: list[list[tuple[int, ...]]] = [[] for _ in range(self.heads)]
+        for number, (head, channel, _) in enumerate(self.planes.tolist()):
+            found[head].append((number * self.plane_words, PLANE_CHANNELS, 0, PLANE_CHANNELS, channel, PLANE_BITS))
+        return padded(found).to(self.channels.device)
 
     def table(self) -> tuple[Tensor, Tensor]:
         """``planes`` and ``scales`` as ``PlaneLayout`` has them, for levels at even distances.

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fade_core.errors import CheckpointError, ConfigError
-from fade_core.interfaces import PlaneLayout, PromptView, Quantizer, QuantizerConfig, QuantizerContext, Side
+from fade_core.interfaces import PlaneLayout, PromptView, Quantizer, QuantizerConfig, QuantizerContext, RunLayout, Side
 from fade_core.packed import WORD_BITS, Packed
 from fade_quant_rotated.allocation import WIDTHS, check_widths, water_fill
 from fade_quant_rotated.calibrate import side_of
@@ -108,7 +108,7 @@ class SelfCalibratedQuantizer(CalibratedQuantizer):
 
     def forget(self) -> None:
         self._state: dict[str, Tensor] = {}
-        self._planes = None
+        self._planes = self._runs = None
         self._why_not = "tokens had to be encoded before a prompt was seen"
         self.shortcoming = ""
 
@@ -125,6 +125,10 @@ class SelfCalibratedQuantizer(CalibratedQuantizer):
     def planes(self) -> PlaneLayout | None:
         """As ``CalibratedQuantizer``'s, of what was learnt; ``None`` before."""
         return super().planes() if self._state else None
+
+    def runs(self) -> RunLayout | None:
+        """As ``CalibratedQuantizer``'s, of what was learnt; ``None`` before."""
+        return super().runs() if self._state else None
 
     # --- state ---
     def state_dict(self) -> dict[str, Tensor]:

@@ -8,6 +8,8 @@ padded by at most ``H_kv - 1`` words. The heads of a tile therefore belong toget
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -118,8 +120,34 @@ class StreamLayout:
                 at += length * count
         return out
 
+    def blocks(self) -> Tensor:
+        """``RunLayout.blocks``, int32 ``[H_kv, P, 6]``."""
+        found: list[list[tuple[int, ...]]] = [[] for _ in range(self.heads)]
+        channels, at = self.channels.cpu(), 0
+        for width, start, stop in self.runs:
+            owner, channel = channels[start:stop] // self.kept, (channels[start:stop] % self.kept).tolist()
+            for plane in planes_of(width):
+                for head, own in enumerate(found):
+                    columns = (owner == head).nonzero().flatten().tolist()
+                    for first, count in _stretches([channel[column] for column in columns]):
+                        own.append((at, stop - start, columns[first], count, channel[columns[first]], plane))
+                at += self.tile * plane // WORD_BITS * (stop - start)
+        return padded(found).to(self.channels.device)
+
     def select(self, rows: Tensor, index: Tensor) -> Tensor:
         """Rows of the tokens ``index`` (int64 ``[B, H, K]``) of each head, codes untouched."""
         codes = self.unpack(rows).flatten(1, 2)
         own = index[:, self.channels // self.kept].transpose(1, 2)
         return self.pack(codes.gather(1, own).unflatten(1, (-1, self.tile)))
+
+
+def padded(blocks: list[list[tuple[int, ...]]]) -> Tensor:
+    """Blocks of each head as ``RunLayout`` has them: those with fewer than the most get some without a column."""
+    most = max(1, *map(len, blocks))
+    return torch.tensor([[*own, *[(0,) * 6] * (most - len(own))] for own in blocks], dtype=torch.int32)
+
+
+def _stretches(numbers: list[int]) -> list[tuple[int, int]]:
+    """Where each stretch of ``numbers`` that follow one another begins, and how long it is."""
+    starts = [n for n, number in enumerate(numbers) if not n or number != numbers[n - 1] + 1]
+    return [(start, stop - start) for start, stop in itertools.pairwise([*starts, len(numbers)])]

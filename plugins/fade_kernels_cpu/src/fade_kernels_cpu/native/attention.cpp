@@ -89,6 +89,8 @@ inline float brain(uint16_t bits) {
 
 struct Scratch {
   std::vector<uint8_t> codes;
+  std::vector<uint16_t> stream;
+  std::vector<int32_t> first;
   std::vector<float> scale, low, tile, partial;
 };
 
@@ -103,8 +105,8 @@ struct Grid {
   int groups, across;
 };
 
-// Token-major words of uniform codes, `HIGH` and `LOW` bits a plane, to float32 [tile, dim].
-template <int HIGH, int LOW>
+// Token-major words of codes, `HIGH` and `LOW` bits a plane, to float32 [tile, dim].
+template <int HIGH, int LOW, bool TABLE>
 void unpack_tokens(const FadeSide& side, const uint16_t* high, const uint16_t* low, const Grid& grid, float* out) {
   const int tile = side.tile, dim = side.dim, group = side.group;
   const int rows_high = tile * HIGH / 16, rows_low = LOW ? tile * LOW / 16 : 1;
@@ -116,7 +118,7 @@ void unpack_tokens(const FadeSide& side, const uint16_t* high, const uint16_t* l
     auto code = [&](int i) {
       int32_t c = (a[i] >> shift_a) & ((1 << HIGH) - 1);
       if (LOW) c = (c << LOW) | ((b[i] >> shift_b) & ((1 << LOW) - 1));
-      return static_cast<float>(c);
+      return TABLE ? side.levels[c] : static_cast<float>(c);
     };
     if (side.per_channel) {
       const float *scale = grid.scale + t / group * dim, *least = grid.low + t / group * dim;
@@ -130,8 +132,8 @@ void unpack_tokens(const FadeSide& side, const uint16_t* high, const uint16_t* l
   }
 }
 
-// Channel-major words of uniform codes of one plane, scales a token, to float32 [dim, tile]; ROWS words a channel, 0: any.
-template <int WIDTH, int ROWS>
+// Channel-major words of codes of one plane, scales a token, to float32 [dim, tile]; ROWS words a channel, 0: any.
+template <int WIDTH, int ROWS, bool TABLE>
 void unpack_channels(const FadeSide& side, const uint16_t* words, const Grid& grid, float* out) {
   const int tile = side.tile, rows = ROWS ? ROWS : tile * WIDTH / 16;
   for (int d = 0; d < side.dim; d++) {
@@ -142,7 +144,7 @@ void unpack_channels(const FadeSide& side, const uint16_t* words, const Grid& gr
     for (int j = 0; j < 16 / WIDTH; j++) {
       for (int i = 0; i < rows; i++) {
         const int32_t code = (from[i] >> (WIDTH * j)) & ((1 << WIDTH) - 1);
-        to[j * rows + i] = static_cast<float>(code) * scale[j * rows + i] + least[j * rows + i];
+        to[j * rows + i] = (TABLE ? side.levels[code] : static_cast<float>(code)) * scale[j * rows + i] + least[j * rows + i];
       }
     }
   }
@@ -150,15 +152,22 @@ void unpack_channels(const FadeSide& side, const uint16_t* words, const Grid& gr
 
 template <int WIDTH>
 void unpack_channels(const FadeSide& side, const uint16_t* words, const Grid& grid, float* out) {
+  if (side.levels) return unpack_channels<WIDTH, 0, true>(side, words, grid, out);
   switch (side.tile * WIDTH / 16) {
-    case 8: return unpack_channels<WIDTH, 8>(side, words, grid, out);
-    case 16: return unpack_channels<WIDTH, 16>(side, words, grid, out);
-    case 32: return unpack_channels<WIDTH, 32>(side, words, grid, out);
-    default: return unpack_channels<WIDTH, 0>(side, words, grid, out);
+    case 8: return unpack_channels<WIDTH, 8, false>(side, words, grid, out);
+    case 16: return unpack_channels<WIDTH, 16, false>(side, words, grid, out);
+    case 32: return unpack_channels<WIDTH, 32, false>(side, words, grid, out);
+    default: return unpack_channels<WIDTH, 0, false>(side, words, grid, out);
   }
 }
 
-// Any codes, byte by byte first: tables of levels, channel-major planes of two widths, channels' scales there.
+template <int HIGH, int LOW>
+void unpack_tokens(const FadeSide& side, const uint16_t* high, const uint16_t* low, const Grid& grid, float* out) {
+  if (side.levels) return unpack_tokens<HIGH, LOW, true>(side, high, low, grid, out);
+  return unpack_tokens<HIGH, LOW, false>(side, high, low, grid, out);
+}
+
+// Any codes, byte by byte first: channel-major planes of two widths, or with scales of channels.
 void unpack_any(const FadeSide& side, const uint16_t* const* words, const Grid& grid, std::vector<uint8_t>& codes, float* out) {
   const int tile = side.tile, dim = side.dim, group = side.group;
   const bool by_token = side.by_token;
@@ -204,7 +213,7 @@ void unpack(const FadeSide& side, int64_t id, Scratch& s, float* out) {
   }
   grid.scale = scale;
   grid.low = low;
-  const int kind = side.levels ? 0 : side.widths[0] * 10 + (side.planes > 1 ? side.widths[1] : 0);
+  const int kind = side.widths[0] * 10 + (side.planes > 1 ? side.widths[1] : 0);
   if (side.by_token) {
     switch (kind) {
       case 10: return unpack_tokens<1, 0>(side, words[0], words[0], grid, out);
@@ -223,6 +232,70 @@ void unpack(const FadeSide& side, int64_t id, Scratch& s, float* out) {
     }
   }
   unpack_any(side, words, grid, s.codes, out);
+}
+
+// Codes of many widths: the stream of a tile is put together from all heads' rows, then the head's own blocks are read.
+// `ids` are those of head 0 of the row and tile, `step` numbers apart. Columns from `kept` to `dim` are zeros.
+void unpack_runs(const FadeSide& side, const FadeRuns& runs, const int32_t* ids, int64_t step, int64_t heads, int64_t head,
+                 Scratch& s, float* out) {
+  const int tile = side.tile, dim = side.dim, kept = runs.kept;
+  const bool by_token = side.by_token;
+  s.stream.resize(static_cast<size_t>(heads) * runs.row);
+  for (int64_t h = 0; h < heads; h++) {
+    std::memcpy(&s.stream[h * runs.row], runs.codes + static_cast<int64_t>(ids[h * step]) * runs.row, sizeof(uint16_t) * runs.row);
+  }
+  s.codes.assign(static_cast<size_t>(tile) * kept, 0);
+  for (int b = 0; b < runs.count; b++) {
+    const int32_t* block = runs.blocks + (head * runs.count + b) * 6;
+    const int columns = block[1], first = block[2], own = block[3], channel = block[4], bits = block[5];
+    if (!own) continue;
+    const int fields = 16 / bits, rows = tile / fields, mask = (1 << bits) - 1;
+    const uint16_t* words = s.stream.data() + block[0];
+    for (int j = 0; j < fields; j++) {
+      const int shift = bits * j;
+      if (by_token) {
+        for (int r = 0; r < rows; r++) {
+          const uint16_t* from = words + static_cast<int64_t>(r) * columns + first;
+          uint8_t* to = s.codes.data() + static_cast<int64_t>(j * rows + r) * kept + channel;
+          for (int i = 0; i < own; i++) to[i] = static_cast<uint8_t>((to[i] << bits) | ((from[i] >> shift) & mask));
+        }
+      } else {
+        for (int i = 0; i < own; i++) {
+          const uint16_t* from = words + static_cast<int64_t>(first + i) * rows;
+          uint8_t* to = s.codes.data() + static_cast<int64_t>(channel + i) * tile + j * rows;
+          for (int r = 0; r < rows; r++) to[r] = static_cast<uint8_t>((to[r] << bits) | ((from[r] >> shift) & mask));
+        }
+      }
+    }
+  }
+  s.scale.resize(tile);
+  const uint8_t* gain = runs.gain + static_cast<int64_t>(ids[head * step]) * (tile / 2);
+  const float* gains = runs.gains + head * 16;
+  for (int t = 0; t < tile / 2; t++) {
+    s.scale[t] = gains[gain[t] & 15];
+    s.scale[t + tile / 2] = gains[gain[t] >> 4];
+  }
+  const int32_t* widths = runs.widths + head * kept;
+  s.first.resize(kept);
+  for (int c = 0; c < kept; c++) s.first[c] = 1 << widths[c];  // no bits: the level before all others, which is 0
+  if (by_token) {
+    for (int t = 0; t < tile; t++) {
+      const uint8_t* from = s.codes.data() + static_cast<int64_t>(t) * kept;
+      float* to = out + static_cast<int64_t>(t) * dim;
+      const float scale = s.scale[t];
+      const int32_t* start = s.first.data();
+      for (int c = 0; c < kept; c++) to[c] = runs.levels[start[c] + from[c]] * scale;
+      for (int c = kept; c < dim; c++) to[c] = 0.0f;
+    }
+  } else {
+    for (int c = 0; c < kept; c++) {
+      const uint8_t* from = s.codes.data() + static_cast<int64_t>(c) * tile;
+      const float *levels = runs.levels + s.first[c], *scale = s.scale.data();
+      float* to = out + static_cast<int64_t>(c) * tile;
+      for (int t = 0; t < tile; t++) to[t] = levels[from[t]] * scale[t];
+    }
+    std::memset(out + static_cast<int64_t>(kept) * tile, 0, sizeof(float) * (dim - kept) * tile);
+  }
 }
 
 // Full-precision tokens `first` to `first + count` as float32 [count, dim].
@@ -373,6 +446,16 @@ int live(const FadeSegment& s, int64_t row, int64_t head, int64_t number, int64_
   return s.counts ? s.counts[at * s.table_width + number] : s.keys.tile;
 }
 
+void unpack(const FadeCall& call, const FadeSegment& s, const FadeSide& side, const FadeRuns& runs, int64_t row, int64_t head,
+            int64_t number, Scratch& own, float* out) {
+  const int32_t* ids = s.table + row * call.heads * s.table_width + number;
+  if (runs.codes) {
+    unpack_runs(side, runs, ids, s.table_width, call.heads, head, own, out);
+  } else {
+    unpack(side, ids[head * s.table_width], own, out);
+  }
+}
+
 void write_logits(const FadeCall& call, const FadeSegment& s, int64_t row, int64_t head, int64_t from, int64_t to, float* out,
                   int64_t stride) {
   const int64_t pair = row * call.heads + head;
@@ -384,7 +467,7 @@ void write_logits(const FadeCall& call, const FadeSegment& s, int64_t row, int64
     for (int64_t t = from; t < to; t += tile) {
       const int held = live(s, row, head, t / tile, call.heads);
       if (held) {
-        unpack(s.keys, s.table[pair * s.table_width + t / tile], own, own.tile.data());
+        unpack(call, s, s.keys, s.key_runs, row, head, t / tile, own, own.tile.data());
         if (s.keys.by_token) {
           products(query, call.padded, own.tile.data(), held, s.key_dim, out + t, stride);
         } else {
@@ -448,7 +531,7 @@ void add_values(const FadeCall& call, const FadeSegment& s, int64_t row, int64_t
     for (int64_t t = from; t < to; t += tile) {
       const int held = live(s, row, head, t / tile, call.heads);
       if (!held) continue;
-      unpack(s.values, s.table[pair * s.table_width + t / tile], own, own.tile.data());
+      unpack(call, s, s.values, s.value_runs, row, head, t / tile, own, own.tile.data());
       if (s.values.by_token) {
         (call.padded == 1 ? combine<1> : combine<4>)(weights + t, stride, call.padded, own.tile.data(), held, dim, sums);
       } else {
@@ -592,6 +675,6 @@ extern "C" int fade_decode_attention(const FadeCall* given) {
 }
 
 extern "C" int64_t fade_sizes(int which) {
-  const int64_t sizes[] = {sizeof(FadeSide), sizeof(FadeFull), sizeof(FadeSegment), sizeof(FadeCall)};
-  return which >= 0 && which < 4 ? sizes[which] : -1;
+  const int64_t sizes[] = {sizeof(FadeSide), sizeof(FadeRuns), sizeof(FadeFull), sizeof(FadeSegment), sizeof(FadeCall)};
+  return which >= 0 && which < 5 ? sizes[which] : -1;
 }

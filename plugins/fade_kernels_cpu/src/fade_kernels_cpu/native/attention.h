@@ -3,13 +3,23 @@
 #include <cstdint>
 
 struct FadeSide {             // codes of keys or of values of one tier, as `PackedFormat` has them
-  const uint16_t* codes[2];   // a plane each, high bits first: [N, rows, dim] or [N, dim, rows]
+  const uint16_t* codes[2];   // a plane each, high bits first: [N, rows, dim] or [N, dim, rows]; null where runs are read
   const uint32_t* meta;       // [N, groups, tile or dim]: fp16 scale low, minimum high
   const float* levels;        // of each code; null for the code itself
   int32_t widths[2], planes;  // bits of a plane
   int32_t tile, dim, group;
   int32_t by_token;           // token-major words
   int32_t per_channel;        // a group is tokens of a channel, else channels of a token
+};
+
+struct FadeRuns {  // codes of channels of many widths, as `RunLayout` has them; null `codes` where there are none
+  const uint16_t* codes;  // [N, row]
+  const uint8_t* gain;    // [N, tile / 2]
+  const int32_t* blocks;  // [H_kv, count, 6]
+  const int32_t* widths;  // [H_kv, kept]
+  const float* levels;    // [512]
+  const float* gains;     // [H_kv, 16]
+  int32_t count, row, kept;
 };
 
 struct FadeFull {  // full-precision tokens [B, H_kv, T, dim], channels contiguous; strides in elements
@@ -20,6 +30,7 @@ struct FadeFull {  // full-precision tokens [B, H_kv, T, dim], channels contiguo
 
 struct FadeSegment {
   FadeSide keys, values;
+  FadeRuns key_runs, value_runs;
   FadeFull full_keys, full_values;
   const int32_t *table, *used, *counts;  // [B, H_kv, table_width], [B, H_kv], as the table or null
   const int32_t* lengths;                // [B, H_kv] of full-precision tokens, or null
