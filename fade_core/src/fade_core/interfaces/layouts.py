@@ -85,8 +85,8 @@ class RunLayout:
     """Codes of channels whose widths differ, from 0 to 8 bits, in runs, for kernels that look levels up.
 
     The codes of all heads of a row are one stream of words a tile: word ``w`` of it is word ``w % row`` of field ``codes``
-    (int16 ``[row]``) of the tile that head ``w // row`` has (``Quantizer.heads_together``). The stream is made of blocks, each one
-    bit plane of a run of channels, with ``R = tile * bits / 16`` words a channel: field ``j`` of word ``r`` is token
+    (int16 ``[row]``) of the tile that head ``w // row`` has (``Quantizer.heads_together``). The stream is made of blocks, each
+    one bit plane of a run of channels, with ``R = tile * bits / 16`` words a channel: field ``j`` of word ``r`` is token
     ``j * R + r``. Field ``gain`` is that of ``PlaneLayout``.
 
     Channel ``c`` of a token in the space of the codes is ``gains[head, gain_code] * levels[2 ** width + code]``, and 0 where
