@@ -489,10 +489,32 @@ def test_a_file_that_is_no_configuration_is_refused_by_name(tmp_path: Path, name
         FadeConfig.from_file(tmp_path / "missing.toml")
 
 
-@pytest.mark.parametrize("config", ["safe", {"n_sink": 4}, 4])
-def test_a_configuration_of_another_type_is_refused(llama: Any, config: Any) -> None:
-    with pytest.raises(ConfigError, match="config must be a FadeConfig, found "):
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (4, "config must be a FadeConfig, its fields, a preset's name or a file; found int"),
+        ("saef", "neither a preset nor a configuration file.*did you mean 'safe'"),
+        ({"n_sinc": 4}, "n_sink"),
+        ("missing.toml", "no such file"),
+    ],
+)
+def test_a_configuration_that_is_none_is_refused(llama: Any, config: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         create_tiered_cache(llama, config)
+
+
+def test_a_configuration_may_be_named_or_written_as_a_table(llama: Any, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text("n_sink = 7\n", encoding="utf-8")
+    for config, wanted in (
+        ("balanced", FadeConfig.balanced()),
+        ({"n_sink": 7}, FadeConfig(n_sink=7)),
+        (path, FadeConfig(n_sink=7)),
+    ):
+        with create_tiered_cache(llama, config) as cache:
+            assert cache.config == wanted
+    with create_tiered_cache(llama, "safe", n_sink=9) as cache:
+        assert cache.config == FadeConfig(n_sink=9)
 
 
 def test_a_layer_override_for_a_layer_that_is_not_there_leaves_the_model_alone(llama: Any) -> None:

@@ -173,6 +173,26 @@ def test_what_config_show_prints_is_a_configuration(tmp_path: Path, format: str,
     assert str(path) in ok(run("config", "validate", path))
 
 
+def test_config_list_tells_presets_apart() -> None:
+    shown = json.loads(ok(run("config", "list", "--json")))["presets"]
+    found = {preset["name"]: preset for preset in shown}
+    assert found["safe"]["bits"] == pytest.approx(
+        4 + 32 / 64 / 2 + 32 / 128 / 2
+    )  # keys a tile and channel, values a token
+    assert found["safe"]["keeps"] == "all"
+    assert found["aggressive"]["keeps"] == "0.5 (h2o)"
+    assert all(preset["summary"] and preset["speed"] and preset["measured"] for preset in shown)
+    plain = " ".join(ok(run("config", "list")).split())
+    assert all(name in plain for name in found)
+
+
+def test_a_name_that_is_no_preset_is_explained() -> None:
+    result = run("config", "show", "baanced")
+    assert result.exit_code == 2
+    assert "neither a preset nor a configuration file" in result.stderr
+    assert "did you mean 'balanced'" in result.stderr
+
+
 def test_config_validate_names_every_problem_of_every_file(tmp_path: Path, small: Path) -> None:
     (tmp_path / "typo.toml").write_text("recent_windw = 4\n")
     (tmp_path / "broken.json").write_text("{")

@@ -14,9 +14,10 @@ from plugin_maker import POLICY_SOURCE, Site, plugin, policy_config, provider
 
 import fade_core
 from fade_core import FadeConfig, Kernel, KernelConfig, PolicyConfig, get_policy, get_quantizer, hookimpl, list_plugins
+from fade_core.cache.named_caches import configuration
 from fade_core.config.kernel_selection import KernelSelection, choose_kernel
 from fade_core.errors import ConfigError, PluginError, UnknownComponentError
-from fade_core.interfaces import Op, Support, TelemetrySink, TelemetrySinkConfig
+from fade_core.interfaces import Op, Preset, Support, TelemetrySink, TelemetrySinkConfig
 from fade_core.plugins import GROUPS, Registry, default_registry, use_registry
 from fade_core.plugins.record import PluginInfo
 
@@ -193,6 +194,21 @@ def test_telemetry_sinks_and_eval_tasks_are_components() -> None:
     assert registry.get("eval_tasks", "mine") is Task
 
 
+def test_presets_of_plugins_are_taken_by_name() -> None:
+    mine = Preset("mine", {"n_sink": 7, "keys": {"kind": "uniform", "bits": 2}}, "seven sinks")
+    registry = alone(provider("presets", "presets", mine))
+    with use_registry(registry):
+        assert FadeConfig.preset("mine") == FadeConfig(n_sink=7, keys={"kind": "uniform", "bits": 2})
+        assert configuration("mine").n_sink == 7
+        with pytest.raises(UnknownComponentError, match="did you mean 'mine'"):
+            FadeConfig.preset("mime")
+    twice = alone(provider("one", "presets", mine), provider("two", "presets", Preset("mine", {}, "no field")))
+    with use_registry(twice):
+        with pytest.raises(PluginError, match="preset 'mine' is provided by .* and by "):
+            FadeConfig.preset("mine")
+        assert FadeConfig.preset("safe") == FadeConfig.safe()
+
+
 # --- plugins that are broken ---
 
 BROKEN_IMPORTS = {
@@ -255,6 +271,8 @@ UNFIT = {
     "not a class": ("policies", lambda: ["h2o"], "subclasses of PolicyConfig; found 'h2o'"),
     "of another group": ("tiers", lambda: [policy_config("x")], "subclasses of TierConfig"),
     "no kernel": ("kernels", lambda: [object], "Kernel objects or classes with a name"),
+    "no preset": ("presets", lambda: [{"name": "mine"}], "Preset objects with a name"),
+    "preset with a space": ("presets", lambda: [Preset("my own", {}, "")], "small letters, digits and dashes"),
     "nameless task": ("eval_tasks", lambda: [object()], "tasks with a name"),
     "raising": ("quantizers", raising, "fade_quantizers raised OSError: disk on fire"),
 }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fade_core.plugins.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from fade_core.interfaces import Kernel, PolicyConfig, QuantizerConfig, TelemetrySinkConfig, TierConfig
+    from fade_core.interfaces import Kernel, PolicyConfig, Preset, QuantizerConfig, TelemetrySinkConfig, TierConfig
 
 
 @hookimpl
@@ -48,3 +48,10 @@ def fade_telemetry_sinks() -> Sequence[type[TelemetrySinkConfig]]:
     from fade_core.builtin.telemetry import JsonlConfig
 
     return [JsonlConfig]
+
+
+@hookimpl
+def fade_presets() -> Sequence[Preset]:
+    from fade_core.builtin.presets import PRESETS
+
+    return PRESETS

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fade_core.config import FadeConfig
-from fade_core.errors import ConfigError
+from fade_core.errors import ConfigError, UnknownComponentError
 from fade_core.models.loading import exact_cache
-from fade_core.support.validation import did_you_mean
 
 CacheFactory = Callable[[Any], Any]
 """Makes a fresh, empty cache for a model."""
@@ -19,11 +18,6 @@ CacheLike = FadeConfig | Mapping[str, Any] | str | Path | CacheFactory | None
 """A configuration, its fields, a preset's name, "exact", a configuration file, a factory, or ``None`` (the default)."""
 
 EXACT = "exact"
-PRESETS: dict[str, Callable[[], FadeConfig]] = {
-    "safe": FadeConfig.safe,
-    "balanced": FadeConfig.balanced,
-    "aggressive": FadeConfig.aggressive,
-}
 
 
 def factory_of(cache: CacheLike) -> CacheFactory:
@@ -51,15 +45,13 @@ def configuration(cache: FadeConfig | Mapping[str, Any] | str | Path | None) -> 
         return cache
     if isinstance(cache, Mapping):
         return FadeConfig(**cache)
-    if str(cache) in PRESETS:
-        return PRESETS[str(cache)]()
     path = Path(cache)
-    if not path.suffix and not path.exists():
-        raise ConfigError(
-            f"{str(cache)!r} is neither a preset ({', '.join(PRESETS)}) nor a configuration file"
-            f"{did_you_mean(cache, PRESETS)}"
-        )
-    return FadeConfig.from_file(path)
+    if path.suffix or path.exists():
+        return FadeConfig.from_file(path)
+    try:
+        return FadeConfig.preset(str(cache))
+    except UnknownComponentError as error:
+        raise ConfigError(f"{str(cache)!r} is neither a preset nor a configuration file: {error}") from error
 
 
 def tiered_factory(config: FadeConfig) -> CacheFactory:

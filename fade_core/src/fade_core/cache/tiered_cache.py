@@ -17,6 +17,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from fade_core.cache.builder import Broadcast, attach, build
 from fade_core.cache.checkpoint import dump_debug, load, restore, save, state_of, weights_fingerprint
 from fade_core.cache.memory_report import MemoryReport, measure
+from fade_core.cache.named_caches import configuration
 from fade_core.cache.passes import PassControl, can_be_read
 from fade_core.cache.rows import join, keep
 from fade_core.config import FadeConfig
@@ -27,7 +28,7 @@ from fade_core.interfaces import Quantizer, TelemetrySink
 
 def create_tiered_cache(
     model: PreTrainedModel,
-    config: FadeConfig | None = None,
+    config: FadeConfig | Mapping[str, Any] | str | Path | None = None,
     max_cache_len: int | None = None,
     **overrides: Any,
 ) -> TieredKVCache:
@@ -35,7 +36,8 @@ def create_tiered_cache(
 
     Args:
         model: a decoder-only transformers model.
-        config: what to compress and how; ``FadeConfig.safe()`` by default.
+        config: what to compress and how: a configuration, its fields, a preset's name ("safe") or a file; ``FadeConfig.safe()``
+            by default.
         max_cache_len: most tokens the cache may see; longer input is refused before anything changes. Buffers for them (for
             what is kept, if tokens are evicted) are then allocated once, and ``generate`` compiles the decode step on a GPU
             (``is_compileable``); ``compile_refusal`` says why where it cannot. It never changes an answer.
@@ -50,12 +52,12 @@ def create_tiered_cache(
         raise UnsupportedModelError(
             f"model must be a PreTrainedModel of transformers, found {type(model).__name__}; load_model takes names and paths"
         )
-    config = FadeConfig.safe() if config is None else config
-    if not isinstance(config, FadeConfig):
+    if not isinstance(config, (FadeConfig, Mapping, str, Path, type(None))):
         raise ConfigError(
-            f"config must be a FadeConfig, found {type(config).__name__}; see FadeConfig.from_file or .safe()"
+            f"config must be a FadeConfig, its fields, a preset's name or a file; found {type(config).__name__}"
         )
-    return TieredKVCache(model, config.with_overrides(**overrides) if overrides else config, max_cache_len)
+    found = configuration(config)
+    return TieredKVCache(model, found.with_overrides(**overrides) if overrides else found, max_cache_len)
 
 
 class TieredKVCache(PassControl):

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fade_core.cli.console import complain, out, print_json, say
+from fade_core.cli.console import complain, out, print_json, say, table
+from fade_core.cli.options import Json
 from fade_core.errors import FadeError
+
+if TYPE_CHECKING:
+    from fade_core.config import FadeConfig
+
+HEAD_DIM = 128
+"""Of the heads that ``fade config list`` counts bits for."""
 
 app = typer.Typer(help="Show, validate and describe configurations.", no_args_is_help=True)
 
 
 @app.command()
 def show(
-    config: Annotated[str, typer.Argument(help="A preset (safe, balanced, aggressive) or a file.")] = "safe",
+    config: Annotated[str, typer.Argument(help="A preset (`fade config list`) or a file.")] = "safe",
     format: Annotated[Literal["toml", "yaml", "json"], typer.Option(help="Format to print.")] = "toml",
 ) -> None:
     """Print a configuration with every default spelled out."""
@@ -24,6 +31,47 @@ def show(
     from fade_core.config.files import render_table
 
     out.out(render_table(configuration(config).to_dict(), format), highlight=False, end="")
+
+
+@app.command(name="list")
+def list_presets(json: Json = False) -> None:
+    """List the presets that are installed: what each stores, what reads it quickly, where it was measured."""
+    from fade_core.config import FadeConfig
+    from fade_core.plugins import default_registry
+
+    found = []
+    for name, preset in sorted(default_registry().all("presets").items()):
+        config = FadeConfig.preset(name)
+        found.append(
+            {
+                "name": name,
+                "bits": stored_bits(config),
+                "keeps": "all" if config.policy.budget is None else f"{config.policy.budget} ({config.policy.kind})",
+                "summary": preset.summary,
+                "speed": preset.speed,
+                "measured": preset.measured,
+            }
+        )
+    if json:
+        print_json({"presets": found, "head_dim": HEAD_DIM})
+        return
+    made = table("presets", "name", "bits", "keeps", "what it is", "fast", "measured")
+    for one in found:
+        made.add_row(
+            str(one["name"]), f"{one['bits']:.2f}", *(str(one[n]) for n in ("keeps", "summary", "speed", "measured"))
+        )
+    out.print(made)
+
+
+def stored_bits(config: FadeConfig) -> float:
+    """Bits an element of a packed token, metadata counted, keys and values alike, of a head of ``HEAD_DIM`` channels."""
+    from fade_core.interfaces import QuantizerContext
+
+    built = [
+        quantizer.build(QuantizerContext(HEAD_DIM, side, config.tile)).bits_per_element
+        for side, quantizer in (("key", config.keys), ("value", config.values))
+    ]
+    return sum(built) / len(built)
 
 
 @app.command()

@@ -10,14 +10,15 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from fade_core.builtin.policies.position import PositionConfig
+from fade_core.builtin.presets import AGGRESSIVE, BALANCED, SAFE
 from fade_core.builtin.quantizers.uniform import UniformConfig
 from fade_core.builtin.tiers import PackedTier, QuantizedTier
 from fade_core.config.files import read_table, write_table
 from fade_core.config.flat_spelling import NAMES, Defaults, FlatSpelling, changed, nest
 from fade_core.config.kernel_selection import KernelSelection
-from fade_core.config.presets import AGGRESSIVE, BALANCED, SAFE
 from fade_core.errors import ConfigError, FadeError
-from fade_core.interfaces import ComponentConfig, QuantizerConfig, TierConfig
+from fade_core.interfaces import ComponentConfig, Preset, QuantizerConfig, TierConfig
+from fade_core.plugins import default_registry
 from fade_core.plugins.resolve import AnyPolicy, AnyQuantizer, AnyRope, AnySink, AnyTier
 from fade_core.support.validation import Capacity, CheckedModel, WholeNumber, Window
 
@@ -137,19 +138,29 @@ class FadeConfig(CheckedModel):
 
     # --- presets ---
     @classmethod
+    def preset(cls, name: str) -> Self:
+        """The configuration that a plugin, or the core, brings under ``name``; ``fade config list`` shows all.
+
+        Raises:
+            UnknownComponentError: for a name that nothing installed brings; the message says what would.
+        """
+        found: Preset = default_registry().get("presets", name)
+        return cls(**found.fields)
+
+    @classmethod
     def safe(cls) -> Self:
         """K and V at 4 bits, nothing evicted: the defaults."""
-        return cls(**SAFE)
+        return cls(**SAFE.fields)
 
     @classmethod
     def balanced(cls) -> Self:
-        """Smaller than ``safe`` at a small price; see ``fade_core.config.presets``."""
-        return cls(**BALANCED)
+        """Smaller than ``safe`` at a small price; see ``fade_core.builtin.presets``."""
+        return cls(**BALANCED.fields)
 
     @classmethod
     def aggressive(cls) -> Self:
-        """The smallest cache that still reads well; see ``fade_core.config.presets``."""
-        return cls(**AGGRESSIVE)
+        """The smallest cache of the core that still reads well; see ``fade_core.builtin.presets``."""
+        return cls(**AGGRESSIVE.fields)
 
     # --- files ---
     @classmethod

@@ -10,7 +10,7 @@ from fade_core.interfaces.kernel import Kernel, KernelConfig, Op, Support
 from fade_core.interfaces.layouts import PlainEncoding, PlaneLayout, RunLayout
 from fade_core.interfaces.policy import EvictionPolicy, LayerView, PolicyConfig, PyramidSchedule
 from fade_core.interfaces.quantizer import PromptView, Quantizer, QuantizerConfig, QuantizerContext, Side
-from fade_core.interfaces.recipe import Recipe
+from fade_core.interfaces.recipe import Preset, Recipe
 from fade_core.interfaces.rope import RopeConfig, RopeScheme
 from fade_core.interfaces.telemetry import Event, TelemetrySink, TelemetrySinkConfig
 from fade_core.interfaces.tier import Tier, TierConfig
@@ -26,6 +26,7 @@ __all__ = [
     "PlainEncoding",
     "PlaneLayout",
     "PolicyConfig",
+    "Preset",
     "PromptView",
     "PyramidSchedule",
     "Quantizer",

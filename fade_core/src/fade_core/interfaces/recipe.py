@@ -1,4 +1,4 @@
-"""Named ways to compress a cache, to be measured beside the others."""
+"""Named ways to compress a cache: to be taken, or to be measured beside the others."""
 
 from __future__ import annotations
 
@@ -20,3 +20,22 @@ class Recipe:
     name: str
     fields: Mapping[str, Any]
     note: str = ""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A configuration with a name of its own: ``FadeConfig.preset("NAME")``, ``--config NAME``.
+
+    Attributes:
+        name: unique over all plugins, in small letters and dashes.
+        fields: fields of a ``FadeConfig``.
+        summary: what it trades, in a line.
+        speed: what reads it quickly: the kernels that were timed with it, and how fast.
+        measured: where its accuracy and speed were measured.
+    """
+
+    name: str
+    fields: Mapping[str, Any]
+    summary: str
+    speed: str = ""
+    measured: str = ""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fade_core.interfaces import (
         Kernel,
         PolicyConfig,
+        Preset,
         QuantizerConfig,
         Recipe,
         RopeConfig,
@@ -69,6 +70,11 @@ def fade_eval_tasks() -> Sequence[Any]:  # type: ignore[empty-body]
 @hookspec
 def fade_quality_recipes(calibration: str | None) -> Sequence[Recipe]:  # type: ignore[empty-body]
     """Configurations that ``fade eval quality`` compares; ``calibration`` is the file that it was given, if any."""
+
+
+@hookspec
+def fade_presets() -> Sequence[Preset]:  # type: ignore[empty-body]
+    """Named configurations, chosen by ``name``."""
 
 
 @hookspec

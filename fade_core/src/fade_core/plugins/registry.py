@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
+import re
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +21,7 @@ from fade_core.interfaces import (
     ComponentConfig,
     Kernel,
     PolicyConfig,
+    Preset,
     QuantizerConfig,
     Recipe,
     RopeConfig,
@@ -31,7 +33,9 @@ from fade_core.support.validation import did_you_mean
 
 hookspecs = importlib.import_module("fade_core.plugins.hookspecs")
 
-Group = Literal["tiers", "quantizers", "policies", "rope_schemes", "kernels", "telemetry_sinks", "eval_tasks"]
+Group = Literal[
+    "tiers", "quantizers", "policies", "rope_schemes", "kernels", "telemetry_sinks", "eval_tasks", "presets"
+]
 
 CORE_MODULE = "fade_core.builtin"
 
@@ -43,6 +47,7 @@ _SINGULAR: dict[Group, str] = {
     "kernels": "kernel",
     "telemetry_sinks": "telemetry sink",
     "eval_tasks": "eval task",
+    "presets": "preset",
 }
 GROUPS: tuple[Group, ...] = tuple(_SINGULAR)
 
@@ -69,6 +74,7 @@ _FIRST_PARTY: dict[Group, dict[str, str]] = {
         "fade-rope",
     ),
     "kernels": {"triton": "fade-kernels-triton", "cpu": "fade-kernels-cpu"},
+    "presets": dict.fromkeys(("compact", "faithful"), "fade-quant-rotated"),
 }
 """Names that FADE's own plugins provide, for the message that says what to install."""
 
@@ -351,6 +357,12 @@ def _names_of(group: Group, component: Any) -> tuple[str, ...]:
         if not isinstance(name, str) or not name:
             raise PluginError(f"fade_eval_tasks takes tasks with a name; found {component!r}")
         return (name,)
+    if group == "presets":
+        if not isinstance(component, Preset) or not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", component.name):
+            raise PluginError(
+                f"fade_presets takes Preset objects with a name of small letters, digits and dashes; found {component!r}"
+            )
+        return (component.name,)
     base = _BASES[group]
     if not isinstance(component, type) or not issubclass(component, base):
         raise PluginError(f"fade_{group} takes subclasses of {base.__name__}; found {component!r}")

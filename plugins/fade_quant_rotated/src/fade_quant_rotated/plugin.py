@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fade_core import hookimpl
-from fade_core.interfaces import QuantizerConfig, Recipe, TierConfig
+from fade_core.interfaces import Preset, QuantizerConfig, Recipe, TierConfig
 from fade_quant_rotated.calibrated import CalibratedConfig
 from fade_quant_rotated.product import PQConfig, PQTier
 from fade_quant_rotated.rotated import RotatedConfig
@@ -24,6 +24,13 @@ def fade_quantizers() -> Sequence[type[QuantizerConfig]]:
 @hookimpl
 def fade_tiers() -> Sequence[type[TierConfig]]:
     return [PQTier]
+
+
+@hookimpl
+def fade_presets() -> Sequence[Preset]:
+    from fade_quant_rotated.presets import PRESETS
+
+    return PRESETS
 
 
 @hookimpl
