@@ -507,7 +507,7 @@ def test_a_configuration_may_be_named_or_written_as_a_table(llama: Any, tmp_path
     path = tmp_path / "mine.toml"
     path.write_text("n_sink = 7\n", encoding="utf-8")
     for config, wanted in (
-        ("balanced", FadeConfig.balanced()),
+        ("aggressive", FadeConfig.aggressive()),
         ({"n_sink": 7}, FadeConfig(n_sink=7)),
         (path, FadeConfig(n_sink=7)),
     ):

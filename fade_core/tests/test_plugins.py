@@ -204,7 +204,7 @@ def test_presets_of_plugins_are_taken_by_name() -> None:
             FadeConfig.preset("mime")
     twice = alone(provider("one", "presets", mine), provider("two", "presets", Preset("mine", {}, "no field")))
     with use_registry(twice):
-        with pytest.raises(PluginError, match="preset 'mine' is provided by .* and by "):
+        with pytest.raises(PluginError, match=r"preset .mine. is provided by .* and by "):
             FadeConfig.preset("mine")
         assert FadeConfig.preset("safe") == FadeConfig.safe()
 
