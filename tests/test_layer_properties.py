@@ -272,8 +272,9 @@ class Twin:
     def _check_contents(self, keys: Tensor, values: Tensor, tier: Tensor) -> None:
         ladder = ["fp16", *(store.tier.name for store in self.layer.held.stores)]
         for held, exact in ((keys, self.keys), (values, self.values)):
-            # A channel's grid may have spanned tokens that were cropped since: twice the error that is left to explain.
-            assert excess(held, exact, tier, ladder) <= 2, "a token is not what was given at its position"
+            # A channel's grid may have spanned tokens that were cropped since: of normal numbers a few reach a third as far as
+            # hundreds do, so there may be three times the error that those left explain.
+            assert excess(held, exact, tier, ladder) <= 3, "a token is not what was given at its position"
         if not self.layer.plan.ladder.bounded and self.by_hand is None:
             for side, held in (("key", keys), ("value", values)):
                 assert torch.equal(dense(self.layer.held, side), held)
