@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         forward_with_tracking,
         reassign_tiers,
     )
+    from fade_core.cache.rope_schemes import rope_scheme_of
     from fade_core.config import FadeConfig
     from fade_core.eviction.attention_tracker import AttentionTracker
     from fade_core.interfaces import (
@@ -49,6 +50,7 @@ _HOME = {
     **dict.fromkeys(("TieredKVCache", "create_tiered_cache"), "cache"),
     **dict.fromkeys(("AnyPolicy", "get_policy", "get_quantizer"), "plugins.resolve"),
     "FadeConfig": "config",
+    "rope_scheme_of": "cache.rope_schemes",
     "TileView": "storage.tile_view",
     "hookimpl": "plugins.hookspecs",
     **dict.fromkeys(
@@ -127,6 +129,7 @@ __all__ = [
     "list_plugins",
     "load_model",
     "reassign_tiers",
+    "rope_scheme_of",
 ]
 
 

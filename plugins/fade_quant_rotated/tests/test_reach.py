@@ -1,10 +1,9 @@
-"""Positions further on than what was read: texts are read all over them, and moments of a prompt are averaged over them."""
+"""Positions further on than what was read: what texts and prompts tell is averaged over them."""
 
 from __future__ import annotations
 
-import itertools
+from importlib.util import find_spec
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -17,44 +16,31 @@ from fade_core.interfaces import PromptView, Quantizer
 from fade_quant_rotated import prompt as prompt_statistics
 from fade_quant_rotated.calibrate import calibrate
 from fade_quant_rotated.calibration import Calibration
-from fade_quant_rotated.reach import REACH, places, reach_of, rotations
+from fade_quant_rotated.reach import REACH, distances, reach_of, rotations, turned_apart
 from fade_quant_rotated.statistics import LayerSums, average_turned
 
-
-def config(trained: int = 32768, **rope: Any) -> SimpleNamespace:
-    return SimpleNamespace(rope_parameters=rope, max_position_embeddings=trained)
+needs_rope = pytest.mark.skipif(find_spec("fade_rope") is None, reason="fade-rope is not installed")
 
 
-def test_reach_ends_where_the_model_or_its_rope_does() -> None:
-    assert reach_of(config(rope_type="default")) == REACH
-    assert reach_of(config(2048, rope_type="llama3")) == 2048
-    assert reach_of(config(rope_type="default"), 20_000) == 20_000
-    assert reach_of(config(4096, rope_type="default"), 20_000) == 4096
-    layers = {"full_attention": {"rope_type": "default"}, "sliding_attention": {"rope_type": "linear"}}
-    assert reach_of(config(**layers)) == REACH
-    for kind in ("dynamic", "longrope"):  # other frequencies further on
-        assert reach_of(config(rope_type=kind)) == reach_of(config(full={"rope_type": kind})) == 0
-    assert reach_of(SimpleNamespace(max_position_embeddings=1024)) == 0  # positions are learnt
+def test_reach_ends_where_the_model_does() -> None:
+    def trained(positions: int) -> SimpleNamespace:
+        return SimpleNamespace(max_position_embeddings=positions)
+
+    assert reach_of(trained(32768)) == REACH
+    assert reach_of(trained(2048)) == 2048
+    assert reach_of(trained(32768), 20_000) == 20_000
+    assert reach_of(trained(4096), 20_000) == 4096
+    assert reach_of(SimpleNamespace()) == REACH
 
 
-def test_starts_cover_the_reach_and_stay_inside() -> None:
-    found = places([100] * 16, 8192)
-    assert found[0].tolist() == [list(range(100))]
-    assert all(int(place.min()) >= 0 and int(place.max()) < 8192 and place.shape == (1, 100) for place in found)
-    starts = sorted(int(place[0, 0]) for place in found)
-    gaps = [after - before for before, after in itertools.pairwise(starts)]
-    assert max([*gaps, 8192 - 100 - starts[-1]]) < 2.5 * 8192 / 16
-    assert [int(place[0, 0]) for place in places([100, 300], 64)] == [0, 0]  # longer than the reach
-
-
-def model() -> LlamaForCausalLM:
+def model(rope_type: str = "default") -> LlamaForCausalLM:
     """Keys about a mean, as biases make it, in channels that turn slowly."""
     torch.manual_seed(3)
     llama = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, head_dim=16, initializer_range=0.2, max_position_embeddings=2048,
-            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0}, attention_bias=True,
+            rope_parameters={"rope_type": rope_type, "rope_theta": 10_000.0, "factor": 2.0}, attention_bias=True,
         )
     ).eval()  # fmt: skip
     for layer in llama.model.layers:
@@ -62,8 +48,8 @@ def model() -> LlamaForCausalLM:
     return llama
 
 
-def learnt(reach: int) -> tuple[LlamaForCausalLM, Calibration]:
-    llama, generator = model(), torch.Generator().manual_seed(11)
+def learnt(reach: int, rope_type: str = "default") -> tuple[LlamaForCausalLM, Calibration]:
+    llama, generator = model(rope_type), torch.Generator().manual_seed(11)
     texts = [torch.randint(0, 64, (128,), generator=generator) for _ in range(12)]
     return llama, calibrate(llama, texts, bits=2.0, sinks=2, window=16, reach=reach)
 
@@ -81,15 +67,18 @@ def unstored(reach: int, start: int) -> float:
     return float(lost.square().sum(-1).mean())
 
 
+@needs_rope
 def test_a_file_for_far_positions_stores_what_is_there() -> None:
     near, far = unstored(1, 1800), unstored(2048, 1800)
     assert far < 0.7 * near, (near, far)
 
 
+@needs_rope
 def test_a_file_says_how_far_it_reaches_and_repeats_bit_for_bit() -> None:
     (_, found), (_, again) = learnt(2048), learnt(2048)
     assert found.notes["reach"] == 2048
     assert learnt(1)[1].notes["reach"] == 128
+    assert learnt(2048, "dynamic")[1].notes["reach"] == 128  # frequencies that change with the length: nobody knows
     for side, layers in found.sides.items():
         assert all(torch.equal(ours.transform, again.sides[side][n].transform) for n, ours in layers.items())
 
@@ -119,6 +108,21 @@ def test_a_rotation_is_what_the_scheme_does_to_a_key() -> None:
     offsets = (torch.linspace(0, 1, len(turns)).double() ** 4 * 500).round().long()
     moved = Partial().rotate(key.expand(1, 1, len(turns), -1), offsets[None, None])[0, 0]
     torch.testing.assert_close((turns @ key.double()).float(), moved)
+
+
+def test_keys_are_turned_to_distances_of_their_own() -> None:
+    seed = fresh_seed()
+    keys = torch.randn(200, 8, generator=torch.Generator().manual_seed(seed))
+    found = turned_apart(Partial(), keys, 500, torch.Generator().manual_seed(seed))
+    each = torch.stack(
+        [
+            Partial().rotate(keys[:, None], torch.full((200, 1), int(by)))[:, 0]
+            for by in distances(200, 500, keys.device)
+        ]
+    )
+    apart = (each - found).abs().amax(-1)  # [distance, key]
+    assert bool((apart.amin(0) < 1e-5).all())  # every key came at one of them
+    assert len(set(apart.argmin(0).tolist())) > 40  # and not all at the same
 
 
 def test_sums_are_averaged_as_if_tokens_came_at_each_position() -> None:
@@ -172,6 +176,7 @@ def lost_later(monkeypatch: pytest.MonkeyPatch, known: bool, start: int) -> floa
     return float((quantizer.decode(quantizer.encode(keys)) - keys).square().sum() / keys.square().sum())
 
 
+@needs_rope
 def test_codes_learnt_from_a_prompt_last(monkeypatch: pytest.MonkeyPatch) -> None:
     near, far = (lost_later(monkeypatch, True, start) for start in (128, 1800))
     assert far < 1.7 * near, (near, far)

@@ -71,6 +71,16 @@ def known_scheme(rope: RopeConfig | None, config: Any, layer: int) -> RopeScheme
     return scheme if scheme.fixed_until is None else None
 
 
+def rope_scheme_of(model: Any, layer: int = 0) -> RopeScheme | None:
+    """How the keys of a layer of ``model`` carry their positions; ``None`` where no plugin knows, or frequencies change.
+
+    Args:
+        model: a transformers model.
+        layer: layer index.
+    """
+    return known_scheme(None, model.config.get_text_config(decoder=True), layer)
+
+
 def _detecting() -> RopeConfig:
     try:
         found: RopeConfig = default_registry().get("rope_schemes", AUTO)()

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fade_core import rope_scheme_of
 from fade_core.errors import InputError, UnsupportedModelError
-from fade_core.interfaces import Side
+from fade_core.interfaces import RopeScheme, Side
 from fade_quant_rotated.allocation import WIDTHS, check_widths
 from fade_quant_rotated.calibration import Calibration, SideCalibration
 from fade_quant_rotated.klt import weighted_klt
-from fade_quant_rotated.reach import places, reach_of
-from fade_quant_rotated.statistics import PROJECTIONS, Collector, LayerMoments, readable
+from fade_quant_rotated.reach import reach_of, rotations
+from fade_quant_rotated.statistics import PROJECTIONS, Collector, LayerMoments, LayerSums, readable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,8 +58,9 @@ def calibrate(
         sinks: leading tokens that the cache will keep in full precision.
         window: newest tokens that the cache will keep in full precision.
         progress: called with the texts done and the texts in all.
-        reach: positions that the file is for (``fade_quant_rotated.reach``): texts are read all over them, since keys carry
-            their position. By default 8,192, or as many as the model was trained at.
+        reach: positions that the file is for, beside those that are read: keys carry their position, and what texts tell is
+            averaged over the positions to come by the model's rotary embedding (``fade_quant_rotated.reach``; with fade-rope
+            installed, where frequencies do not change with the length). By default 8,192, or as many as it was trained at.
 
     Raises:
         InputError: too few tokens, or texts that are too short.
@@ -82,16 +84,21 @@ def calibrate(
             f"{TOKENS_A_CHANNEL * head_dim} are needed, and 8,000 or more are better. Give more or longer texts"
         )
     reach = reach_of(config, reach)
-    spread = places([len(text) for text in texts], reach)
+    schemes: dict[int, RopeScheme | None] = {}
+
+    def turned(layer: int, sums: LayerSums) -> LayerSums:
+        scheme = schemes[layer] = rope_scheme_of(model, layer)
+        square = sums.key_square
+        return sums if scheme is None else sums.turned(rotations(scheme, square.shape[-1], square.device, reach))
+
     collector = Collector(sinks, window)
     with watching(model, collector), torch.no_grad():
         body = getattr(model, "base_model", model)
         for number, text in enumerate(texts):
-            where = {"position_ids": spread[number].to(model.device)} if reach else {}
-            body(text.view(1, -1).to(model.device), use_cache=False, **where)
+            body(text.view(1, -1).to(model.device), use_cache=False)
             if progress is not None:
                 progress(number + 1, len(texts))
-    moments = collector.moments()
+    moments = collector.moments(turned)
     sides: dict[Side, dict[int, SideCalibration]] = {
         "key": {layer: side_of(found, "key") for layer, found in moments.items()},
         "value": {layer: side_of(found, "value") for layer, found in moments.items()},
@@ -121,7 +128,7 @@ def calibrate(
             "tokens": sum(len(text) for text in texts),
             "sinks": sinks,
             "window": window,
-            "reach": max(reach, *(len(text) for text in texts)),
+            "reach": max(reach if all(schemes.values()) else 0, *(len(text) for text in texts)),
         },
     )
     found.plan(bits, widths, group)

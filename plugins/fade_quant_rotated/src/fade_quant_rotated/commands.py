@@ -25,6 +25,15 @@ Dtype = Annotated[str, typer.Option(help="Dtype of the weights: auto, float32, b
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
 
 
+Reach = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Positions further on that the file is for; default: 8192, or as many as the model was trained at.",
+    ),
+]
+
+
 def calibrate_command(
     text: Texts,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the calibration (.safetensors).")],
@@ -36,12 +45,7 @@ def calibrate_command(
     group: Annotated[int, typer.Option(min=1, help="Default channels that share a width; 16 suits kernels.")] = 1,
     length: Length = 1024,
     max_tokens: MaxTokens = 16384,
-    reach: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Positions that the file is for; default: 8192, or as many as the model was trained at."
-        ),
-    ] = None,
+    reach: Reach = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
@@ -80,6 +84,7 @@ def train_codebook_command(
     length: Length = 1024,
     max_tokens: MaxTokens = 16384,
     seed: Annotated[int, typer.Option(help="Of the sampling and of k-means.")] = 0,
+    reach: Reach = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
@@ -92,7 +97,7 @@ def train_codebook_command(
     pieces = cut(tokenizer, texts, length, max_tokens)
     memory, started = Peak(loaded.device), time.perf_counter()
     with steps("reading texts, k-means", memory) as advance:
-        books = train_codebooks(loaded, pieces, sub_dim, num_centroids, seed=seed, progress=advance)
+        books = train_codebooks(loaded, pieces, sub_dim, num_centroids, seed=seed, progress=advance, reach=reach)
     save_codebooks(books, output)
     one = next(iter(books.values()))
     Console().print(

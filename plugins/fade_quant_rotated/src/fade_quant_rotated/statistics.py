@@ -8,6 +8,7 @@ than ``[H_q, block, T]`` is ever held.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -231,9 +232,13 @@ class Collector:
         self._metrics: dict[int, Tensor] = {}
         self._residual: dict[int, float] = {}
 
-    def moments(self) -> dict[int, LayerMoments]:
-        """Weighted moments of every layer gathered."""
-        return {layer: self._moments(layer, sums) for layer, sums in sorted(self.layers.items())}
+    def moments(self, turns: Callable[[int, LayerSums], LayerSums] = lambda _, sums: sums) -> dict[int, LayerMoments]:
+        """Weighted moments of every layer gathered.
+
+        Args:
+            turns: what a layer's sums would be over all positions that moments are to serve.
+        """
+        return {layer: self._moments(layer, turns(layer, sums)) for layer, sums in sorted(self.layers.items())}
 
     # --- inside ---
     def _sums(self, layer: int, module: nn.Module, q: Tensor, v: Tensor) -> LayerSums:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fade_core import rope_scheme_of
 from fade_core.errors import InputError, UnsupportedModelError
 from fade_quant_rotated.codebook import PQCodebook, check_size
+from fade_quant_rotated.reach import reach_of, turned_apart
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,6 +28,7 @@ def train_codebooks(
     sinks: int = 4,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    reach: int | None = None,
 ) -> dict[str, PQCodebook]:
     """Codebooks of every full-attention layer, named ``"LAYER.keys"`` and ``"LAYER.values"``.
 
@@ -37,6 +40,7 @@ def train_codebooks(
         sinks: leading tokens to leave out: they stay in full precision.
         seed: of the sampling and of k-means.
         progress: called with the steps done and the steps in all.
+        reach: positions that the codebooks are for, beside those that are read, as for ``calibrate``.
 
     Raises:
         InputError: too few tokens for that many centroids.
@@ -46,8 +50,13 @@ def train_codebooks(
     found = _vectors(model, texts, sinks, seed, progress, len(texts))
     if not found:
         raise UnsupportedModelError(f"{type(model).__name__} has no full-attention layer to train codebooks for")
-    books = {}
+    books, generator = {}, torch.Generator().manual_seed(seed)
+    reach = reach_of(model.config.get_text_config(decoder=True), reach)
     for number, (name, vectors) in enumerate(found.items()):
+        layer, _, side = name.partition(".")
+        scheme = rope_scheme_of(model, int(layer)) if side == "keys" else None
+        if scheme is not None:
+            vectors = turned_apart(scheme, vectors, reach, generator)
         books[name] = PQCodebook.train(vectors, sub_dim, num_centroids, seed)
         if progress is not None:
             progress(len(texts) + number + 1, len(texts) + len(found))
