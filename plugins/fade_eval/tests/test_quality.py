@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from fade_core import FadeConfig, create_tiered_cache
-from fade_core.errors import ConfigError, FadeError, PluginError
+from fade_core.errors import ConfigError, FadeError, InputError, PluginError
 from fade_core.interfaces import Recipe
 from fade_core.plugins import Registry, use_registry
 from fade_eval import divergence, kl, needle
@@ -247,10 +247,14 @@ def test_what_cannot_run_here_is_left_out_with_the_reason(model: Any, ids: Tenso
 
 
 class Tired(DynamicCache):
-    """Gives up when it holds 75 tokens."""
+    """Gives up when it holds so many tokens."""
+
+    def __init__(self, after: int = 75) -> None:
+        super().__init__()
+        self.after = after
 
     def update(self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if self.get_seq_length(layer) == 75:
+        if self.get_seq_length(layer) >= self.after:
             raise MemoryError("no more room")
         return super().update(key, value, layer, *args, **kwargs)
 
@@ -265,6 +269,30 @@ def test_a_peer_that_fails_on_the_way_does_not_take_the_others_down(model: Any, 
         measure_quality(model, None, [tired], ids, **SIZES, needles=0)
     with pytest.raises(MemoryError):
         measure_quality(model, None, [Contender("own", tired.factory)], ids, **SIZES, needles=0)
+
+
+def test_a_long_run_is_the_divergence_of_its_parts(model: Any, ids: Tensor) -> None:
+    coarse = tiered("two", keys={"kind": "uniform", "bits": 2}, values={"kind": "uniform", "bits": 2})
+    options = {"prompt_tokens": 70, "steps": 5, "needles": 0}
+    found = measure_quality(model, None, [coarse, tiered("four")], ids, **options, long_steps=170)  # type: ignore[arg-type]
+    text = ids.flatten()[: 70 + 170]
+    alone = kl.run_exact(model, torch.cat([text, text[:1]])[None], 70, steps_per_forward=32)
+    for contender, row in zip([coarse, tiered("four")], found.rows, strict=True):
+        (steps,) = kl.compare(model, contender.factory, alone, steps_per_forward=32)
+        assert row.kl_long_first == pytest.approx(float(steps.kl.mean()), rel=1e-5)  # fewer than 256 steps
+        assert row.kl_long_last == pytest.approx(float(steps.kl[-43:].mean()), rel=1e-5)
+    assert found.long_steps == 170
+    assert measure_quality(model, None, [coarse], ids, **options).rows[0].kl_long_last is None  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="249 tokens together and 300 are needed"):
+        measure_quality(model, None, [coarse], ids, **options, long_steps=230)  # type: ignore[arg-type]
+
+
+def test_who_does_not_get_to_the_end_of_a_long_run_is_left_out(model: Any, ids: Tensor) -> None:
+    late = Contender("late", lambda _: Tired(after=90), "peer")
+    options = {"prompt_tokens": 70, "steps": 5, "needles": 0, "long_steps": 100}
+    found = measure_quality(model, None, [late, tiered("fine")], ids, **options)  # type: ignore[arg-type]
+    assert [row.name for row in found.rows] == ["fine"]
+    assert found.left_out == {"late": "MemoryError: no more room"}
 
 
 def test_transformers_own_compressed_cache_runs_or_says_why_not(model: Any, ids: Tensor) -> None:
@@ -312,13 +340,14 @@ def test_the_command_prints_a_table_and_writes_csv_and_plot(folder: Path, tmp_pa
             "--steps",
             6,
         ),
-        *("--output-dir", tmp_path / "out"),
+        *("--output-dir", tmp_path / "out", "--long-steps", 40),
     )
     with use_registry(Registry([fade_eval_plugin], entry_points=False)):
         shown = run(*arguments, "--needles", 1)
         found = json.loads(run(*arguments, "--needles", 0, "--json").stdout)
     assert shown.exit_code == 0, shown.output
-    for words in ("int4 a token", "ours", "0 of 0", "bytes a token", "quality.csv"):
+    assert found["rows"][0]["kl_long_last"] > 0
+    for words in ("last quarter", "int4 a token", "ours", "0 of 0", "bytes a token", "quality.csv"):
         assert words in shown.stdout, words
     assert "left out: KIVI 4: value quantizer of layer 0: groups of 32" in shown.stderr
     with (tmp_path / "out" / "quality.csv").open(encoding="utf-8") as file:

@@ -17,9 +17,10 @@ from fade_eval.contenders import Contender, excuse, refusal
 from fade_eval.decode import prefill
 from fade_eval.haystack import Needle, NeedleResult, ask, judge, needle_prompts
 from fade_eval.kl import ExactRun, Steps, follow, run_exact, summarise, text_batches
+from fade_eval.long import LongRun, long_runs
 from fade_eval.progress import Progress, Units
 from fade_eval.results import EvalResult
-from fade_eval.tokens import Texts, check_counts
+from fade_eval.tokens import Texts, check_counts, long_row
 
 NEEDLE_UNITS = 64
 """Steps that one needle counts for in the progress."""
@@ -39,6 +40,8 @@ class QualityRow(EvalResult):
         bytes_per_token: of all live tensors at the end of a text, divided by its tokens: sinks, window, transforms and
             book-keeping included.
         ratio_16bit: the same, as a share of what 16-bit keys and values of these tokens take.
+        kl_long_first: mean KL of the first 256 steps of a long run; ``None`` if there was none.
+        kl_long_last: of its last quarter.
         needles: asked; 0 for none.
         needles_kept: answered right through this cache and through the exact one.
         needles_exact: answered right through the exact cache: what the model can do at all.
@@ -57,6 +60,8 @@ class QualityRow(EvalResult):
     top1_agreement: float
     top1_standard_error: float | None
     perplexity_change: float
+    kl_long_first: float | None
+    kl_long_last: float | None
     needles: int
     needles_kept: int
     needles_exact: int
@@ -72,6 +77,7 @@ class QualityResult(EvalResult):
         texts: number of texts.
         prompt_tokens: tokens fed at once before the steps.
         steps: teacher-forced steps a text.
+        long_steps: those of the long run, of all texts one after the other.
         batch_size: texts decoded side by side; what they share (transforms, tables) is divided among them.
         exact_perplexity: of the texts through the exact cache.
         exact_bytes_per_token: of the exact cache, in the model's dtype.
@@ -82,6 +88,7 @@ class QualityResult(EvalResult):
     texts: int
     prompt_tokens: int
     steps: int
+    long_steps: int
     batch_size: int
     exact_perplexity: float
     exact_bytes_per_token: float
@@ -93,6 +100,7 @@ class _Measured:
 
     steps: list[Steps] = field(default_factory=list)
     bits: float = math.nan
+    long: LongRun | None = None
     needles: NeedleResult | None = None
 
 
@@ -107,6 +115,7 @@ def quality(
     max_texts: int | None = None,
     steps_per_forward: int = 1,
     batch_size: int = 1,
+    long_steps: int = 0,
     needles: int = 12,
     seed: int = 0,
     progress: Progress | None = None,
@@ -124,6 +133,7 @@ def quality(
         max_texts: take only so many texts.
         steps_per_forward: tokens a forward pass after the prompt; more than 1 is faster and close to it.
         batch_size: texts decoded side by side.
+        long_steps: tokens of one long run after the prompt, 32 a forward pass; 0 for none.
         needles: needles to ask; 0 for none.
         seed: of the needles.
         progress: called as steps are done.
@@ -138,7 +148,10 @@ def quality(
     batches = text_batches(texts, tokenizer, prompt_tokens + steps + 1, model.device, max_texts, batch_size)
     running, left_out = _able(contenders, model, batches[0])
     rows = sum(len(batch) for batch in batches)
-    advance = Units((rows * steps + needles * NEEDLE_UNITS) * (len(running) + 1), progress)
+    if long_steps:
+        check_counts(long_steps=long_steps)
+    long = long_row(texts, tokenizer, prompt_tokens + long_steps, model.device) if long_steps else None
+    advance = Units((rows * steps + long_steps + needles * NEEDLE_UNITS) * (len(running) + 1), progress)
     found = {contender.name: _Measured() for contender in running}
     for batch in batches:
         run = run_exact(model, batch, prompt_tokens, steps_per_forward=steps_per_forward, advance=advance)
@@ -148,6 +161,12 @@ def quality(
             except Exception as error:  # noqa: BLE001 (excuse raises what may not be left out)
                 left_out[contender.name] = excuse(contender, error)
                 running.remove(contender)
+    _check_some(running, left_out)
+    for name, run in ({} if long is None else long_runs(model, long, running, prompt_tokens, advance)).items():
+        found[name].long = run
+        if run.left_out:
+            left_out[name] = run.left_out
+    running = [contender for contender in running if contender.name not in left_out]
     _check_some(running, left_out)
     if needles:
         prompts = needle_prompts(tokenizer, needles, prompt_tokens, seed=seed, haystack=_haystack(texts))
@@ -159,6 +178,7 @@ def quality(
         texts=rows,
         prompt_tokens=prompt_tokens,
         steps=steps,
+        long_steps=long_steps,
         batch_size=batch_size,
         exact_perplexity=first.exact_perplexity,
         exact_bytes_per_token=first.held.exact / (prompt_tokens + steps),
@@ -232,6 +252,8 @@ def _row(contender: Contender, measured: _Measured, prompt_tokens: int, steps: i
         top1_agreement=result.top1_agreement,
         top1_standard_error=result.top1_standard_error,
         perplexity_change=result.perplexity_change,
+        kl_long_first=measured.long.first if measured.long else None,
+        kl_long_last=measured.long.last if measured.long else None,
         needles=needles.needles if needles else 0,
         needles_kept=needles.kept if needles else 0,
         needles_exact=needles.exact_found if needles else 0,

@@ -49,6 +49,23 @@ def token_rows(
     return rows
 
 
+def long_row(texts: Texts, tokenizer: Any, needed: int, device: torch.device) -> Tensor:
+    """Texts one after the other as int64 ids ``[1, needed]``; arguments as for ``token_rows``.
+
+    Raises:
+        InputError: if they are too short together, or a string comes without tokenizer.
+    """
+    if texts is None:
+        return _shipped_rows(tokenizer, needed, device, 1)[0]
+    ids = torch.cat([_ids(text, tokenizer) for text in _separate(texts)])
+    if ids.numel() < needed:
+        raise InputError(
+            f"the texts have {ids.numel()} tokens together and {needed} are needed for a long run; give more text, or fewer "
+            "long_steps (0 for none)"
+        )
+    return ids[None, :needed].to(device)
+
+
 def evaluation_texts() -> list[str]:
     """The public-domain texts that FADE ships for measuring (none is used for calibration or training)."""
     return [passage.text for passage in passages("evaluation")]

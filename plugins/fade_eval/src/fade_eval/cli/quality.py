@@ -39,6 +39,9 @@ def quality(
     steps: Annotated[int, typer.Option(min=1, help="Tokens decoded through the cache, a text.")] = 128,
     steps_per_forward: Annotated[int, typer.Option(min=1, help="More than 1 is faster and close to it.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts decoded side by side: faster.")] = 1,
+    long_steps: Annotated[
+        int, typer.Option(min=0, help="Tokens of one long run, whose last quarter is told; 0 for none.")
+    ] = 2048,
     needles: Annotated[int, typer.Option(min=0, help="Needles to ask for; 0 for none.")] = 12,
     sinks: Annotated[int, typer.Option(min=0, help="Sink tokens of the recipes.")] = 4,
     window: Annotated[int, typer.Option(min=0, help="Window of the recipes, residual of the peers.")] = 64,
@@ -79,6 +82,7 @@ def quality(
             max_texts=texts,
             steps_per_forward=steps_per_forward,
             batch_size=batch_size,
+            long_steps=long_steps,
             needles=needles,
             seed=seed,
             progress=advance,
@@ -88,7 +92,8 @@ def quality(
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "device": str(loaded.device),
     }
-    about |= {"texts": found.texts, "prompt_tokens": prompt_tokens, "steps": steps, "batch_size": batch_size}
+    about |= {"texts": found.texts, "prompt_tokens": prompt_tokens, "steps": steps}
+    about |= {"long_steps": long_steps, "batch_size": batch_size}
     write_csv(found, about, output_dir / "quality.csv")
     draw(found.rows, f"{model}, {found.texts} texts of {prompt_tokens} + {steps} tokens", output_dir / "quality.png")
     if json:
@@ -121,12 +126,12 @@ def _print(found: QualityResult, about: dict[str, Any]) -> None:
         f"{found.steps} tokens; exact: {found.exact_bytes_per_token:,.0f} bytes a token, perplexity "
         f"{found.exact_perplexity:.3f}"
     )
-    columns = ("cache", ">bits", ">bytes a token", ">of 16-bit", ">KL mean", ">p99", ">same top-1", ">perplexity")
-    lines = [_line(row) for row in found.rows]
-    asked = any(row.needles for row in found.rows)
-    made = table(title, *columns, *([">needles"] if asked else []))
+    columns = ["cache", ">bits", ">bytes a token", ">of 16-bit", ">KL mean", ">p99", ">same top-1", ">perplexity"]
+    columns += [f">KL of {found.long_steps:,}: first 256", ">last quarter"] if found.long_steps else []
+    columns += [">needles"] if any(row.needles for row in found.rows) else []
+    made = table(title, *columns)
     made.columns[0].no_wrap = True
-    out.print(rows(made, lines if asked else [line[:-1] for line in lines]))
+    out.print(rows(made, [_line(row)[: len(columns)] for row in found.rows]))
 
 
 def _line(row: QualityRow) -> tuple[str, ...]:
@@ -140,5 +145,6 @@ def _line(row: QualityRow) -> tuple[str, ...]:
         f"{row.kl_p99:.3f}",
         f"{row.top1_agreement:.4f}",
         f"{row.perplexity_change:+.2%}",
+        *(f"{kl:.5f}" for kl in (row.kl_long_first, row.kl_long_last) if kl is not None),
         f"{row.needles_kept} of {row.needles_exact}",
     )
