@@ -137,8 +137,10 @@ def _seed(item: Any) -> None:
     import torch
 
     seed = int(os.environ["FADE_SEED"]) ^ zlib.crc32(item.nodeid.encode())
-    torch.manual_seed(seed)
     random.seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed asks all kinds of devices, which takes milliseconds
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)
 
 
 # --- the real model ---
