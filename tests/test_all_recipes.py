@@ -31,7 +31,7 @@ def test_every_recipe_runs_and_costs_what_it_should(tmp_path: Path) -> None:
     file = tmp_path / "tiny.safetensors"
     calibrate(model, list(texts[:10])).save(file)
     chosen = [c for c in contenders(calibration=str(file)) if c.source == "recipe"]
-    found = quality(model, None, chosen, texts[10:], prompt_tokens=390, steps=8, needles=0)
+    found = quality(model, None, chosen, texts[10:], prompt_tokens=390, steps=8, needles=0, batch_size=2)
     assert found.left_out == {}
     row = {row.name: row for row in found.rows}
     assert len(row) == len(chosen) >= 20

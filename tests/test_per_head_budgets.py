@@ -32,8 +32,10 @@ TIERS = {"tokens": ("fp16", "int4", "int2"), "tiles": ("fp16", "int4")}
 
 
 @functools.cache
-def model() -> PreTrainedModel:
-    return tiny("llama", fresh_seed(), num_hidden_layers=2, num_key_value_heads=HEADS, num_attention_heads=2 * HEADS)
+def model(layers: int = 1) -> PreTrainedModel:
+    return tiny(
+        "llama", fresh_seed(), num_hidden_layers=layers, num_key_value_heads=HEADS, num_attention_heads=2 * HEADS
+    )
 
 
 def kept(cache: TieredKVCache) -> list[torch.Tensor]:
@@ -46,12 +48,12 @@ def kept(cache: TieredKVCache) -> list[torch.Tensor]:
     [(mode, [*CONFIGS][i % 2], (None, 300)[i // 2 % 2]) for i, mode in enumerate(MODES)],
 )
 def test_ragged_heads_are_the_dense_reference(mode: str, name: str, max_cache_len: int | None) -> None:
-    task = tiny_task(model(), fresh_seed())
-    with create_tiered_cache(model(), CONFIGS[name], max_cache_len) as cache:
+    task = tiny_task(model(2), fresh_seed())
+    with create_tiered_cache(model(2), CONFIGS[name], max_cache_len) as cache:
         recording = Recording(cache)
         found = MODES[mode](task, lambda padding: cache)
-    with attention(model(), DENSE):
-        wanted = MODES[mode](task, lambda padding: replay_cache(model(), recording, TIERS[name]))
+    with attention(model(2), DENSE):
+        wanted = MODES[mode](task, lambda padding: replay_cache(model(2), recording, TIERS[name]))
     for ours, theirs in zip(found.tokens, wanted.tokens, strict=True):
         assert torch.equal(ours, theirs)
     for ours, theirs in zip(found.logits, wanted.logits, strict=True):

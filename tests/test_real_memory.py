@@ -15,7 +15,7 @@ from fade_eval.texts import passages
 
 pytestmark = [pytest.mark.real_model, pytest.mark.slow]
 
-PROMPT, STEPS = 1024, 24  # the fourth step fills a tile
+PROMPT, STEPS = 640, 24  # the fourth step fills a tile
 
 
 def test_safe_holds_a_third_and_compresses_from_the_first_step(smollm2: tuple[Any, Any]) -> None:

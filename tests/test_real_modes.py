@@ -50,8 +50,8 @@ def task_of(smollm2: tuple[Any, Any], layers: int) -> Task:
 
 @pytest.fixture(scope="module")
 def shallow(smollm2: tuple[Any, Any]) -> Task:
-    """The first four of the thirty layers: real weights, which is what matters here, in a seventh of the time."""
-    return task_of(smollm2, 4)
+    """The first two of the thirty layers: real weights, which is what matters here, in a fraction of the time."""
+    return task_of(smollm2, 2)
 
 
 def same(found: Result, wanted: Result) -> None:
@@ -72,7 +72,8 @@ def test_safe_is_the_dense_reference(shallow: Task, mode: str) -> None:
 
 
 def test_safe_is_the_dense_reference_through_all_layers(smollm2: tuple[Any, Any]) -> None:
-    safe_is_the_dense_reference(task_of(smollm2, 30), "padded_chat")
+    """One row: what rows and turns do to one another is the same in two layers."""
+    safe_is_the_dense_reference(task_of(smollm2, 30), "greedy")
 
 
 def safe_is_the_dense_reference(task: Task, mode: str) -> None:
@@ -142,7 +143,7 @@ def asked(smollm2: tuple[Any, Any]) -> Asked:
     return Asked(batch, past, own.logits[0], nll(torch.stack(own.logits, 1), own.sequences[:, width:]))
 
 
-@pytest.mark.parametrize("policy", ["position", "h2o", "ema"])
+@pytest.mark.parametrize("policy", ["position", "h2o"])
 def test_half_of_the_tokens_still_make_fluent_text(smollm2: tuple[Any, Any], asked: Asked, policy: str) -> None:
     """The exact model finds the answers nearly as likely as its own."""
     (model, tokenizer), batch = smollm2, asked.batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +15,9 @@ from reference import stored
 from serving import Request, Server
 from test_modes import FAMILIES, LADDERS, PACKED, SHORT, evicted_by_padding, model_of
 from test_per_head_budgets import CONFIGS as RAGGED
-from tinymodels import fresh_seed, prompt
+from tinymodels import fresh_seed, prompt, tiny
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from fade_core import FadeConfig, TieredKVCache, create_tiered_cache
 from fade_core.errors import InputError, NonFiniteError
@@ -100,12 +102,25 @@ def test_every_mode_says_the_same(family: str, name: str, mode: str) -> None:
 # --- by hand -----------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def network(layers: int = 1) -> PreTrainedModel:
+    """One layer where a second would only do the same again."""
+    return tiny("llama", fresh_seed(), num_hidden_layers=layers)
+
+
+def shallow(name: str) -> FadeConfig:
+    """A configuration for one layer: a budget in bytes is all layers'."""
+    config = CONFIGS[name]
+    return config.with_overrides(policy={"kind": "h2o", "budget": "58 KiB", "every": 8}) if name == "bytes" else config
+
+
 @contextlib.contextmanager
-def two(name: str, length: int = 158, steps: int = 9) -> Iterator[tuple[TieredKVCache, TieredKVCache]]:
+def two(name: str, length: int = 158, steps: int = 9, layers: int = 1) -> Iterator[tuple[TieredKVCache, TieredKVCache]]:
     """A cache that grows and one that is reserved, both fed two rows."""
+    config = shallow(name) if layers == 1 else CONFIGS[name]
     with contextlib.ExitStack() as stack:
         growing, reserved = (
-            stack.enter_context(create_tiered_cache(model_of("llama"), CONFIGS[name], size)) for size in (None, LENGTH)
+            stack.enter_context(create_tiered_cache(network(layers), config, size)) for size in (None, LENGTH)
         )
         for cache in (growing, reserved):
             feed(cache, prompt(1, length, 2))
@@ -115,7 +130,7 @@ def two(name: str, length: int = 158, steps: int = 9) -> Iterator[tuple[TieredKV
 
 @torch.no_grad()
 def feed(cache: TieredKVCache, ids: Tensor) -> Tensor:
-    logits: Tensor = model_of("llama")(ids, past_key_values=cache, use_cache=True).logits
+    logits: Tensor = network(len(cache.layers))(ids, past_key_values=cache, use_cache=True).logits
     return logits
 
 
@@ -163,8 +178,8 @@ def test_rows_that_join_and_leave(name: str) -> None:
             Request(prompt(seed + i, n)[0], w) for i, (n, w) in enumerate([(90, 20), (23, 28), (160, 9), (64, 9)])
         ]
         logits: list[Tensor] = []
-        server = Server(model_of("llama"), CONFIGS[name], length)
-        hook = model_of("llama").register_forward_hook(
+        server = Server(network(), shallow(name), length)
+        hook = network().register_forward_hook(
             lambda module, inputs, output, logits=logits: logits.append(output.logits)
         )
         try:
@@ -187,10 +202,10 @@ def test_save_and_load(name: str, tmp_path: Path) -> None:
         states = growing.cache_state_dict(), reserved.cache_state_dict()
         go_on(growing, reserved, 9)
         with (
-            create_tiered_cache(model_of("llama"), CONFIGS[name]) as plain,
-            create_tiered_cache(model_of("llama"), CONFIGS[name], LENGTH) as roomy,
-            TieredKVCache.load(tmp_path / "growing.safetensors", model_of("llama")) as first,
-            TieredKVCache.load(tmp_path / "reserved.safetensors", model_of("llama")) as second,
+            create_tiered_cache(network(), shallow(name)) as plain,
+            create_tiered_cache(network(), shallow(name), LENGTH) as roomy,
+            TieredKVCache.load(tmp_path / "growing.safetensors", network()) as first,
+            TieredKVCache.load(tmp_path / "reserved.safetensors", network()) as second,
         ):
             assert (first.get_max_length(), second.get_max_length()) == (-1, LENGTH)
             plain.load_cache_state_dict(states[1])
@@ -203,8 +218,8 @@ def test_save_and_load(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_step_that_fails_in_a_later_layer_never_happened(name: str) -> None:
-    weight = model_of("llama").model.layers[1].self_attn.k_proj.weight
-    with two(name, 150, 9) as (growing, reserved):
+    weight = network(2).model.layers[1].self_attn.k_proj.weight
+    with two(name, 150, 9, layers=2) as (growing, reserved):
         kept = weight.data.clone()
         for turn in range(6):  # one of them hands a tile down, one is ranked
             weight.data[0, 0] = math.nan
@@ -220,7 +235,7 @@ def test_a_step_that_fails_in_a_later_layer_never_happened(name: str) -> None:
 def test_a_later_prompt_of_any_length_is_taken_in() -> None:
     """Evicting caches hold little: 1,500 tokens at once pass through a reservation for what is kept."""
     config = CONFIGS["position, one tier"]
-    model = model_of("llama")
+    model = network(2)
     with create_tiered_cache(model, config) as growing, create_tiered_cache(model, config, 9000) as reserved:
         for ids in (prompt(1, 3000, 2), prompt(3, 1500, 2)):
             assert torch.equal(feed(reserved, ids), feed(growing, ids))

@@ -83,6 +83,21 @@ def generate(model: PreTrainedModel, cache: Any, inputs: dict[str, Tensor], new:
     return out.sequences, torch.stack(out.logits)
 
 
+@functools.cache
+def answered(family: str) -> tuple[int, dict[str, Tensor], Tensor, Tensor]:
+    """A seed, its two rows, and the exact answer to them."""
+    seed = fresh_seed()
+    inputs = two_rows(seed)
+    return seed, inputs, *exact(model_of(family), inputs)
+
+
+def asked(model: PreTrainedModel) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Two rows and the exact answer to them."""
+    seed, *found = answered(model.config.model_type)
+    print(f"FADE_SEED={seed}")
+    return tuple(found)
+
+
 def exact(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """What the model says over a ``DynamicCache``.
 
@@ -104,8 +119,7 @@ def implementations(model: PreTrainedModel) -> list[str]:
 
 
 def test_full_precision_is_the_dynamic_cache(model: PreTrainedModel) -> None:
-    inputs = two_rows(fresh_seed())
-    tokens, logits = exact(model, inputs)
+    inputs, tokens, logits = asked(model)
     config = FadeConfig(n_sink=4, recent_window=16, tile=16, ladder=[{"tier": "fp16"}])
     with create_tiered_cache(model, config) as cache:
         found, found_logits = generate(model, cache, inputs)
@@ -116,8 +130,7 @@ def test_full_precision_is_the_dynamic_cache(model: PreTrainedModel) -> None:
 
 def test_safe_preset_compresses_and_leaves_the_model_as_it_was(model: PreTrainedModel) -> None:
     before = implementations(model)
-    inputs = two_rows(fresh_seed())
-    tokens, logits = exact(model, inputs)
+    inputs, tokens, logits = asked(model)
     with create_tiered_cache(model) as cache:
         assert cache.attention == ("stock" if model.config.model_type in STOCK else "fade")
         assert ("fade" in implementations(model)) == (cache.attention == "fade")

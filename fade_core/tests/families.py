@@ -48,12 +48,12 @@ def tiny_gemma2(seed: int = 0, softcap: float = 5.0) -> Gemma2ForCausalLM:
     return Gemma2ForCausalLM(config).eval()
 
 
-def tiny_gemma3(seed: int = 0) -> Gemma3ForCausalLM:
-    """Sliding layers of 24 tokens first and last, full ones at 1 and 3."""
+def tiny_gemma3(seed: int = 0, layers: int = 5) -> Gemma3ForCausalLM:
+    """Sliding layers of 24 tokens first and last, full ones at 1 and 3; or the first ``layers`` of these."""
     torch.manual_seed(seed)
-    kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention", "sliding_attention"][:layers]
     config = Gemma3TextConfig(
-        **_SIZES, num_hidden_layers=5, sliding_window=24, query_pre_attn_scalar=16, layer_types=kinds
+        **_SIZES, num_hidden_layers=layers, sliding_window=24, query_pre_attn_scalar=16, layer_types=kinds
     )
     return Gemma3ForCausalLM(config).eval()
 

@@ -53,12 +53,12 @@ def _seeded() -> None:
 
 @pytest.fixture(scope="module")
 def llama() -> Any:
-    return tiny_llama()
+    return tiny_llama(layers=2)
 
 
 @pytest.fixture(scope="module")
 def gemma() -> Any:
-    return tiny_gemma3()
+    return tiny_gemma3(layers=3)
 
 
 @pytest.fixture
@@ -230,12 +230,12 @@ def test_another_model_is_refused(llama: Any, saved: Path) -> None:
     with pytest.raises(CheckpointError, match="a model of another shape"):
         TieredKVCache.load(saved, tiny_llama(layers=4))
     with pytest.raises(CheckpointError, match="a model of another shape"):
-        TieredKVCache.load(saved, tiny_qwen3())
+        TieredKVCache.load(saved, tiny_qwen3(layers=2))
     with pytest.raises(CheckpointError, match="with other weights"):
-        TieredKVCache.load(saved, tiny_llama(seed=1))
-    assert TieredKVCache.load(saved, tiny_llama()).get_seq_length() == 90  # the same weights, loaded once more
+        TieredKVCache.load(saved, tiny_llama(seed=1, layers=2))
+    assert TieredKVCache.load(saved, tiny_llama(layers=2)).get_seq_length() == 90  # the same weights, loaded once more
     untouched(llama, state_of(tiny_llama(layers=4)), "a model of another shape")
-    untouched(llama, state_of(tiny_llama(seed=1)), "with other weights")
+    untouched(llama, state_of(tiny_llama(seed=1, layers=2)), "with other weights")
 
 
 def test_a_refused_file_leaves_the_models_attention_alone(llama: Any, saved: Path) -> None:
@@ -350,14 +350,14 @@ DAMAGE: list[tuple[str, Any]] = [
     ("0.window.lengths", lambda t: t + 7),
     ("1.padding", lambda t: t - 4),
     ("1.padding", lambda t: t[:1]),
-    ("2.store0.table", lambda t: t + 1),
-    ("2.store0.table", lambda t: t[..., :0]),
-    ("2.store0.counts", lambda t: t * 2),
-    ("2.store0.counts", lambda t: t * 0),
-    ("2.store0.pool.k.codes4", lambda t: t[:1]),
-    ("2.store0.pool.v.meta", lambda t: t.long()),
-    ("2.store0.offsets", lambda t: t + 500),
-    ("2.store0.statistic.mass", lambda t: t[..., :3]),
+    ("1.store0.table", lambda t: t + 1),
+    ("1.store0.table", lambda t: t[..., :0]),
+    ("1.store0.counts", lambda t: t * 2),
+    ("1.store0.counts", lambda t: t * 0),
+    ("1.store0.pool.k.codes4", lambda t: t[:1]),
+    ("1.store0.pool.v.meta", lambda t: t.long()),
+    ("1.store0.offsets", lambda t: t + 500),
+    ("1.store0.statistic.mass", lambda t: t[..., :3]),
 ]
 
 

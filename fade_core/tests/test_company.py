@@ -88,7 +88,7 @@ class Ending(LogitsProcessor):
 def test_rows_go_on_as_alone_when_one_ends_early(name: str) -> None:
     """``generate`` then feeds it padding, until all have ended; what it said before stays as it is, too."""
     seed = fresh_seed()
-    model = tiny_llama(seed).double()
+    model = tiny_llama(seed, layers=2).double()
     model.lm_head.weight.data[END] = 0  # and is said by nobody on their own
     ids, mask = left_padded((150, 203, 61))
     with create_tiered_cache(model, CONFIGS[name]) as cache:
@@ -120,7 +120,7 @@ def test_rows_go_on_as_alone_when_one_ends_early(name: str) -> None:
 def test_a_row_within_its_budget_keeps_everything_whoever_is_over_theirs() -> None:
     """Also the heads that the policy would give less than they hold."""
     torch.manual_seed(fresh_seed())
-    model = tiny_llama(fresh_seed())
+    model = tiny_llama(fresh_seed(), layers=2)
     ids, mask = left_padded((85, 200))
     with create_tiered_cache(model, CONFIGS["a count"]) as cache, torch.no_grad():
         model(ids, attention_mask=mask, past_key_values=cache)
@@ -143,7 +143,7 @@ def test_rows_that_join_and_leave_say_what_they_say_alone(name: str) -> None:
     """A short row joins a long one, a longer one joins both, and the first leaves."""
     seed = fresh_seed()
     config = CONFIGS.get(name, CONFIGS["unbounded"])
-    model = (tiny_gemma3(seed) if name not in CONFIGS else tiny_llama(seed)).double()
+    model = (tiny_gemma3(seed, layers=3) if name not in CONFIGS else tiny_llama(seed, layers=2)).double()
     prompts = [torch.randint(1, 255, (length,)) for length in (120, 33, 260)]
     said: dict[int, list[int]] = {}
     rows: list[int] = []

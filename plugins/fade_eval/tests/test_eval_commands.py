@@ -197,7 +197,14 @@ def test_bench_times_the_peers_that_are_installed(folder: Path, small: Path, mon
 DECODE = ("bench", "decode", "--shape", "tiny", "--context", 90, "--steps", 4, "--warmup", 2, "--backend", "eager")
 
 
+@pytest.fixture
+def _shallow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling a second layer takes as long again and says nothing more."""
+    monkeypatch.setitem(generating.SHAPES["tiny"], "num_hidden_layers", 1)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("_shallow")
 def test_bench_decode_times_what_is_the_same(tmp_path: Path) -> None:
     found = data(run(*DECODE, "--batch", 1, "--batch", 2, "--output-dir", tmp_path, "--json"))
     assert [(r["batch"], r["context"], r["graphs"]) for r in found["results"]] == [(1, 90, 0), (2, 90, 0)]
@@ -211,6 +218,7 @@ def test_bench_decode_times_what_is_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("_shallow")
 def test_bench_decode_prints_no_time_where_parity_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
     gaps = iter([1.0, 0.1])
     monkeypatch.setattr(generating, "distance", lambda found, wanted: next(gaps))
@@ -297,6 +305,7 @@ def test_demo_answers_measures_and_draws(
 
 @pytest.mark.slow
 def test_the_picture_shows_each_token_in_the_colour_of_its_tier(tmp_path: Path) -> None:
+    import numpy as np
     from matplotlib.image import imread
 
     tiers = torch.zeros(6, 200, dtype=torch.long)
@@ -306,7 +315,7 @@ def test_the_picture_shows_each_token_in_the_colour_of_its_tier(tmp_path: Path) 
     assert picture.shares() == {"fp16": 0.5, "int4": 0.25, "evicted": 0.25}
     draw({"one": picture, "two": picture}, tmp_path / "tiers.png")
     image = imread(tmp_path / "tiers.png")
-    colours = {tuple(round(float(c), 2) for c in pixel) for pixel in image.reshape(-1, 4)[:, :3]}
+    colours = {tuple(round(float(c), 2) for c in pixel) for pixel in np.unique(image.reshape(-1, 4)[:, :3], axis=0)}
     for colour in ("#14213d", "#2a6f97", "#f2f2f2"):
         assert tuple(round(int(colour[i : i + 2], 16) / 255, 2) for i in (1, 3, 5)) in colours
 
@@ -318,9 +327,9 @@ def test_the_demo_on_the_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert signature(demo_module.demo).parameters["model"].default == "smollm2"
     monkeypatch.setattr(demo_module, "CHECKED", 32)
     monkeypatch.setattr(demo_module, "TIMED", 4)
-    options = ("--prompt-tokens", 768, "--config", "safe", "--max-new-tokens", 8)
+    options = ("--prompt-tokens", 512, "--config", "safe", "--max-new-tokens", 8)
     ok(run("demo", "--model", smollm2_folder, *options, "--output-dir", tmp_path))
     safe = json.loads((tmp_path / "demo.json").read_text())["caches"]["safe"]
     assert safe["kl"] <= 0.01
     assert safe["top1"] >= 0.9
-    assert safe["held"] < 0.3 * json.loads((tmp_path / "demo.json").read_text())["caches"]["exact"]["held"]
+    assert safe["held"] < 0.4 * json.loads((tmp_path / "demo.json").read_text())["caches"]["exact"]["held"]

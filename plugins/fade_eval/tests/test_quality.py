@@ -30,6 +30,7 @@ from fade_eval.quality import quality as measure_quality
 
 SMALL: dict[str, Any] = {"n_sink": 2, "recent_window": 16, "tile": 16}
 SIZES: dict[str, Any] = {"prompt_tokens": 70, "steps": 12}
+SIDE_BY_SIDE = SIZES | {"batch_size": 3}
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +109,9 @@ def test_needles_are_those_of_the_needle_task(model: Any) -> None:
     assert found.rows[1].needles_kept == alone.kept
 
 
+TOKENIZER = byte_tokenizer()
+
+
 class Reading(torch.nn.Module):
     """A stand-in for a model that reads its cache: it answers with the digits that are still there."""
 
@@ -116,11 +120,11 @@ class Reading(torch.nn.Module):
     def forward(self, input_ids: Tensor, past_key_values: Any, use_cache: bool = True) -> Any:
         key = input_ids[:, None, :, None].float()
         keys, _ = past_key_values.update(key, key, 0)
-        text = byte_tokenizer().decode(keys[0, 0, :, 0].long())
+        text = TOKENIZER.decode(keys[0, 0, :, 0].long())
         before, said = text.rpartition(" is")[0], text.rpartition(" is")[2]
         number = " " + "".join(c for c in before if c.isdigit())[-5:]
         logits = torch.zeros(1, input_ids.shape[1], 256)
-        logits[0, -1, byte_tokenizer()(number[len(said) : len(said) + 1] or " ")["input_ids"][0]] = 1
+        logits[0, -1, TOKENIZER(number[len(said) : len(said) + 1] or " ")["input_ids"][0]] = 1
         return type("Out", (), {"logits": logits})
 
 
@@ -232,16 +236,16 @@ def test_what_cannot_run_here_is_left_out_with_the_reason(model: Any, ids: Tenso
     groups = {"kind": "kivi", "group": 32}
     recipe = Contender("wide", tiered("", keys=groups, values=groups).factory, "recipe")
     peer = Contender("other", broken, "peer")
-    found = measure_quality(model, None, [recipe, peer, tiered("fine")], ids, **SIZES, needles=0)
+    found = measure_quality(model, None, [recipe, peer, tiered("fine")], ids, **SIDE_BY_SIDE, needles=0)
     assert [row.name for row in found.rows] == ["fine"]
     assert found.left_out["wide"].startswith("key quantizer of layer 0: groups of 32")
     assert found.left_out["other"] == "RuntimeError: no compiler"
     with pytest.raises(ConfigError, match="wide: key quantizer"):
-        measure_quality(model, None, [recipe], ids, **SIZES, needles=0)
+        measure_quality(model, None, [recipe], ids, **SIDE_BY_SIDE, needles=0)
     with pytest.raises(ConfigError, match="groups of 32"):  # asked for by name: not left out
-        measure_quality(model, None, [tiered("own", keys=groups), tiered("fine")], ids, **SIZES, needles=0)
+        measure_quality(model, None, [tiered("own", keys=groups), tiered("fine")], ids, **SIDE_BY_SIDE, needles=0)
     with pytest.raises(RuntimeError, match="compiler"):
-        measure_quality(model, None, [Contender("bug", broken, "recipe")], ids, **SIZES, needles=0)
+        measure_quality(model, None, [Contender("bug", broken, "recipe")], ids, **SIDE_BY_SIDE, needles=0)
     with pytest.raises(FadeError, match="needles must be"):
         measure_quality(model, None, [tiered("fine")], ids, **SIZES, needles=-1)
 
@@ -261,14 +265,14 @@ class Tired(DynamicCache):
 
 def test_a_peer_that_fails_on_the_way_does_not_take_the_others_down(model: Any, ids: Tensor) -> None:
     tired = Contender("tired", lambda _: Tired(), "peer")
-    found = measure_quality(model, None, [tired, tiered("fine")], ids, **SIZES, needles=0)
+    found = measure_quality(model, None, [tired, tiered("fine")], ids, **SIDE_BY_SIDE, needles=0)
     assert [row.name for row in found.rows] == ["fine"]
     assert found.left_out == {"tired": "MemoryError: no more room"}
-    assert found.rows == measure_quality(model, None, [tiered("fine")], ids, **SIZES, needles=0).rows
+    assert found.rows == measure_quality(model, None, [tiered("fine")], ids, **SIDE_BY_SIDE, needles=0).rows
     with pytest.raises(ConfigError, match="tired: MemoryError"):
-        measure_quality(model, None, [tired], ids, **SIZES, needles=0)
+        measure_quality(model, None, [tired], ids, **SIDE_BY_SIDE, needles=0)
     with pytest.raises(MemoryError):
-        measure_quality(model, None, [Contender("own", tired.factory)], ids, **SIZES, needles=0)
+        measure_quality(model, None, [Contender("own", tired.factory)], ids, **SIDE_BY_SIDE, needles=0)
 
 
 def test_a_long_run_is_the_divergence_of_its_parts(model: Any, ids: Tensor) -> None:
@@ -298,7 +302,7 @@ def test_who_does_not_get_to_the_end_of_a_long_run_is_left_out(model: Any, ids: 
 def test_transformers_own_compressed_cache_runs_or_says_why_not(model: Any, ids: Tensor) -> None:
     peers = [c for c in contenders(only=["QuantizedCache"], window=8) if c.source == "peer"]
     assert len(peers) == 5
-    found = measure_quality(model, None, [*peers, tiered("four")], ids, **SIZES, needles=0)
+    found = measure_quality(model, None, [*peers, tiered("four")], ids, **SIDE_BY_SIDE, needles=0)
     assert {row.name for row in found.rows} | set(found.left_out) == {*(c.name for c in peers), "four"}
     for row in found.rows[:-1]:
         nominal = 8 if "fp8" in row.name else int(row.name[-1])

@@ -73,8 +73,8 @@ def test_the_sensitive_layer_is_ranked_first(model: Any, ids: Tensor, batch_size
 
 @pytest.mark.slow
 def test_without_the_outlier_that_layer_costs_a_fraction(model: Any, ids: Tensor) -> None:
-    spoilt = sensitivity(model, CONFIG, ids, **SIZES).layers
-    plain = sensitivity(tiny_llama(layers=LAYERS), CONFIG, ids, **SIZES).layers
+    spoilt = sensitivity(model, CONFIG, ids, **SIZES, batch_size=3).layers
+    plain = sensitivity(tiny_llama(layers=LAYERS), CONFIG, ids, **SIZES, batch_size=3).layers
     assert plain[SENSITIVE].kl_mean < spoilt[SENSITIVE].kl_mean / 3
     for layer in set(range(LAYERS)) - {SENSITIVE}:
         assert plain[layer].kl_mean == pytest.approx(spoilt[layer].kl_mean, rel=0.05, abs=1e-5), (
@@ -84,12 +84,12 @@ def test_without_the_outlier_that_layer_costs_a_fraction(model: Any, ids: Tensor
 
 def test_one_layer_is_compressed_and_the_others_are_exact(model: Any, ids: Tensor) -> None:
     """Against a cache in which the other layers' tokens never leave the window."""
-    found = sensitivity(model, CONFIG, ids, **SIZES)
+    found = sensitivity(model, CONFIG, ids, **SIZES, batch_size=3)
     for layer in (0, LAYERS - 1):
         wide = {str(other): {"recent_window": 512} for other in range(LAYERS) if other != layer}
-        alone_in_window = divergence(model, ids, CONFIG.with_overrides(layers=wide), **SIZES)
+        alone_in_window = divergence(model, ids, CONFIG.with_overrides(layers=wide), **SIZES, batch_size=3)
         assert found.layers[layer].kl_mean == pytest.approx(alone_in_window.kl_mean, rel=1e-2, abs=1e-6)
-    exact = divergence(model, ids, FadeConfig(**SMALL, ladder=[{"tier": "fp16"}]), **SIZES)
+    exact = divergence(model, ids, FadeConfig(**SMALL, ladder=[{"tier": "fp16"}]), **SIZES, batch_size=3)
     assert exact.kl_mean < 1e-6
 
 

@@ -35,18 +35,24 @@ def _missing() -> str:
 
 @pytest.fixture(scope="session", autouse=True)
 def _quick_interpreter() -> Iterator[None]:
-    """Triton's interpreter takes two thirds of its time to make again what it has: kernels do the same without.
-
-    It patches ``triton.language`` at every call within a kernel, and works out the type and shape of each tensor.
-    """
+    """Triton's interpreter takes most of its time to make again what it has: kernels do the same without."""
     if os.environ.get("TRITON_INTERPRET") != "1" or _missing():
         yield
         return
+    with pytest.MonkeyPatch.context() as here:
+        _patch_once_a_launch(here)
+        _know_types(here)
+        _broadcast_less(here)
+        yield
+
+
+def _patch_once_a_launch(here: pytest.MonkeyPatch) -> None:
+    """It patches ``triton.language`` at every call within a kernel, with functions that copy their arguments."""
     from triton import language
     from triton.runtime import interpreter
 
-    patch, restore, dtype = interpreter._patch_lang, interpreter._LangPatchScope.restore, interpreter._get_np_dtype
-    known = functools.cache(dtype)  # it makes a table of all types whenever it is asked for one
+    patch, restore = interpreter._patch_lang, interpreter._LangPatchScope.restore
+    checked = language.load.__code__  # of what asks a function of the language for the argument that it is given here
     patched: set[frozenset[str]] = set()
 
     @functools.cache
@@ -64,15 +70,37 @@ def _quick_interpreter() -> Iterator[None]:
         patched.clear()
         restore(scope)
 
+    def patch_attribute(owner: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
+        function = member.__wrapped__ if getattr(member, "__code__", None) is checked else member
+
+        def call(*args: Any, **options: Any) -> Any:
+            options["_semantic"] = interpreter.interpreter_semantic
+            return function(*args, **options)
+
+        scope.set_attr(owner, name, call)
+
+    here.setattr(interpreter, "_patch_lang", patch_once)
+    here.setattr(interpreter, "_patch_attr", patch_attribute)
+    here.setattr(interpreter._LangPatchScope, "restore", restore_all)
+
+
+def _know_types(here: pytest.MonkeyPatch) -> None:
+    """It works out the type and shape of each tensor, and looks names of types up in lists."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    core, dtype = language.core, interpreter._get_np_dtype
+    known = functools.cache(dtype)  # it makes a table of all types whenever it is asked for one
+    shapes: dict[tuple[int, ...], Any] = {}
+    types: dict[tuple[int, ...], Any] = {}
+    blocks: dict[tuple[int, ...], Any] = {}
+    new_tensor, new_block, equal = core.tensor.__init__, core.block_type.__init__, core.dtype.__eq__
+
     def dtype_of(kind: Any) -> Any:
         return dtype(kind) if kind.scalar.is_ptr() else known(kind.scalar)
 
-    shapes: dict[tuple[int, ...], Any] = {}
-    types: dict[tuple[int, ...], Any] = {}
-    new_tensor, new_block = language.core.tensor.__init__, language.core.block_type.__init__
-
     def tensor(self: Any, handle: Any, type: Any) -> None:
-        shape = tuple(type.shape) if type.is_block() else ()
+        shape = (*type.shape.values,) if type.is_block() else ()
         if shape in shapes:
             self.handle, self.type, self.dtype = handle, type, type.scalar
             self.shape, self.numel = shapes[shape]
@@ -87,13 +115,53 @@ def _quick_interpreter() -> Iterator[None]:
             types[key] = dict(vars(self))  # with the type of the elements: no other can come to have its id
         vars(self).update(types[key])
 
-    with pytest.MonkeyPatch.context() as here:
-        here.setattr(interpreter, "_patch_lang", patch_once)
-        here.setattr(interpreter._LangPatchScope, "restore", restore_all)
-        here.setattr(interpreter, "_get_np_dtype", dtype_of)
-        here.setattr(language.core.tensor, "__init__", tensor)
-        here.setattr(language.core.block_type, "__init__", block_type)
-        yield
+    def of_elements(self: Any, scalar: Any) -> Any:
+        key = (id(scalar), *self.shape.values)
+        if key not in blocks:
+            blocks[key] = core.block_type(scalar, self.shape)
+        return blocks[key]
+
+    def one_of(names: list[str]) -> Any:
+        found = frozenset(names)
+        return lambda self: self.name in found
+
+    here.setattr(interpreter, "_get_np_dtype", dtype_of)
+    here.setattr(core.tensor, "__init__", tensor)
+    here.setattr(core.block_type, "__init__", block_type)
+    here.setattr(core.block_type, "with_element_ty", of_elements)
+    here.setattr(core.dtype, "__eq__", lambda self, other: self is other or equal(self, other))
+    here.setattr(core.dtype, "is_int", one_of(core.dtype.SINT_TYPES + core.dtype.UINT_TYPES))
+    here.setattr(core.dtype, "is_int_signed", one_of(core.dtype.SINT_TYPES))
+    here.setattr(core.dtype, "is_int_unsigned", one_of(core.dtype.UINT_TYPES))
+    here.setattr(core.dtype, "is_floating", one_of(core.dtype.FP_TYPES))
+
+
+def _broadcast_less(here: pytest.MonkeyPatch) -> None:
+    """It broadcasts operands that are of one shape, and works out whether integers overflow, to then say nothing of it."""
+    import numpy as np
+    from triton.language.semantic import TritonSemantic
+    from triton.runtime import interpreter
+
+    broadcast = TritonSemantic.broadcast_impl_value
+
+    def filled(self: Any, scalar: Any, like: Any) -> Any:
+        handle = scalar.handle
+        data = np.full((*like.shape.values,), handle.data, interpreter._get_np_dtype(handle.dtype))
+        return self.tensor(
+            interpreter.TensorHandle(data, handle.dtype.scalar), like.with_element_ty(scalar.type.scalar)
+        )
+
+    def alike(self: Any, lhs: Any, rhs: Any) -> tuple[Any, Any]:
+        left, right = lhs.type, rhs.type
+        if left.is_block() != right.is_block():
+            return (lhs, filled(self, rhs, left)) if left.is_block() else (filled(self, lhs, right), rhs)
+        if not left.is_block() or left.shape.values == right.shape.values:
+            return lhs, rhs
+        return broadcast(self, lhs, rhs)
+
+    assert not interpreter.interpreter_builder.options.debug  # without it overflows are not reported
+    here.setattr(TritonSemantic, "broadcast_impl_value", alike)
+    here.setattr(TritonSemantic, "binary_op_sanitize_overflow_impl", lambda self, lhs, rhs, operation: None)
 
 
 @pytest.fixture

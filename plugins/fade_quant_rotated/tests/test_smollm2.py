@@ -46,7 +46,7 @@ def test_two_calibrated_bits_beat_the_best_rotation_by_far(tmp_path: Path, smoll
     model, tokenizer = smollm2
     read = [(TEXTS / f"calibration-{name}-01.txt").read_text("utf-8") for name in ("britannica", "pride_and_prejudice")]
     file = tmp_path / "calibration.safetensors"
-    calibrate(model, cut(tokenizer, read, 640, 1280)).save(file)
+    calibrate(model, cut(tokenizer, read, 448, 896)).save(file)
     ids = tokenizer((TEXTS / "demo-alice-07.txt").read_text("utf-8"), return_tensors="pt").input_ids[
         :, : PROMPT + STEPS
     ]
@@ -71,11 +71,11 @@ def test_two_calibrated_bits_beat_the_best_rotation_by_far(tmp_path: Path, smoll
 def test_the_shipped_file_reaches_far_behind_its_texts(smollm2: tuple[Any, Any]) -> None:
     """It was made from pieces of 1,024 tokens."""
     model, tokenizer = smollm2
-    ids = tokenizer((TEXTS / "demo-alice-07.txt").read_text("utf-8"), return_tensors="pt").input_ids[:, :1664]
+    ids = tokenizer((TEXTS / "demo-alice-07.txt").read_text("utf-8"), return_tensors="pt").input_ids[:, :1392]
     side = {"kind": "calibrated", "file": "smollm2", "bits": 2.1}
     past, exact = exactly(model, ids, 16)
     with create_tiered_cache(model, FadeConfig(keys=side, values=side)) as cache:
         take_over(cache, past)
         ours = after(model, cache, ids[:, -16:])
     divergence = float((exact.exp() * (exact - ours)).sum(-1).mean())
-    assert divergence < 0.05, divergence  # 1.6 if texts are read at their own places alone
+    assert divergence < 0.05, divergence  # 1.6 at 1,664 tokens if texts are read at their own places alone
