@@ -92,14 +92,14 @@ class Ran:
         return printed
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
     made = Environment(tmp_path_factory.mktemp("third_party") / "venv")
     made.run("-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index", "--quiet", EXAMPLE)
     return made
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama and a byte tokenizer, saved."""
     folder = tmp_path_factory.mktemp("model")
@@ -128,8 +128,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 PROMPT = "All happy families are alike; each unhappy family is unhappy in its own way. " * 3
 
 
-@pytest.fixture(scope="module")
-def ran(environment: Environment, model: Path) -> Ran:
+def run_all(environment: Environment, model: Path) -> Ran:
     """All that is asked below, in one process: it takes longer to start than to answer."""
     config = EXAMPLE / "knorm.toml"
     asked = {
@@ -155,21 +154,16 @@ def test_the_example_is_short() -> None:
     assert len(lines) <= MOST_LINES
 
 
-def test_the_environment_is_its_own(environment: Environment, ran: Ran) -> None:
+def test_it_is_found_checked_and_used_through_a_config_file(environment: Environment, model: Path) -> None:
+    ran = run_all(environment, model)
     assert str(environment.site) in ran.said("where")
     listed = json.loads(ran.said("plugins"))["plugins"]
     (plugin,) = [p for p in listed if p["dist"] == "fade-policy-knorm"]
     assert (plugin["status"], plugin["components"]["policies"]) == ("loaded", ["knorm"])
-
-
-def test_it_passes_the_conformance_kit(ran: Ran) -> None:
     report = json.loads(ran.said("check"))
     assert report["ok"]
     assert len(report["results"]) >= 7
     assert "passed" in ran.said("kit")
-
-
-def test_it_is_used_through_a_config_file(ran: Ran) -> None:
     ran.said("validate")
     evicting = json.loads(ran.said("generate"))
     assert evicting["new_tokens"] == 40

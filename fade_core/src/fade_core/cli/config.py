@@ -67,11 +67,9 @@ def stored_bits(config: FadeConfig) -> float:
     """Bits an element of a packed token, metadata counted, keys and values alike, of a head of ``HEAD_DIM`` channels."""
     from fade_core.interfaces import QuantizerContext
 
-    built = [
-        quantizer.build(QuantizerContext(HEAD_DIM, side, config.tile)).bits_per_element
-        for side, quantizer in (("key", config.keys), ("value", config.values))
-    ]
-    return sum(built) / len(built)
+    keys = config.keys.build(QuantizerContext(HEAD_DIM, "key", config.tile))
+    values = config.values.build(QuantizerContext(HEAD_DIM, "value", config.tile))
+    return (keys.bits_per_element + values.bits_per_element) / 2
 
 
 @app.command()

@@ -29,15 +29,18 @@ class Kernel(ABC):
     """One implementation of a named op. Choosing another implementation never changes meaning.
 
     Attributes:
-        name: implementation name, unique for its op ("torch", "triton").
+        name: implementation name, unique for its op ("torch", "triton", "cpu").
         op: which op it implements.
         priority: among those that support a case, ``auto`` takes the highest.
+        reads_counts: whether it finds out for itself how much of a buffer is in use, as what runs on a GPU must; on a CPU
+            others are shown no more than that.
         shifts: whether it reads ``PackedSegment.shift``; where it does not, the core computes what is shifted itself.
     """
 
     name: ClassVar[str] = ""
     op: ClassVar[Op] = "decode_attention"
     priority: ClassVar[int] = 0
+    reads_counts: ClassVar[bool] = False
     shifts: ClassVar[bool] = False
 
     @abstractmethod

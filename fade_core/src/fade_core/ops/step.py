@@ -168,7 +168,8 @@ def read_all(
     Returns:
         ``[B, H_q, Q, D_v]`` in the query's dtype.
     """
-    segments, statistics = segments_of(plan, held, mask, query.device.type == "cpu", shifts)
+    on_host = query.device.type == "cpu" and not plan.attention.reads_counts
+    segments, statistics = segments_of(plan, held, mask, on_host, shifts)
     tracker, call = plan.tracker, (query, segments, scaling, softcap, sinks)
     tracked = tracker.active and any(statistics)
     kernel = plan.choose(plan.attention, *call, shifted=any(map(_moved, segments)), probabilities=tracked)

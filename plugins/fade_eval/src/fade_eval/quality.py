@@ -162,10 +162,10 @@ def quality(
                 left_out[contender.name] = excuse(contender, error)
                 running.remove(contender)
     _check_some(running, left_out)
-    for name, run in ({} if long is None else long_runs(model, long, running, prompt_tokens, advance)).items():
-        found[name].long = run
-        if run.left_out:
-            left_out[name] = run.left_out
+    for name, answer in ({} if long is None else long_runs(model, long, running, prompt_tokens, advance)).items():
+        found[name].long = answer
+        if answer.left_out:
+            left_out[name] = answer.left_out
     running = [contender for contender in running if contender.name not in left_out]
     _check_some(running, left_out)
     if needles:

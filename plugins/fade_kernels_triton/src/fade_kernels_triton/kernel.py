@@ -41,6 +41,7 @@ class TritonDecodeAttention(Kernel):
 
     name: ClassVar[str] = "triton"
     op: ClassVar[Op] = "decode_attention"
+    reads_counts: ClassVar[bool] = True
     priority: ClassVar[int] = -10 if interpreted() else 10  # interpreted it checks, and serves nobody unasked
 
     def supports(self, format: PackedFormat | None, head_dim: int, device: torch.device, dtype: torch.dtype) -> Support:
