@@ -44,11 +44,19 @@ def working(what: str) -> Iterator[Advance]:
 
 
 def table(title: str, *columns: str) -> Table:
-    """An empty table; columns whose name starts with ">" are aligned to the right."""
+    """An empty table; columns whose name starts with ">" hold numbers: they are aligned to the right."""
     made = Table(title=title or None, title_justify="left")
     for column in columns:
         made.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left", overflow="fold")
     return made
+
+
+def show_figures(made: Table) -> None:
+    """Print a table of many numbers as wide as these are, where the terminal is narrower: folded, nobody can read them."""
+    for column in made.columns:
+        column.no_wrap = True
+    needed = made.__rich_measure__(out, out.options.update(max_width=1000)).maximum
+    Console(file=out.file, width=max(out.width, needed)).print(made)
 
 
 def rows(made: Table, lines: Sequence[Sequence[object]]) -> Table:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fade_core.cli.console import complain, out, print_json, rows, say, table, working
+from fade_core.cli.console import complain, print_json, rows, say, show_figures, table, working
 from fade_core.cli.options import Device, Dtype, Json, Model, TextFiles, named_caches, open_model, read_texts
 from fade_core.errors import InputError
 
@@ -127,11 +127,9 @@ def _print(found: QualityResult, about: dict[str, Any]) -> None:
         f"{found.exact_perplexity:.3f}"
     )
     columns = ["cache", ">bits", ">bytes a token", ">of 16-bit", ">KL mean", ">p99", ">same top-1", ">perplexity"]
-    columns += [f">KL of {found.long_steps:,}: first 256", ">last quarter"] if found.long_steps else []
+    columns += [f">first 256 of {found.long_steps:,}", ">last quarter"] if found.long_steps else []
     columns += [">needles"] if any(row.needles for row in found.rows) else []
-    made = table(title, *columns)
-    made.columns[0].no_wrap = True
-    out.print(rows(made, [_line(row)[: len(columns)] for row in found.rows]))
+    show_figures(rows(table(title, *columns), [_line(row)[: len(columns)] for row in found.rows]))
 
 
 def _line(row: QualityRow) -> tuple[str, ...]:
