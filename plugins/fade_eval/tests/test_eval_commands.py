@@ -238,6 +238,9 @@ def test_bench_decode_refuses_what_does_not_compile(tmp_path: Path) -> None:
     refused = run(*DECODE, "--config", stock).stderr
     assert "cannot be compiled: layer 0: the model keeps its own attention" in refused
     assert "unknown shape" in run(*DECODE[:3], "huge").stderr
+    large = run(*DECODE[:3], "llama-3.1-8b", "--device", "cpu")
+    assert large.exit_code == 2
+    assert "run it on a GPU, or give --shape tiny" in large.stderr
     if not torch.cuda.is_available():
         assert "on a GPU only" in run(*DECODE, "--profile").stderr
 

@@ -46,6 +46,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Models with random weights: time does not depend on their values."""
 
+ON_CPU = ("tiny",)
+"""Those that a machine without a GPU runs too."""
+
 DYNAMIC, STATIC = "DynamicCache", "StaticCache, compiled"
 GROWING, FIXED = "FADE", "FADE, compiled"
 CACHES, COMPILED = (DYNAMIC, STATIC, GROWING, FIXED), (STATIC, FIXED)
@@ -154,9 +157,18 @@ class Kept(LogitsProcessor):  # type: ignore[misc]
 
 
 def random_model(shape: str, device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
-    """A Llama of one of ``SHAPES`` with random weights. Raises ``InputError`` for another name."""
+    """A Llama of one of ``SHAPES`` with random weights.
+
+    Raises:
+        InputError: for another name, or a shape that is not ``ON_CPU`` where there is no GPU.
+    """
     if shape not in SHAPES:
         raise InputError(f"unknown shape {shape!r}; there are {', '.join(SHAPES)}")
+    if device.type == "cpu" and shape not in ON_CPU:
+        raise InputError(
+            f"{shape} on a CPU: its weights alone take minutes to make and tens of gigabytes to hold; run it on a GPU, or "
+            f"give --shape {' or '.join(ON_CPU)}"
+        )
     with device:
         config = LlamaConfig(**SHAPES[shape], eos_token_id=None, pad_token_id=0)
         return LlamaForCausalLM._from_config(config, dtype=dtype).eval()
