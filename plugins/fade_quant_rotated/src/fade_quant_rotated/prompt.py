@@ -25,6 +25,14 @@ Channels that the rotary embedding turns slowly look constant in a short prompt:
 token of a long answer. Where the embedding is known, moments are averaged over the positions to come instead.
 """
 
+OTHER = 0.1
+"""Share of covariances that is drawn to their diagonals: a long answer speaks of other things than its prompt.
+
+SmolLM2, 2,048 tokens of other texts after a prompt of 1,024, 2.1 bits: the KL of the last quarter is 0.0195 without it, 0.0171
+at 0.1, 0.0146 at 0.2; that of the first 256 tokens 0.0020, 0.0019 and 0.0021. In the layout that kernels read, whose channels
+share their widths in groups of 16, 0.0355, 0.0310 and 0.0254, and 0.0050, 0.0052 and 0.0070: more costs the first tokens there.
+"""
+
 TINY = 1e-30
 """Weight of a query whose logits move nothing, so that a head that attends to sinks and window only has moments."""
 
@@ -78,13 +86,14 @@ def moments_of(
 
 
 def shrunk(cov: Tensor, tokens: int, factor: float = 1.0) -> Tensor:
-    """A covariance ``[..., D, D]`` of ``tokens`` tokens, drawn to its diagonal by ``(D / (tokens + D)) ** 2``.
+    """A covariance ``[..., D, D]`` of ``tokens`` tokens, drawn to its diagonal by ``OTHER`` and ``(D / (tokens + D)) ** 2``.
 
     Of few tokens a channel, some directions look as if nothing ever went there: they would get no bits and be wrong for
-    what comes after the prompt. A quarter at one token a channel, a twenty-fifth at four, soon nothing.
+    what comes after the prompt. A quarter at one token a channel, a twenty-fifth at four, soon nothing; beside what answers
+    that leave the prompt's subject need at any length.
     """
     dim = cov.shape[-1]
-    share = factor * (dim / (tokens + dim)) ** 2
+    share = factor * (1 - (1 - OTHER) * (1 - (dim / (tokens + dim)) ** 2))
     return (1 - share) * cov + share * torch.diag_embed(cov.diagonal(dim1=-2, dim2=-1))
 
 
