@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fade_core.cli.console import complain, out, print_json, rows, size, table, working
+from fade_core.cli.console import complain, print_json, rows, show_figures, size, table, working
 from fade_core.cli.options import PRESETS, Caches, Device, Dtype, Json, Model, named_caches, open_model
 from fade_eval.cli import benchbatch, benchdecode
 
@@ -77,4 +77,4 @@ def bench(
     ]
     title = f"decode steps after {prompt_tokens} tokens, {model} on {loaded.device} ({loaded.dtype})"
     columns = ("cache", ">ms a step", ">quartiles", ">tokens/s", ">time to exact", ">bytes held", ">bytes to exact")
-    out.print(rows(table(title, *columns), lines))
+    show_figures(rows(table(title, *columns), lines))

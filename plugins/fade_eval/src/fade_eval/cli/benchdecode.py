@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fade_core.cli.console import complain, errors, out, print_json, rows, say, size, table, working
+from fade_core.cli.console import complain, errors, print_json, rows, say, show_figures, size, table, working
 from fade_core.cli.options import Cache, Device, Json
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def show(found: Comparison, title: str) -> None:
         for name, time in found.times.items()
     ]
     columns = ("cache", ">ms", ">to best", ">mean", ">prefill", ">warm-up s", ">held")
-    out.print(rows(table(f"{title}: {found.batch} x {found.context}, {found.steps} steps", *columns), lines))
+    show_figures(rows(table(f"{title}: {found.batch} x {found.context}, {found.steps} steps", *columns), lines))
     say(f"kernels of the compiled step (append, attention): {found.times[FIXED].kernels}")
     if found.graphs:
         errors.print(f"[yellow]{found.graphs} graphs were compiled during the timed steps[/]")
