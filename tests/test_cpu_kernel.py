@@ -11,6 +11,7 @@ from tinymodels import VOCABULARY, tiny
 
 from fade_core import FadeConfig, create_tiered_cache
 from fade_core.interfaces import Event, TelemetrySink
+from fade_core.plugins import default_registry
 from fade_core.testing.checks import fresh_seed
 
 FORMATS: dict[str, Callable[[], FadeConfig]] = {
@@ -32,6 +33,15 @@ class Events(TelemetrySink):
 
     def emit(self, event: Event) -> None:
         self.events.append(event)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _runs_here() -> None:
+    support = (
+        default_registry().get("kernels", "decode_attention:cpu").supports(None, 32, torch.device("cpu"), torch.float32)
+    )
+    if not support:
+        pytest.skip(support.reason)
 
 
 @pytest.mark.parametrize("name", FORMATS)
