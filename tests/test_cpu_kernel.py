@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,20 @@ from fade_core.interfaces import Event, TelemetrySink
 from fade_core.plugins import default_registry
 from fade_core.testing.checks import fresh_seed
 
+
+def without_bits() -> dict[str, Any]:
+    """All bits go to the keys: values are their mean."""
+    found = calibrated()
+    return found.model_dump(exclude_unset=True) | {
+        "values": found.values.model_copy(update={"side_bits": 0.13}).model_dump()
+    }
+
+
 FORMATS: dict[str, Callable[[], FadeConfig]] = {
     "calibrated": calibrated,
     "self-calibrated": lambda: FadeConfig(**side("self-calibrated", bits=2.5)),
     "planes": lambda: FadeConfig(**side("self-calibrated", bits=2.5, widths=(0, 2, 4), group=16, levels="uniform")),
+    "a side without bits": lambda: FadeConfig(**without_bits()),
     "rotated, 2 bits": lambda: FadeConfig(**side("rotated", bits=2)),
     "rotated, 3 bits": lambda: FadeConfig(**side("rotated", bits=3)),
     "kivi": lambda: FadeConfig(

@@ -242,7 +242,8 @@ void unpack_runs(const FadeSide& side, const FadeRuns& runs, const int32_t* ids,
   const bool by_token = side.by_token;
   s.stream.resize(static_cast<size_t>(heads) * runs.row);
   for (int64_t h = 0; h < heads; h++) {
-    std::memcpy(&s.stream[h * runs.row], runs.codes + static_cast<int64_t>(ids[h * step]) * runs.row, sizeof(uint16_t) * runs.row);
+    if (!runs.row) break;
+    std::memcpy(s.stream.data() + h * runs.row, runs.codes + static_cast<int64_t>(ids[h * step]) * runs.row, sizeof(uint16_t) * runs.row);
   }
   s.codes.assign(static_cast<size_t>(tile) * kept, 0);
   for (int b = 0; b < runs.count; b++) {
@@ -449,7 +450,7 @@ int live(const FadeSegment& s, int64_t row, int64_t head, int64_t number, int64_
 void unpack(const FadeCall& call, const FadeSegment& s, const FadeSide& side, const FadeRuns& runs, int64_t row, int64_t head,
             int64_t number, Scratch& own, float* out) {
   const int32_t* ids = s.table + row * call.heads * s.table_width + number;
-  if (runs.codes) {
+  if (runs.kept) {  // not by its codes: a layer without bits has none, and no address
     unpack_runs(side, runs, ids, s.table_width, call.heads, head, own, out);
   } else {
     unpack(side, ids[head * s.table_width], own, out);

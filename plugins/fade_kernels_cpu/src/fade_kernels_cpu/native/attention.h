@@ -12,7 +12,7 @@ struct FadeSide {             // codes of keys or of values of one tier, as `Pac
   int32_t per_channel;        // a group is tokens of a channel, else channels of a token
 };
 
-struct FadeRuns {  // codes of channels of many widths, as `RunLayout` has them; null `codes` where there are none
+struct FadeRuns {  // codes of channels of many widths, as `RunLayout` has them; `kept` is 0 where there are none
   const uint16_t* codes;  // [N, row]
   const uint8_t* gain;    // [N, tile / 2]
   const int32_t* blocks;  // [H_kv, count, 6]
