@@ -148,6 +148,16 @@ class Quantizer(ABC):
         """Where a kernel that looks levels up finds codes of many widths, as ``planes`` for one that does not."""
         return None
 
+    @property
+    def own_space(self) -> bool:
+        """Whether queries and outputs have to be taken to the space of the codes and back, by the three methods below."""
+        own = type(self)
+        return (
+            own.transform_query is not Quantizer.transform_query
+            or own.query_bias is not Quantizer.query_bias
+            or own.transform_output is not Quantizer.transform_output
+        )
+
     def transform_query(self, query: Tensor) -> Tensor:
         """The query ``[B, H_kv, N, D]`` in the space of the codes (identity unless rotated)."""
         return query

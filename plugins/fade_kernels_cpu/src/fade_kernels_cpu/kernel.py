@@ -150,11 +150,11 @@ class Problem:
         if store.counts is not None:
             made.counts = self._keep(store.counts)
         made.query = self.at_query
-        if moves(keys):
+        if keys.own_space:
             made.query = self._columns(keys.transform_query(self.query), made.key_dim)
             bias = keys.query_bias(self.query)
             made.bias = None if bias is None else self._keep(bias.contiguous())  # [B, H_kv, N, 1]
-        if moves(values):
+        if values.own_space:
             found, mass = (self.query.new_zeros(*self.query.shape[:3], dim) for dim in (made.value_dim, 1))
             made.output, made.mass = self._keep(found), self._keep(mass)
             self.moved.append((values, found, mass))
@@ -212,16 +212,6 @@ class Problem:
         """Where ``tensor`` lies; it stays alive as long as this does."""
         self.kept.append(tensor)
         return tensor.data_ptr()
-
-
-def moves(quantizer: Quantizer) -> bool:
-    """Whether queries and outputs have to be taken to the space of the codes and back."""
-    own = type(quantizer)
-    return (
-        own.transform_query is not Quantizer.transform_query
-        or own.query_bias is not Quantizer.query_bias
-        or own.transform_output is not Quantizer.transform_output
-    )
 
 
 def _kv_heads(segment: FullSegment | PackedSegment) -> int:

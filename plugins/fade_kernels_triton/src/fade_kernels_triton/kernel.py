@@ -22,7 +22,6 @@ from fade_kernels_triton.operands import (
     MAX_TIERS,
     PackedTier,
     Window,
-    moves,
     unsupported_format,
     unsupported_pair,
 )
@@ -80,7 +79,7 @@ class TritonDecodeAttention(Kernel):
             raise InputError(f"the Triton decode kernel does not take this call: {refused}")
         query = query if query.stride(3) == 1 else query.contiguous()
         packed = [s for s in segments if isinstance(s, PackedSegment)]
-        moved = [s for s in packed if _has_planes(s) or moves(s.store.tier.keys) or moves(s.store.tier.values)]
+        moved = [s for s in packed if _has_planes(s) or s.store.tier.keys.own_space or s.store.tier.values.own_space]
         tiers = [_tier(s) for s in packed if s not in moved]
         window = next((_window(s, query) for s in segments if isinstance(s, FullSegment)), None)
         softcap = softcap or None

@@ -12,7 +12,7 @@ from fade_core.errors import InputError
 from fade_core.interfaces import Kernel, Op, Quantizer, Support
 from fade_core.packed import PackedFormat
 from fade_kernels_triton.device import interpreted, unusable
-from fade_kernels_triton.operands import HEAD_DIMS, MAX_COLUMNS, MAX_QUERIES, moves, unsupported_format
+from fade_kernels_triton.operands import HEAD_DIMS, MAX_COLUMNS, MAX_QUERIES, unsupported_format
 
 
 class TritonAttentionMass(Kernel):
@@ -65,7 +65,7 @@ class TritonAttentionMass(Kernel):
             raise InputError(f"tier {store.tier.name!r} has no packed format")
         rows, heads, queries, dim = query.shape
         lse = lse.float()
-        if moves(keys):
+        if keys.own_space:
             grouped = (query.float() * scaling).reshape(rows, store.heads, -1, dim)
             bias = keys.query_bias(grouped)
             query, scaling = keys.transform_query(grouped).reshape(rows, heads, queries, -1), 1.0

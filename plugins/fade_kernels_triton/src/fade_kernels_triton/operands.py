@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fade_core.errors import InputError
-from fade_core.interfaces import Quantizer
 from fade_core.packed import PackedFormat
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -23,16 +22,6 @@ MAX_COLUMNS = 128
 
 MAX_QUERIES = 8
 MAX_TIERS = 2
-
-
-def moves(quantizer: Quantizer) -> bool:
-    """Whether queries and outputs have to be taken to the space of the codes and back."""
-    own = type(quantizer)
-    return (
-        own.transform_query is not Quantizer.transform_query
-        or own.query_bias is not Quantizer.query_bias
-        or own.transform_output is not Quantizer.transform_output
-    )
 
 
 def unsupported_format(fmt: PackedFormat | None, side: str) -> str:

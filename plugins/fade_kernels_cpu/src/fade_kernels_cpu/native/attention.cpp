@@ -299,12 +299,14 @@ void unpack_runs(const FadeSide& side, const FadeRuns& runs, const int32_t* ids,
   }
 }
 
-// Full-precision tokens `first` to `first + count` as float32 [count, dim].
-void widen(const FadeFull& full, int64_t row, int64_t head, int64_t first, int64_t count, int dim, float* out) {
+// Full-precision tokens `first` to `first + count` as float32 [count, dim]: where they lie, or, if they lie otherwise, in `s`.
+const float* widened(const FadeFull& full, int64_t row, int64_t head, int64_t first, int64_t count, int dim, Scratch& s) {
   const int64_t start = row * full.stride_row + head * full.stride_head + first * full.stride_token;
+  if (full.dtype == 0 && full.stride_token == dim) return static_cast<const float*>(full.data) + start;
+  s.tile.resize(static_cast<size_t>(count) * dim);
   for (int64_t t = 0; t < count; t++) {
     const int64_t at = start + t * full.stride_token;
-    float* to = out + t * dim;
+    float* to = s.tile.data() + t * dim;
     if (full.dtype == 0) {
       std::memcpy(to, static_cast<const float*>(full.data) + at, sizeof(float) * dim);
     } else {
@@ -316,6 +318,7 @@ void widen(const FadeFull& full, int64_t row, int64_t head, int64_t first, int64
       }
     }
   }
+  return s.tile.data();
 }
 
 // --- products -----------------------------------------------------------------------------------------------------------
@@ -481,16 +484,8 @@ void write_logits(const FadeCall& call, const FadeSegment& s, int64_t row, int64
     }
   } else {
     const int64_t held = s.lengths ? std::min<int64_t>(to, s.lengths[pair]) : to;
-    const FadeFull& full = s.full_keys;
     if (held > from) {
-      const float* tokens;
-      if (full.dtype == 0 && full.stride_token == s.key_dim) {
-        tokens = static_cast<const float*>(full.data) + row * full.stride_row + head * full.stride_head + from * s.key_dim;
-      } else {
-        own.tile.resize(static_cast<size_t>(held - from) * s.key_dim);
-        widen(full, row, head, from, held - from, s.key_dim, own.tile.data());
-        tokens = own.tile.data();
-      }
+      const float* tokens = widened(s.full_keys, row, head, from, held - from, s.key_dim, own);
       products(query, call.padded, tokens, held - from, s.key_dim, out + from, stride);
     }
     for (int n = 0; n < call.padded; n++) {
@@ -546,15 +541,7 @@ void add_values(const FadeCall& call, const FadeSegment& s, int64_t row, int64_t
   }
   const int64_t held = s.lengths ? std::min<int64_t>(to, s.lengths[pair]) : to;
   if (held <= from) return;
-  const FadeFull& full = s.full_values;
-  const float* tokens;
-  if (full.dtype == 0 && full.stride_token == s.value_dim) {
-    tokens = static_cast<const float*>(full.data) + row * full.stride_row + head * full.stride_head + from * s.value_dim;
-  } else {
-    own.tile.resize(static_cast<size_t>(held - from) * s.value_dim);
-    widen(full, row, head, from, held - from, s.value_dim, own.tile.data());
-    tokens = own.tile.data();
-  }
+  const float* tokens = widened(s.full_values, row, head, from, held - from, s.value_dim, own);
   (call.padded == 1 ? combine<1> : combine<4>)(weights + from, stride, call.padded, tokens, held - from, s.value_dim, sums);
 }
 
