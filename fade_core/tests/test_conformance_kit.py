@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -40,6 +40,7 @@ from fade_core.testing import (
     check_rope,
     check_telemetry_sink,
 )
+from fade_core.testing import kernel as kernel_checks
 from fade_core.testing.checks import CheckResult, Suite
 from fade_core.testing.component import read_fields
 from fade_core.testing.quantizer import read_words
@@ -601,6 +602,28 @@ class Jitters(Oracle):
 def test_each_fault_of_a_kernel_is_caught(kernel: type[Oracle], caught_by: str) -> None:
     results = check_kernel(kernel, device="cpu")
     assert caught_by in failed(results), wrong(results)
+
+
+class Exact(Oracle):
+    """Computes in float64, from decoded tokens, and rounds once."""
+
+    def __call__(self, query: Tensor, segments: Any, *args: Any, **kwargs: Any) -> AttentionOutput:
+        found = decode_attention(query.double(), [kernel_checks._double(s) for s in segments], *args, **kwargs)
+        return replace(found, output=found.output.to(query.dtype))
+
+
+def test_what_is_exact_is_computed_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs, errors = kernel_checks._pairs, []
+
+    def noted(*args: Any) -> Iterator[tuple[Tensor, Tensor, Tensor, str]]:
+        for found, oracle, wanted, what in pairs(*args):
+            errors.append(float((found.double() - wanted).abs().max() / wanted.abs().max()))
+            yield found, oracle, wanted, what
+
+    monkeypatch.setattr(kernel_checks, "_pairs", noted)
+    assert not failed(check_kernel(Exact, device="cpu", dtype=torch.float32))
+    assert len(errors) > 10
+    assert max(errors) <= torch.finfo(torch.float32).eps / 2
 
 
 def test_a_kernel_that_does_not_run_here_says_so_and_is_not_green_by_silence() -> None:

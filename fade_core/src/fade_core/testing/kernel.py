@@ -468,7 +468,7 @@ def _agrees(
     sinks: Tensor | None = None,
     moved: int = 0,
 ) -> None:
-    """The kernel's error is at most twice the oracle's own, both against the oracle in float64.
+    """The kernel's error is at most twice the oracle's own, both against the oracle in float64, its query too.
 
     Packed keys of the first ``moved`` slots are moved by up to a thousand positions, each by its own number.
     """
@@ -478,7 +478,7 @@ def _agrees(
         far = torch.randint(0, 1000, (shape.batch, shape.heads, moved), generator=case.generator, dtype=torch.int32)
         segments[0] = replace(segments[0], shift=Shift(_Turning(), far.to(case.device)))
     scaling = shape.head_dim**-0.5
-    precise = decode_attention(query, [_double(s) for s in segments], scaling, softcap, sinks)
+    precise = decode_attention(query.double(), [_double(s) for s in segments], scaling, softcap, sinks)
     for number, (found, oracle, wanted, what) in enumerate(
         _pairs(case, query, segments, scaling, softcap, sinks, precise)
     ):
@@ -503,10 +503,11 @@ def _pairs(
     """What the kernel gave, what the oracle gives in the same dtype, what is exact, and its name."""
     if case.kernel.op == "attention_mass":
         for segment, name in zip(segments, ("packed", "window")[-len(segments) :], strict=True):
-            arguments = (scaling, softcap)
-            found = case.kernel(query, segment, precise.lse, *arguments)
-            oracle = attention_mass(query, segment, precise.lse, *arguments)
-            yield found, oracle, attention_mass(query, _double(segment), precise.lse, *arguments), f"mass of the {name}"
+            lse, arguments = precise.lse.float(), (scaling, softcap)
+            found = case.kernel(query, segment, lse, *arguments)
+            oracle = attention_mass(query, segment, lse, *arguments)
+            wanted = attention_mass(query.double(), _double(segment), precise.lse, *arguments)
+            yield found, oracle, wanted, f"mass of the {name}"
         return
     result = case.kernel(query, segments, scaling, softcap=softcap, sinks=sinks)
     oracle_result = decode_attention(query, segments, scaling, softcap, sinks)
