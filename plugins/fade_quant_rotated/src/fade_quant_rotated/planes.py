@@ -89,7 +89,9 @@ class PlaneStream(StreamLayout):
     def table(self) -> tuple[Tensor, Tensor]:
         """``planes`` and ``scales`` as ``PlaneLayout`` has them, for levels at even distances.
 
-        What a head lacks to the ``P`` planes of the one that has most is its first plane again, or another's, worth 0.
+        ``P`` is the planes of the head that has most, rounded up: to an even number, above 8 to a multiple of 4. Kernels are
+        compiled for a number, some tens of seconds each, and layers differ. What a head lacks is its first plane again, or
+        another's, worth 0.
         """
         head, channel, shift = self.planes.unbind(1)
         width = self.widths[head, channel]
@@ -99,7 +101,8 @@ class PlaneStream(StreamLayout):
             step[own] = self.levels(own)[1] - self.levels(own)[0]
         counts = head.bincount(minlength=self.heads)
         first = counts.cumsum(0) - counts
-        place = torch.arange(int(counts.max()))
+        most = int(counts.max())
+        place = torch.arange(most + -most % (2 if most <= 8 else 4))
         there = place < counts[:, None]
         number = torch.where(there, first[:, None] + place, (first * (counts > 0))[:, None])  # [H, P]
         planes = torch.stack([word, channel, shift, width], 1).to(torch.int32)[number]
