@@ -35,17 +35,22 @@ class TierCase:
 
 
 def tier_case(
-    rows: int, heads: int, max_tiles: int, dim: int, bits: int, axis: str, tile: int = 64, *, table: bool = False,
-    ragged: bool = False, partial: bool = False, positions: bool = False, start: int = 0, device: str = "cpu",
-    spread: float = 1.0,
+    rows: int, heads: int, max_tiles: int, dim: int, bits: int | tuple[int, int], axis: str, tile: int = 64, *,
+    table: bool = False, ragged: bool = False, partial: bool = False, positions: bool = False, start: int = 0,
+    device: str = "cpu",
+    spread: float = 1.0, group: int = 0,
 ) -> TierCase:  # fmt: skip
-    """A random tier. Unused tiles hold NaN metadata; the pool is shuffled and larger than needed."""
+    """A random tier of ``bits``, or of those of keys and of values; values in groups of ``group`` channels.
+
+    Unused tiles hold NaN metadata; the pool is shuffled and larger than needed.
+    """
     length = max_tiles * tile
     channel = torch.randn(1, heads, 1, dim, device=device)
     keys = torch.randn(rows, heads, length, dim, device=device) * spread + 2 * channel
     values = torch.randn(rows, heads, length, dim, device=device)
-    kq = UniformQuantizer(dim, bits, axis, tile=tile, layout="token")  # type: ignore[arg-type]
-    vq = UniformQuantizer(dim, bits, "token", tile=tile, layout="channel")
+    key_bits, value_bits = (bits, bits) if isinstance(bits, int) else bits
+    kq = UniformQuantizer(dim, key_bits, axis, tile=tile, layout="token")  # type: ignore[arg-type]
+    vq = UniformQuantizer(dim, value_bits, "token", group=group, tile=tile, layout="channel")
     packed_k, packed_v = kq.encode(keys), vq.encode(values)
     wide_k = Packed(packed_k.fields, length, torch.float64)
     wide_v = Packed(packed_v.fields, length, torch.float64)

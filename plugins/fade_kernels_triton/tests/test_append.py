@@ -25,12 +25,13 @@ SINK, RECENT = 4, 24
 
 
 def problem(
-    rows: int, heads: int, tiles: int, dim: int, bits: int, axis: str, tile: int, dtype: torch.dtype, device: str,
-    spread: float = 1.0, on_nonfinite: str = "raise", runs: bool = True,
+    rows: int, heads: int, tiles: int, dim: int, bits: int | tuple[int, int], axis: str, tile: int, dtype: torch.dtype,
+    device: str, spread: float = 1.0, on_nonfinite: str = "raise", runs: bool = True, group: int = 0,
 ) -> tuple[AppendRule, StepBuffers]:  # fmt: skip
     """Rows about to be full; whatever is not in use is NaN. Without ``runs`` as ``buffers`` says."""
-    key_codes = UniformQuantizer(dim, bits, axis, tile=tile)  # type: ignore[arg-type]
-    value_codes = UniformQuantizer(dim, bits, tile=tile, layout="channel")
+    key_bits, value_bits = (bits, bits) if isinstance(bits, int) else bits
+    key_codes = UniformQuantizer(dim, key_bits, axis, tile=tile)  # type: ignore[arg-type]
+    value_codes = UniformQuantizer(dim, value_bits, group=group, tile=tile, layout="channel")
     rule = AppendRule(Tier("int", "rest", key_codes, value_codes), SINK, SINK + RECENT + tile, on_nonfinite)
     channels = [3 * torch.randn(1, heads, 1, dim, device=device) for _ in range(2)]
     capacity = rule.threshold + tile + 7
@@ -113,30 +114,33 @@ def same_but_codes(ours: StepBuffers, theirs: StepBuffers) -> None:
 
 
 CASES = [
-    (4, "channel", 64, 128, torch.bfloat16),
-    (4, "token", 64, 64, torch.float16),
-    (2, "channel", 128, 128, torch.float16),
-    (2, "token", 64, 80, torch.float32),
-    (4, "channel", 128, 96, torch.float32),
-    (4, "channel", 64, 256, torch.float16),
+    (4, "channel", 64, 128, torch.bfloat16, 0),
+    ((3, 2), "token", 64, 64, torch.float16, 32),
+    (2, "channel", 128, 128, torch.float16, 0),
+    (2, "token", 64, 80, torch.float32, 0),
+    ((3, 2), "channel", 128, 96, torch.float32, 0),
+    ((4, 2), "channel", 64, 256, torch.float16, 64),
+    (4, "token", 64, 64, torch.float16, 0),
 ]
 
 
-@pytest.mark.parametrize(("bits", "axis", "tile", "dim", "dtype"), CASES)
-def test_the_kernel_is_the_oracle(bits: int, axis: str, tile: int, dim: int, dtype: torch.dtype, device: str) -> None:
+@pytest.mark.parametrize(("bits", "axis", "tile", "dim", "dtype", "group"), CASES)
+def test_the_kernel_is_the_oracle(
+    bits: Any, axis: str, tile: int, dim: int, dtype: torch.dtype, group: int, device: str
+) -> None:
     seed()
-    rule, ours = problem(3, 2, 4, dim, bits, axis, tile, dtype, device)
+    rule, ours = problem(3, 2, 4, dim, bits, axis, tile, dtype, device, group=group)
     _steps(rule, ours, (1, 1, 1, 1, 1))
     assert bool((ours.lengths < rule.threshold).all())
 
 
-@pytest.mark.parametrize(("bits", "axis", "tile", "dim", "dtype"), CASES[:3])
+@pytest.mark.parametrize(("bits", "axis", "tile", "dim", "dtype", "group"), CASES[:3])
 def test_tiles_go_where_the_table_says(
-    bits: int, axis: str, tile: int, dim: int, dtype: torch.dtype, device: str
+    bits: Any, axis: str, tile: int, dim: int, dtype: torch.dtype, group: int, device: str
 ) -> None:
     """Several tokens at once, two tiles at once, heads with numbers of their own; positions and notes go along."""
     seed()
-    rule, ours = problem(3, 3, 4, dim, bits, axis, tile, dtype, device, runs=False)
+    rule, ours = problem(3, 3, 4, dim, bits, axis, tile, dtype, device, runs=False, group=group)
     before = ours.clone()
     _steps(rule, ours, (1, 3, 2))
     assert (ours.used - before.used)[0].tolist() == [2, 2, 2]
@@ -285,8 +289,8 @@ def test_what_it_does_not_take_is_refused_with_the_reason(device: str) -> None:
     new = torch.randn(1, 2, 1, 64, device=device).half()
     assert kernel.supports(rule.tier.keys.format, 64, torch.device(device), torch.float16)
     assert "head_dim 48" in kernel.supports(None, 48, torch.device(device), torch.float16).reason
-    three = UniformQuantizer(64, 3, "channel")
-    assert "3-bit" in kernel.supports(three.format, 64, torch.device(device), torch.float16).reason
+    eight = UniformQuantizer(64, 8, "channel")
+    assert "8-bit" in kernel.supports(eight.format, 64, torch.device(device), torch.float16).reason
     many = torch.cat([new] * 33, 2)
     assert "33 tokens" in kernel.accepts(many, many, held, rule).reason
     with pytest.raises(InputError, match="33 tokens"):
@@ -307,25 +311,26 @@ def test_what_it_does_not_take_is_refused_with_the_reason(device: str) -> None:
 
 
 _COMPILE = """
-import itertools
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 import triton
 from fade_kernels_triton.jit.append import append_kernel
 from fade_kernels_triton.jit.appendplanes import append_planes_kernel
 
-POINTERS = {"KEY_CODES": "*i16", "VALUE_CODES": "*i16", "COUNTERS": "*i64", "KEY_META": "*i32", "VALUE_META": "*i32",
-            "KEY_GAIN": "*u8", "VALUE_GAIN": "*u8"} | dict.fromkeys(("LENGTHS", "USED", "RESERVED", "POSITIONS", "IDS"), "*i32")
+POINTERS = {"KEY_CODES": "*i16", "KEY_LOW": "*i16", "VALUE_CODES": "*i16", "COUNTERS": "*i64", "KEY_META": "*i32",
+            "VALUE_META": "*i32", "KEY_GAIN": "*u8", "VALUE_GAIN": "*u8"} | dict.fromkeys(("LENGTHS", "USED", "RESERVED", "POSITIONS", "IDS"), "*i32")
 POINTERS |= {f"{side}_{name}": "*i32" if name == "TABLE" else "*fp32" for side in ("KEY", "VALUE")
              for name in ("TABLE", "SCALES", "WORTH", "MEAN", "FORWARD", "DEVIATION", "USUAL")}
 WINDOW = dict.fromkeys(("KEYS", "VALUES", "W_KEYS", "W_VALUES"), "*bf16")
 SHARED = dict(TILE=64, BLOCK=16, MOST=32, ZERO=False, D=128, DP=128)
-CODES = dict(KEY_ROTATION=None, VALUE_ROTATION=None, KEY_BITS=4, VALUE_BITS=4, KEY_CHANNEL=True, KEY_OUTWARD=True,
-             VALUE_OUTWARD=True)
+CODES = dict(KEY_ROTATION=None, VALUE_ROTATION=None, VALUE_LOW=None, KEY_CHANNEL=True, KEY_OUTWARD=True, VALUE_OUTWARD=True)
+ALIKE = CODES | dict(KEY_BITS=4, VALUE_BITS=4, VALUE_GROUPS=1, KEY_LOW=None)
+APART = CODES | dict(KEY_BITS=3, VALUE_BITS=2, VALUE_GROUPS=4)
 GAINS = (8, 4, -1, 3)
 PLANES = dict(KEY_PLANES=9, VALUE_PLANES=9, KEY_GAINS=GAINS, VALUE_GAINS=GAINS)
-for (kernel, fixed), (runs, notes) in itertools.product(
-    ((append_kernel, CODES), (append_planes_kernel, PLANES)), ((True, 0), (False, 2))
+for kernel, fixed, runs, notes in (
+    (append_kernel, ALIKE, True, 0), (append_kernel, APART, False, 2),
+    (append_planes_kernel, PLANES, True, 0), (append_planes_kernel, PLANES, False, 2),
 ):
     names = kernel.arg_names
     pointers = POINTERS | WINDOW

@@ -38,6 +38,7 @@ def once(calls, replays):
 
 def test_names_say_what_a_case_is():
     assert Case(8, 32, 8, 128, 32768).name == "8x32768 32/8 d128 int4-channel-64"
+    assert Case(1, 4, 1, 64, 256, 3, value_bits=2, group=32).name == "1x256 4/1 d64 int3/2g32-channel-64"
     odd = Case(3, 4, 1, 64, 256, 2, "token", 128, 4, "float16", 70, table=True, ragged=True, flat=True)
     assert odd.name == "3x256 4/1 d64 int2-token-128 q4 float16 window70 table ragged flat"
 
@@ -58,7 +59,7 @@ def test_variants_differ_in_their_format_only():
         found = variants(shape)
         assert {case.shape for case in found} == {shape.shape}
         assert len({case.format for case in found}) == len(found) >= 2
-    assert [len(variants(shape)) for shape in SHAPES] == [7, 7, 7, 3, 3, 3, 3]
+    assert [len(variants(shape)) for shape in SHAPES] == [10, 9, 9, 3, 3, 3, 3]
 
 
 def test_cases_are_selected_by_part_of_their_name():

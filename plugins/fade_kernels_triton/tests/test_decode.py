@@ -21,12 +21,14 @@ def run(query, tiers, window, *, config=None, splits=None, **options):
 
 
 @pytest.mark.parametrize("axis", ["token", "channel"])
-@pytest.mark.parametrize(("bits", "tile"), [(4, 64), (4, 128), (2, 64), (2, 128)])
+@pytest.mark.parametrize(
+    ("bits", "tile"), [(4, 64), (4, 128), (2, 64), (2, 128), ((3, 2), 64), ((3, 2), 128), ((4, 2), 64)]
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_one_packed_tier(bits, tile, axis, dtype, device):
     seed()
     rows = 2 if device == "cuda" else 1  # interpreted, every row takes as long again
-    tier = tier_case(rows, 2, 3, 128, bits, axis, tile, device=device)
+    tier = tier_case(rows, 2, 3, 128, bits, axis, tile, device=device, group=0 if isinstance(bits, int) else 32)
     query = torch.randn(rows, 8, 1, 128, device=device).to(dtype)
     run(query, [tier], None, splits=Splits(2, 0, 0))
 
@@ -35,11 +37,20 @@ FEW, MANY = Splits(3, 0, 2), Splits(9, 0, 1)
 
 
 @pytest.mark.parametrize(
-    ("bits", "axis", "splits"), [(2, "token", FEW), (2, "channel", MANY), (4, "token", MANY), (4, "channel", FEW)]
+    ("bits", "axis", "splits", "group"),
+    [
+        (2, "token", FEW, 0),
+        (2, "channel", MANY, 32),
+        (4, "token", MANY, 0),
+        (4, "channel", FEW, 16),
+        ((3, 2), "channel", MANY, 0),
+        ((3, 2), "token", FEW, 32),
+        ((4, 2), "channel", FEW, 16),
+    ],
 )
-def test_ragged_pool_with_a_window(bits, axis, splits, device):
+def test_ragged_pool_with_a_window(bits, axis, splits, group, device):
     seed()
-    tier = tier_case(3, 2, 5, 64, bits, axis, table=True, ragged=True, device=device)
+    tier = tier_case(3, 2, 5, 64, bits, axis, table=True, ragged=True, device=device, group=group)
     window = window_case(3, 2, 70, 64, torch.float16, ragged=True, device=device)
     query = torch.randn(3, 14, 1, 64, device=device).half()
     run(query, [tier], window, splits=splits)
@@ -49,16 +60,16 @@ def test_ragged_pool_with_a_window(bits, axis, splits, device):
 def test_two_tiers_and_a_window(q_len, device):
     seed()
     first = tier_case(2, 2, 3, 128, 4, "channel", ragged=True, table=True, device=device)
-    second = tier_case(2, 2, 4, 128, 2, "token", ragged=True, table=True, device=device)
+    second = tier_case(2, 2, 4, 128, (3, 2), "token", ragged=True, table=True, device=device, group=32)
     window = window_case(2, 2, 40, 128, torch.bfloat16, ragged=True, at_least=q_len, device=device)
     query = torch.randn(2, 6, q_len, 128, device=device).bfloat16()
     run(query, [first, second], window, splits=Splits(2, 1, 1))
 
 
-@pytest.mark.parametrize("dim", [80, 96, 256])
-def test_head_dims(dim, device):
+@pytest.mark.parametrize(("dim", "bits", "group"), [(80, 4, 0), (96, (3, 2), 0), (256, (3, 2), 64)])
+def test_head_dims(dim, bits, group, device):
     seed()
-    tier = tier_case(1, 2, 2, dim, 4, "channel", device=device)
+    tier = tier_case(1, 2, 2, dim, bits, "channel", device=device, group=group)
     window = window_case(1, 2, 33, dim, torch.float16, device=device)
     query = torch.randn(1, 8, 1, dim, device=device).half()
     run(query, [tier], window, splits=Splits(1, 0, 1))
@@ -73,7 +84,7 @@ def test_group_sizes(group, device):
 
 
 @pytest.mark.parametrize("axis", ["token", "channel"])
-@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("bits", [2, 4, (3, 2)])
 def test_softcap_sinks_and_sliding_window(bits, axis, device):
     seed()
     tier = tier_case(2, 1, 3, 64, bits, axis, table=True, ragged=True, positions=True, device=device)
@@ -88,7 +99,7 @@ def test_softcap_sinks_and_sliding_window(bits, axis, device):
 
 
 @pytest.mark.parametrize("axis", ["token", "channel"])
-@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("bits", [2, 4, (3, 2), (4, 2)])
 def test_partly_filled_tiles(bits, axis, device):
     seed()
     tier = tier_case(2, 2, 3, 64, bits, axis, partial=True, ragged=True, device=device)

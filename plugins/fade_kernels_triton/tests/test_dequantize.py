@@ -17,13 +17,13 @@ from fade_kernels_triton.dequantize import TritonDequantize
 
 
 @pytest.mark.parametrize("layout", ["token", "channel"])
-@pytest.mark.parametrize(("bits", "axis", "tile", "dim", "dtype", "length"), CASES)
+@pytest.mark.parametrize(("bits", "axis", "tile", "dim", "dtype", "length", "group"), CASES)
 def test_the_kernel_is_the_quantizer(
-    bits: int, axis: str, tile: int, dim: int, dtype: torch.dtype, length: int, layout: str, device: str
+    bits: int, axis: str, tile: int, dim: int, dtype: torch.dtype, length: int, group: int, layout: str, device: str
 ) -> None:
     """Tiles out of a larger buffer, whose other tiles are NaN; within one rounding of the dtype, and exact in float32."""
     seed()
-    quantizer = UniformQuantizer(dim, bits, axis, tile=tile, layout=layout)  # type: ignore[arg-type]
+    quantizer = UniformQuantizer(dim, bits, axis, group=group, tile=tile, layout=layout)  # type: ignore[arg-type]
     packed = quantizer.encode((torch.randn(2, 3, length, dim, device=device) + 2).to(dtype))
     tiles = packed.fields["meta"].shape[2]
     fields = {n: torch.full_like(f, -1).repeat(1, 1, 3, *[1] * (f.dim() - 3)) for n, f in packed.fields.items()}
@@ -39,13 +39,21 @@ def test_the_kernel_is_the_quantizer(
 
 
 @pytest.mark.parametrize("kind", [torch.int32, torch.int64])
-@pytest.mark.parametrize(("bits", "axis", "tile", "dim", "dtype", "length"), CASES[::2])
+@pytest.mark.parametrize(("bits", "axis", "tile", "dim", "dtype", "length", "group"), CASES[::2])
 def test_tiles_come_from_where_the_table_says(
-    bits: int, axis: str, tile: int, dim: int, dtype: torch.dtype, length: int, kind: torch.dtype, device: str
+    bits: int,
+    axis: str,
+    tile: int,
+    dim: int,
+    dtype: torch.dtype,
+    length: int,
+    group: int,
+    kind: torch.dtype,
+    device: str,
 ) -> None:
     """Out of a pool whose other tiles are NaN; zeros where there is none."""
     seed()
-    quantizer = UniformQuantizer(dim, bits, axis, tile=tile)  # type: ignore[arg-type]
+    quantizer = UniformQuantizer(dim, bits, axis, group=group, tile=tile)  # type: ignore[arg-type]
     packed = quantizer.encode((torch.randn(2, 3, length, dim, device=device) + 2).to(dtype))
     tiles = packed.fields["meta"].shape[2]
     ids = torch.randperm(6 * tiles + 4, device=device)[: 6 * tiles].view(2, 3, tiles)
@@ -89,8 +97,8 @@ def test_a_chunk_reads_the_past_by_it(fixed: bool, device: str, monkeypatch: pyt
 
 def test_what_it_does_not_take_is_refused_with_the_reason(device: str) -> None:
     kernel = TritonDequantize()
-    three = UniformQuantizer(64, 3)
-    assert "3-bit" in kernel.supports(three.format, 64, torch.device(device), torch.float32).reason
+    eight = UniformQuantizer(64, 8)
+    assert "8-bit" in kernel.supports(eight.format, 64, torch.device(device), torch.float32).reason
     four = UniformQuantizer(64, 4)
     packed = four.encode(torch.randn(1, 2, 70, 64, device=device))
     with pytest.raises(InputError, match="float64"):

@@ -17,23 +17,24 @@ from fade_core.testing import check_kernel
 from fade_kernels_triton.encode import TritonEncode
 
 CASES = [
-    (4, "channel", 64, 128, torch.bfloat16, 130),
-    (4, "token", 64, 64, torch.float16, 64),
-    (2, "channel", 128, 128, torch.float16, 200),
-    (2, "token", 64, 80, torch.float32, 1),
-    (4, "channel", 128, 96, torch.float32, 129),
-    (2, "token", 64, 256, torch.bfloat16, 65),
+    (4, "channel", 64, 128, torch.bfloat16, 130, 0),
+    (4, "token", 64, 64, torch.float16, 64, 16),
+    (2, "channel", 128, 128, torch.float16, 200, 0),
+    (2, "token", 64, 80, torch.float32, 1, 0),
+    (3, "channel", 128, 96, torch.float32, 129, 0),
+    (2, "token", 64, 256, torch.bfloat16, 65, 64),
+    (3, "token", 64, 128, torch.float16, 70, 32),
 ]
 
 
 @pytest.mark.parametrize("layout", ["token", "channel"])
-@pytest.mark.parametrize(("bits", "axis", "tile", "dim", "dtype", "length"), CASES)
+@pytest.mark.parametrize(("bits", "axis", "tile", "dim", "dtype", "length", "group"), CASES)
 def test_the_kernel_is_the_quantizer(
-    bits: int, axis: str, tile: int, dim: int, dtype: torch.dtype, length: int, layout: str, device: str
+    bits: int, axis: str, tile: int, dim: int, dtype: torch.dtype, length: int, group: int, layout: str, device: str
 ) -> None:
     """Tokens as a model has them, inside a larger buffer of NaN."""
     seed()
-    quantizer = UniformQuantizer(dim, bits, axis, tile=tile, layout=layout)  # type: ignore[arg-type]
+    quantizer = UniformQuantizer(dim, bits, axis, group=group, tile=tile, layout=layout)  # type: ignore[arg-type]
     inside = torch.full((2, length + 9, 3, dim + 16), torch.nan, device=device, dtype=dtype)
     tokens = inside[:, 4 : 4 + length, :, 16:].transpose(1, 2)
     tokens.copy_(torch.randn(2, 3, length, dim, device=device) + 3 * torch.randn(1, 3, 1, dim, device=device))
@@ -47,13 +48,21 @@ def test_the_kernel_is_the_quantizer(
 
 
 @pytest.mark.parametrize("kind", [torch.int32, torch.int64])
-@pytest.mark.parametrize(("bits", "axis", "tile", "dim", "dtype", "length"), CASES[::2])
+@pytest.mark.parametrize(("bits", "axis", "tile", "dim", "dtype", "length", "group"), CASES[::2])
 def test_tiles_go_where_the_table_says(
-    bits: int, axis: str, tile: int, dim: int, dtype: torch.dtype, length: int, kind: torch.dtype, device: str
+    bits: int,
+    axis: str,
+    tile: int,
+    dim: int,
+    dtype: torch.dtype,
+    length: int,
+    group: int,
+    kind: torch.dtype,
+    device: str,
 ) -> None:
     """Anywhere in a pool of NaN; what has no place is not written, nor is anything else."""
     seed()
-    quantizer = UniformQuantizer(dim, bits, axis, tile=tile)  # type: ignore[arg-type]
+    quantizer = UniformQuantizer(dim, bits, axis, group=group, tile=tile)  # type: ignore[arg-type]
     tokens = torch.randn(2, 3, length, dim, device=device).to(dtype)
     wanted = quantizer.encode(tokens).fields
     tiles = -(-length // tile)
@@ -128,10 +137,10 @@ def test_conformance(device: str) -> None:
 
 def test_what_it_does_not_take_is_refused_with_the_reason(device: str) -> None:
     kernel, tokens = TritonEncode(), torch.randn(1, 2, 70, 64, device=device)
-    assert "3-bit" in kernel.supports(UniformQuantizer(64, 3).format, 64, torch.device(device), torch.float32).reason
-    grouped = UniformQuantizer(64, 4, "token", group=32)
-    assert "2 groups" in kernel.accepts(grouped, tokens).reason
-    with pytest.raises(InputError, match="2 groups"):
+    assert "8-bit" in kernel.supports(UniformQuantizer(64, 8).format, 64, torch.device(device), torch.float32).reason
+    grouped = UniformQuantizer(64, 4, "token", group=8)
+    assert "8 groups" in kernel.accepts(grouped, tokens).reason
+    with pytest.raises(InputError, match="8 groups"):
         kernel(grouped, tokens)
     assert "float64" in kernel.accepts(UniformQuantizer(64, 4), tokens.double()).reason
     assert kernel.accepts(KiviQuantizer(64, 4, group=64), tokens)

@@ -102,6 +102,8 @@ def config_of(kernel: str, tiers: str = "one") -> FadeConfig:
     if tiers == "two":
         fields["ladder"] = [{"tier": "int4", "capacity": 64}, {"tier": "int2", "capacity": "rest"}]
         fields["policy"] = {"kind": "position", "every": 16}
+    if tiers == "balanced":
+        fields |= {side: FadeConfig.balanced().model_dump()[side] for side in ("keys", "values")}
     return FadeConfig.model_validate(fields)
 
 
@@ -131,16 +133,20 @@ def agree(found, wanted, prompt: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("only", [(), ("agreement", "softcap_and_sinks")])
-def test_conformance(device, only):
-    dtype = torch.bfloat16 if only else torch.float16
-    results = check_kernel(KERNEL, device=device, dtype=dtype, seed=seed(), only=only)
+@pytest.mark.parametrize("codes", ["safe", "balanced"])
+def test_conformance(device, codes):
+    """All checks with one format and dtype; two with the formats of ``balanced`` and the other dtype."""
+    config, safe = getattr(FadeConfig, codes)(), codes == "safe"
+    results = check_kernel(
+        KERNEL, device=device, dtype=torch.float16 if safe else torch.bfloat16, seed=seed(), keys=config.keys,
+        values=config.values, only=() if safe else ("agreement", "softcap_and_sinks"),
+    )  # fmt: skip
     assert any(result.passed for result in results)
     assert all(result.passed for result in results), [r for r in results if not r.passed]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tiers", ["one", "two"])
+@pytest.mark.parametrize("tiers", ["one", "two", "balanced"])
 def test_generates_what_the_oracle_generates(device, tiers):
     torch.manual_seed(seed())
     model = tiny_llama(device)

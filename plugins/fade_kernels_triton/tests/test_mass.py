@@ -27,6 +27,7 @@ CASES = [
     (4, "token", 128, 64, 7, 3, torch.float16),
     (2, "channel", 64, 80, 1, 8, torch.bfloat16),
     (2, "token", 64, 256, 2, 2, torch.bfloat16),
+    (3, "channel", 64, 128, 4, 1, torch.bfloat16),
 ]
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from fade_core import MOST_TOKENS, AppendRule, StepBuffers
 from fade_core.errors import InputError
 from fade_core.interfaces import Kernel, Op, Quantizer, Support
-from fade_core.packed import PackedFormat
+from fade_core.packed import PackedFormat, planes_of
 from fade_kernels_triton.device import interpreted, unusable
-from fade_kernels_triton.operands import HEAD_DIMS, TOKEN_DTYPES, unsupported_pair
+from fade_kernels_triton.operands import HEAD_DIMS, TOKEN_DTYPES, planes, unsupported_format, unsupported_pair
 from fade_kernels_triton.planes import encoding_of, gains_of, unencodable
 
 BLOCK = 16
@@ -21,7 +21,7 @@ BLOCK = 16
 
 
 class TritonAppend(Kernel):
-    """``append`` for what the Triton decode kernel reads: uniform codes of 2 and 4 bits, and planes of 2 bits.
+    """``append`` for what the Triton decode kernel reads: uniform codes of 2, 3 and 4 bits, and planes of 2 bits.
 
     Uniform codes and their metadata are those of the torch quantizer, bit by bit. Behind a rotation or a calibrated
     transform, whose products are summed in another order, they may be one step apart where a number lies on an edge.
@@ -34,7 +34,7 @@ class TritonAppend(Kernel):
     def supports(self, format: PackedFormat | None, head_dim: int, device: torch.device, dtype: torch.dtype) -> Support:
         reason = unusable(device) or _unsupported(head_dim, dtype)
         if format is not None:  # without one there may be planes: `accepts` will see
-            reason = reason or unsupported_pair(format, _values(format), head_dim)
+            reason = reason or unsupported_format(format, "key")
         return Support(not reason, reason)
 
     def accepts(self, keys: Tensor, values: Tensor, buffers: StepBuffers, rule: AppendRule) -> Support:
@@ -69,6 +69,7 @@ class TritonAppend(Kernel):
             KEY_BITS=fmt.bits,
             VALUE_BITS=value_fmt.bits,
             KEY_CHANNEL=fmt.axis == "channel",
+            VALUE_GROUPS=value_fmt.groups,
             KEY_OUTWARD=key_plain.outward,
             VALUE_OUTWARD=value_plain.outward,
             **launch.constants,
@@ -144,17 +145,11 @@ def _launch(keys: Tensor, values: Tensor, buffers: StepBuffers, rule: AppendRule
     return _Launch((rows * heads,), tensors, sizes, (*keys.stride()[:3], *values.stride()[:3]), constants)
 
 
-def _fields(quantizer: Quantizer, fields: Mapping[str, Tensor], like: Tensor) -> list[Tensor]:
-    """Codes, then metadata or gains; empty ones for a layer that has no tiles."""
-    return [
-        fields[name] if fields else like.new_empty(0, dtype=dtype)
-        for name, (_, dtype) in quantizer.field_shapes().items()
-    ]
-
-
-def _values(keys: PackedFormat) -> PackedFormat:
-    """The values' format that goes with keys of this one; what they really are is seen call by call."""
-    return PackedFormat(keys.bits, keys.head_dim, keys.tile, "token", layout="channel")
+def _fields(quantizer: Quantizer, fields: Mapping[str, Tensor], like: Tensor) -> list[Tensor | None]:
+    """Codes and gains, or codes, those of a second plane, if any, and metadata; empty ones for a layer that has no tiles."""
+    fields = fields or {name: like.new_empty(0, dtype=dtype) for name, (_, dtype) in quantizer.field_shapes().items()}
+    fmt = quantizer.format
+    return list(fields.values()) if fmt is None else [*planes(fields, fmt), fields["meta"]]
 
 
 def _unsupported(head_dim: int, dtype: torch.dtype) -> str:
@@ -176,7 +171,7 @@ def _unwritable(buffers: StepBuffers, rule: AppendRule) -> str:
         plain, fmt = quantizer.plain_encoding(window.device), quantizer.format
         if plain is None or fmt is None:
             return f"quantizer {quantizer.kind!r} has a way of its own to encode"
-        if plain.rotation is not None and (fmt.axis != "token" or fmt.tile * fmt.bits < 256):
+        if plain.rotation is not None and (fmt.axis != "token" or fmt.tile * planes_of(fmt.bits)[0] < 256):
             return f"a rotation before {fmt.bits}-bit codes with a scale a {fmt.axis}, tile {fmt.tile}"
     return ""
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from fade_core.errors import ConfigError
 from fade_kernels_triton.launch import DecodeConfig, LaunchCase
-from fade_kernels_triton.operands import HEAD_DIMS, MAX_COLUMNS, PACKED_BITS, TILES
+from fade_kernels_triton.operands import HEAD_DIMS, MAX_COLUMNS, TILES, WIDTHS
 
 REMEDY = "Mend or delete the file, or have it written again: fade bench tune"
 
@@ -53,7 +53,7 @@ def _whole(low: int, high: int | None = None) -> _Rule:
 
 
 CASE_RULES: Mapping[str, _Rule] = {
-    "bits": _one_of(*PACKED_BITS),
+    "bits": _one_of(*sorted({values for _, values in WIDTHS})),
     "axis": _one_of("token", "channel"),
     "tile": _one_of(*TILES),
     "head_dim": _one_of(*HEAD_DIMS),

@@ -15,7 +15,7 @@ from fade_kernels_triton.config import lookup
 from fade_kernels_triton.device import interpreted, multiprocessors
 from fade_kernels_triton.launch import DecodeConfig, LaunchCase
 from fade_kernels_triton.merge import merge
-from fade_kernels_triton.operands import HEAD_DIMS, MAX_COLUMNS, MAX_QUERIES, MAX_TIERS, PackedTier, Window
+from fade_kernels_triton.operands import HEAD_DIMS, MAX_COLUMNS, MAX_QUERIES, MAX_TIERS, PackedTier, Window, planes
 
 WINDOW_BLOCK = 16
 """Window tokens a step."""
@@ -107,9 +107,9 @@ def decode_attention(
     first = tiers[0] if tiers else None
     second = tiers[1] if len(tiers) > 1 else None
     if config is None:
-        fmt = first.key_format if first else PackedFormat(4, dim)
+        bits, fmt = (first.value_format.bits, first.key_format) if first else (4, PackedFormat(4, dim))
         held = _next_power_of_2(sum(t.max_tiles * t.key_format.tile for t in tiers) or WINDOW_SHARE)
-        config = lookup(LaunchCase(fmt.bits, fmt.axis, fmt.tile, dim, columns, groups, held), query.device)
+        config = lookup(LaunchCase(bits, fmt.axis, fmt.tile, dim, columns, groups, held), query.device)
     if splits is None:
         splits = plan_splits(tiers, window, groups, multiprocessors(query.device) * config.resident)
     if not splits.total:
@@ -255,11 +255,11 @@ def _check_positions(
 
 def _tier_pointers(tier: PackedTier | None) -> tuple[Tensor | None, ...]:
     if tier is None:
-        return (None,) * 8
+        return (None,) * 9
     return (
-        tier.codes(tier.keys, tier.key_format),
+        *planes(tier.keys, tier.key_format),
         tier.keys["meta"],
-        tier.codes(tier.values, tier.value_format),
+        planes(tier.values, tier.value_format)[0],
         tier.values["meta"],
         tier.table,
         tier.count,
@@ -271,6 +271,8 @@ def _tier_pointers(tier: PackedTier | None) -> tuple[Tensor | None, ...]:
 def _tier_constants(tier: PackedTier | None, name: str) -> dict[str, Any]:
     return {
         f"{name}_BITS": tier.key_format.bits if tier else 0,
+        f"{name}_VALUE_BITS": tier.value_format.bits if tier else 0,
+        f"{name}_GROUPS": tier.value_format.groups if tier else 1,
         f"{name}_KEY_CHANNEL": tier.key_format.axis == "channel" if tier else False,
         f"{name}_TILE": tier.key_format.tile if tier else 64,
         f"{name}_TILES": tier.tiles_per_step if tier else 1,

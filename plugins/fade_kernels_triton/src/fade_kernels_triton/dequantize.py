@@ -12,11 +12,11 @@ from fade_core.interfaces import Kernel, Op, Quantizer, Support
 from fade_core.packed import Packed, PackedFormat
 from fade_kernels_triton.device import interpreted, unusable
 from fade_kernels_triton.encode import off_table, table_of, unsupported
-from fade_kernels_triton.operands import TOKEN_DTYPES
+from fade_kernels_triton.operands import TOKEN_DTYPES, planes
 
 
 class TritonDequantize(Kernel):
-    """``dequantize`` for uniform codes of 2 and 4 bits with one scale a token or a channel of a tile."""
+    """``dequantize`` for uniform codes of 2, 3 and 4 bits: a scale a token, a group of its channels, or a channel."""
 
     name: ClassVar[str] = "triton"
     op: ClassVar[Op] = "dequantize"
@@ -51,21 +51,24 @@ class TritonDequantize(Kernel):
         fmt = quantizer.format
         if fmt is None:
             raise InputError(f"quantizer {quantizer.kind!r} has no packed format")
-        codes, meta = packed.fields[f"codes{fmt.bits}"], packed.fields["meta"]
+        (codes, low), meta = planes(packed.fields, fmt), packed.fields["meta"]
         (rows, heads), dim = (codes if ids is None else ids).shape[:2], fmt.head_dim
         out = torch.empty(rows, heads, packed.length, dim, dtype=packed.dtype, device=codes.device)
         tiles = -(-packed.length // fmt.tile)
         dequantize_kernel[(tiles, rows * heads)](
             codes,
+            low,
             meta,
             table_of(ids, tiles),
             out,
             heads,
             packed.length,
             *codes.stride()[:2],
+            *((0, 0) if low is None else low.stride()[:2]),
             *meta.stride()[:2],
             BITS=fmt.bits,
             CHANNEL=fmt.axis == "channel",
+            GROUPS=fmt.groups,
             TRANSPOSED=fmt.layout == "channel",
             TILE=fmt.tile,
             D=dim,

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from fade_core.errors import InputError
 from fade_core.interfaces import Kernel, Op, Quantizer, Support
-from fade_core.packed import Packed, PackedFormat, Tiles
+from fade_core.packed import Packed, PackedFormat, Tiles, planes_of
 from fade_kernels_triton.device import interpreted, unusable
-from fade_kernels_triton.operands import HEAD_DIMS, PACKED_BITS, TILES, TOKEN_DTYPES
+from fade_kernels_triton.operands import GROUPS_TAKEN, HEAD_DIMS, PACKED_BITS, TILES, TOKEN_DTYPES, odd_groups, planes
 from fade_kernels_triton.planes import encoding_of, gains_of, unencodable
 
 
 class TritonEncode(Kernel):
-    """``encode`` for uniform codes of 2 and 4 bits with one scale a token or a channel of a tile, and for planes of 2 bits.
+    """``encode`` for uniform codes of 2, 3 and 4 bits (a scale a token, a group of its channels, or a channel) and for planes.
 
     Codes and metadata are those of the quantizer itself, bit by bit, with the exceptions that ``TritonAppend`` names.
     """
@@ -65,7 +65,7 @@ class TritonEncode(Kernel):
         encode_kernel[(tiles, rows * heads)](
             tokens,
             plain.rotation,
-            fields[f"codes{fmt.bits}"],
+            *planes(fields, fmt),
             fields["meta"],
             table_of(None if into is None else into.ids, tiles),
             heads,
@@ -73,6 +73,7 @@ class TritonEncode(Kernel):
             *tokens.stride()[:3],
             BITS=fmt.bits,
             CHANNEL=fmt.axis == "channel",
+            GROUPS=fmt.groups,
             TRANSPOSED=fmt.layout == "channel",
             OUTWARD=plain.outward,
             TILE=fmt.tile,
@@ -138,11 +139,10 @@ def unsupported(fmt: PackedFormat | None) -> str:
     if fmt is None:
         return "the quantizer has no packed format"
     if fmt.bits not in PACKED_BITS or fmt.levels is not None:
-        return (
-            f"{fmt.bits}-bit codes{' with a level table' if fmt.levels is not None else ''} (it writes uniform 2 or 4)"
-        )
-    if fmt.groups != 1:
-        return f"{fmt.groups} groups along the axis (it writes one group)"
+        table = " with a level table" if fmt.levels is not None else ""
+        return f"{fmt.bits}-bit codes{table} (it writes uniform {', '.join(map(str, PACKED_BITS))})"
+    if reason := odd_groups(fmt):
+        return f"{reason} (it writes {GROUPS_TAKEN})"
     if fmt.tile not in TILES or fmt.head_dim not in HEAD_DIMS:
         return f"tiles of {fmt.tile} tokens of {fmt.head_dim} channels (it writes {TILES} of {HEAD_DIMS})"
     return ""
@@ -172,7 +172,7 @@ def _refusal(quantizer: Quantizer, tokens: Tensor, into: Tiles | None = None) ->
         return reason
     if fmt is None or plain is None:
         return f"quantizer {quantizer.kind!r} has a way of its own to encode"
-    if plain.rotation is not None and (fmt.axis != "token" or fmt.tile * fmt.bits < 256):
+    if plain.rotation is not None and (fmt.axis != "token" or fmt.tile * planes_of(fmt.bits)[0] < 256):
         return f"a rotation before {fmt.bits}-bit codes with a scale a {fmt.axis}, tile {fmt.tile}"
     if tokens.shape[3] != fmt.head_dim:
         return f"{tokens.dtype} {tuple(tokens.shape)} (it takes [B, H_kv, T >= 1, {fmt.head_dim}])"

@@ -32,7 +32,7 @@ class LaunchCase:
     """What a configuration was tuned for.
 
     Attributes:
-        bits: width of the codes (of the first tier).
+        bits: width of the values' codes (of the first tier); the keys' are as wide or wider.
         axis: axis of the key scales.
         tile: tokens a tile.
         head_dim: channels of a head.

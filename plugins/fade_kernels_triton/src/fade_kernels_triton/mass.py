@@ -12,7 +12,7 @@ from fade_core.errors import InputError
 from fade_core.interfaces import Kernel, Op, Quantizer, Support
 from fade_core.packed import PackedFormat
 from fade_kernels_triton.device import interpreted, unusable
-from fade_kernels_triton.operands import HEAD_DIMS, MAX_COLUMNS, MAX_QUERIES, unsupported_format
+from fade_kernels_triton.operands import HEAD_DIMS, MAX_COLUMNS, MAX_QUERIES, planes, unsupported_format
 
 
 class TritonAttentionMass(Kernel):
@@ -77,7 +77,7 @@ class TritonAttentionMass(Kernel):
         mass_kernel[(store.tiles, rows * store.heads)](
             query,
             lse,
-            fields[f"codes{fmt.bits}"],
+            *planes(fields, fmt),
             fields["meta"],
             store.table,
             store.used,

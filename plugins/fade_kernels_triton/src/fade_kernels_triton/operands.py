@@ -9,10 +9,15 @@ import torch
 from torch import Tensor
 
 from fade_core.errors import InputError
-from fade_core.packed import PackedFormat
+from fade_core.packed import PackedFormat, planes_of
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
-PACKED_BITS = (2, 4)
+PACKED_BITS = (2, 3, 4)
+WIDTHS = ((2, 2), (3, 2), (4, 2), (4, 4))
+"""Bits of keys and of values that go together: a matrix operand of either holds the same tokens."""
+
+GROUPS = (1, 2, 4)
+GROUPS_TAKEN = f"one group, or {GROUPS[1]} or {GROUPS[2]} along channels that fill a power of two"
 TILES = (64, 128)
 TOKEN_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 """What tokens come in and go out as; queries are 16-bit."""
@@ -32,8 +37,10 @@ def unsupported_format(fmt: PackedFormat | None, side: str) -> str:
         return f"{fmt.bits}-bit {side}s (it reads {', '.join(map(str, PACKED_BITS))} bits)"
     if fmt.levels is not None:
         return f"{side}s with a level table (it reads uniform codes)"
-    if fmt.groups != 1:
-        return f"{fmt.groups} groups along the {side}s' axis (it reads one group)"
+    if side == "key" and fmt.groups != 1:
+        return f"{fmt.groups} groups along the keys' axis (it reads one group)"
+    if reason := odd_groups(fmt):
+        return f"{side}s in {reason} (it reads {GROUPS_TAKEN})"
     if fmt.tile not in TILES:
         return f"tiles of {fmt.tile} tokens (it reads 64 or 128)"
     if side == "key" and fmt.layout != "token":
@@ -47,16 +54,28 @@ def unsupported_format(fmt: PackedFormat | None, side: str) -> str:
     return ""
 
 
+def odd_groups(fmt: PackedFormat) -> str:
+    """How many groups of a scale a tile has, if the kernels do not take that; empty if they do."""
+    even = fmt.axis == "token" and not fmt.head_dim & (fmt.head_dim - 1)
+    return "" if fmt.groups in (GROUPS if even else GROUPS[:1]) else f"{fmt.groups} groups along the axis"
+
+
+def planes(fields: Mapping[str, Tensor], fmt: PackedFormat) -> tuple[Tensor, Tensor | None]:
+    """Code words of a side, and those of its second plane, if it has one."""
+    first, *rest = planes_of(fmt.bits)
+    return fields[f"codes{first}"], fields[f"codes{rest[0]}"] if rest else None
+
+
 def unsupported_pair(keys: PackedFormat | None, values: PackedFormat | None, head_dim: int) -> str:
     """Why the decode kernel cannot read a tier of these two formats; empty if it can."""
     if reason := unsupported_format(keys, "key") or unsupported_format(values, "value"):
         return reason
     if keys is None or values is None:
         return "no packed format"
-    if (keys.bits, keys.tile) != (values.bits, values.tile):
+    if (keys.bits, values.bits) not in WIDTHS or keys.tile != values.tile:
         return (
             f"keys of {keys.bits} bits in tiles of {keys.tile} beside values of {values.bits} bits in tiles of "
-            f"{values.tile} (it reads one width and tile a tier)"
+            f"{values.tile} (it reads one tile a tier, and bits of {', '.join(f'{k} and {v}' for k, v in WIDTHS)})"
         )
     if (keys.head_dim, values.head_dim) != (head_dim, head_dim):
         return f"codes of {keys.head_dim} and {values.head_dim} channels beside a query of {head_dim}"
@@ -68,9 +87,9 @@ class PackedTier:
     """Packed tokens of one tier.
 
     Attributes:
-        key_format, value_format: layouts of the fields; one bit-width and tile for both sides.
-        keys, values: fields ``codes<bits>`` (int16) and ``meta`` (int32). With a table, pools
-            ``[pool_tiles, *tile_shape]``; without, ``[B, H_kv, max_tiles, *tile_shape]``. Contiguous.
+        key_format, value_format: layouts of the fields; one tile for both sides, and widths of ``WIDTHS``.
+        keys, values: fields ``codes<bits>`` (int16; of 3 bits ``codes2`` and ``codes1``) and ``meta`` (int32). With a table,
+            pools ``[pool_tiles, *tile_shape]``; without, ``[B, H_kv, max_tiles, *tile_shape]``. Contiguous.
         count: int32 ``[B, H_kv]``, tiles in use; lives on the device and is read there.
         table: int32 ``[B, H_kv, max_tiles]``, pool index of each tile in use.
         valid: int32 ``[B, H_kv, max_tiles]``, leading tokens of each tile that are meant; ``None`` if all are.
@@ -113,19 +132,14 @@ class PackedTier:
     @property
     def max_tiles(self) -> int:
         """Most tiles a row and head can hold."""
-        source = self.table if self.table is not None else self.codes(self.keys, self.key_format)
+        source = self.table if self.table is not None else self.keys["meta"]
         return int(source.shape[2])
 
     @property
     def tiles_per_step(self) -> int:
         """Tiles that make a full 16-row matrix operand."""
-        rows = self.key_format.tile * self.key_format.bits // 16
+        rows = self.value_format.tile * self.value_format.bits // 16
         return max(1, 16 // rows)
-
-    @staticmethod
-    def codes(fields: Mapping[str, Tensor], fmt: PackedFormat) -> Tensor:
-        """The code words of one side."""
-        return fields[f"codes{fmt.bits}"]
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ class Case:
     Attributes:
         rows, heads, kv_heads, dim: ``B``, ``H_q``, ``H_kv``, ``D``.
         context: packed tokens a row, a power of two.
-        bits: width of keys' and values' codes.
-        axis: axis of the key scales; values have a scale a token.
+        bits: width of codes, of the keys' where the values have ``value_bits``.
+        axis: axis of the key scales; values have a scale a token, or a group of its channels.
         tile: tokens a tile.
         queries: query tokens a row.
         dtype: of query and window.
@@ -30,6 +30,8 @@ class Case:
         flat: queries so small that weights are nearly equal, where sums lose most.
         calibrated: codes are those of ``self-calibrated``; their channels have widths of their own, ``bits`` and a little on
             average; axis and launch configurations mean nothing to them.
+        value_bits: width of the values' codes, 0 for ``bits``.
+        group: channels of a value that share a scale, 0 for all.
     """
 
     rows: int
@@ -47,6 +49,8 @@ class Case:
     ragged: bool = False
     flat: bool = False
     calibrated: bool = False
+    value_bits: int = 0
+    group: int = 0
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -66,10 +70,11 @@ class Case:
 
     @property
     def format(self) -> str:
-        """Codes, axis of the key scales and tile: ``int4-channel-64``, ``calibrated2-64``."""
+        """Codes, axis of the key scales and tile: ``int4-channel-64``, ``int3/2g32-channel-64``, ``calibrated2-64``."""
         if self.calibrated:
             return f"calibrated{self.bits}-{self.tile}"
-        return f"int{self.bits}-{self.axis}-{self.tile}"
+        values = f"/{self.value_bits}" * bool(self.value_bits) + f"g{self.group}" * bool(self.group)
+        return f"int{self.bits}{values}-{self.axis}-{self.tile}"
 
     @property
     def name(self) -> str:
@@ -86,7 +91,8 @@ class Case:
     def launch(self) -> LaunchCase:
         """What launch configurations are looked up by."""
         columns = self.heads // self.kv_heads * self.queries
-        return LaunchCase(self.bits, self.axis, self.tile, self.dim, columns, self.rows * self.kv_heads, self.context)
+        bits = self.value_bits or self.bits
+        return LaunchCase(bits, self.axis, self.tile, self.dim, columns, self.rows * self.kv_heads, self.context)
 
     @property
     def small(self) -> Case:
@@ -112,6 +118,11 @@ PARITY = (
     Case(2, 8, 8, 96, 4096, window=70),
     Case(2, 12, 3, 80, 4096, window=70),
     Case(2, 32, 8, 128, 4096, tile=128),
+    Case(2, 32, 8, 128, 4096, bits=3, value_bits=2, group=32),
+    Case(2, 32, 8, 128, 4096, bits=3, value_bits=2),
+    Case(1, 32, 8, 128, 32768, bits=3, value_bits=2, tile=128, flat=True),
+    Case(2, 32, 8, 128, 4096, bits=4, value_bits=2, window=70, table=True, ragged=True),
+    Case(3, 14, 2, 64, 4096, bits=3, value_bits=2, group=32, window=70, table=True, ragged=True),
     Case(2, 32, 8, 128, 4096, bits=2, calibrated=True),
     Case(2, 32, 8, 128, 4096, bits=2, calibrated=True, tile=128),
     Case(1, 32, 8, 128, 32768, bits=2, calibrated=True, tile=128, flat=True),
@@ -130,11 +141,13 @@ SHAPES = (
 
 
 def variants(shape: Case) -> tuple[Case, ...]:
-    """Formats that a shape is timed in: 4 bits, and at long contexts of 128 channels 2 bits and calibrated codes as well."""
+    """Formats that a shape is timed in: 4 bits, and at long contexts also 2, 3 bits beside 2, and calibrated codes."""
     codes: list[dict[str, Any]] = [{}]
     if shape.dim == 128 and shape.context >= 32768:
-        codes += [{"bits": 2}, {"bits": 2, "calibrated": True}]
+        codes += [{"bits": 2}, {"bits": 2, "calibrated": True}, {"bits": 3, "value_bits": 2}]
     found = [replace(shape, tile=tile, **fields) for fields in codes for tile in (64, 128)]
+    if len(codes) > 1 and shape.rows > 1:
+        found.append(replace(shape, bits=3, value_bits=2, group=32))
     return (*found, replace(shape, axis="token"))
 
 

@@ -71,9 +71,10 @@ class UniformProblem:
 
 def quantizers(case: Case) -> tuple[Quantizer, Quantizer]:
     """Those of keys and values."""
-    options = {"head_dim": case.dim, "bits": case.bits, "tile": case.tile}
-    keys = get_quantizer("uniform", side="key", axis=case.axis, **options)
-    return keys, get_quantizer("uniform", side="value", axis="token", **options)
+    options = {"head_dim": case.dim, "tile": case.tile}
+    keys = get_quantizer("uniform", side="key", axis=case.axis, bits=case.bits, **options)
+    bits = case.value_bits or case.bits
+    return keys, get_quantizer("uniform", side="value", axis="token", bits=bits, group=case.group, **options)
 
 
 Problem = UniformProblem | CalibratedProblem

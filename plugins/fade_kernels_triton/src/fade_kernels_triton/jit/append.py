@@ -167,8 +167,10 @@ def append_kernel(
     W_KEYS,
     W_VALUES,
     KEY_CODES,
+    KEY_LOW,
     KEY_META,
     VALUE_CODES,
+    VALUE_LOW,
     VALUE_META,
     LENGTHS,
     COUNTERS,
@@ -197,6 +199,7 @@ def append_kernel(
     KEY_BITS: tl.constexpr,
     VALUE_BITS: tl.constexpr,
     KEY_CHANNEL: tl.constexpr,
+    VALUE_GROUPS: tl.constexpr,
     KEY_OUTWARD: tl.constexpr,
     VALUE_OUTWARD: tl.constexpr,
     RUNS: tl.constexpr,
@@ -228,12 +231,15 @@ def append_kernel(
             tile = pool_tile(IDS, tiles + used + number, RUNS)
             first = n_sink + number * TILE
             encode_tile(
-                keys, KEY_ROTATION, KEY_CODES + tile * (TILE * KEY_BITS // 16 * D), KEY_META + tile * KEY_META_SIZE, first,
-                length - 1, D, KEY_BITS, KEY_CHANNEL, False, KEY_OUTWARD, TILE, D, DP,
+                keys, KEY_ROTATION, KEY_CODES + tile * (TILE * (2 if KEY_BITS == 3 else KEY_BITS) // 16 * D),
+                KEY_LOW if KEY_LOW is None else KEY_LOW + tile * (TILE // 16 * D), KEY_META + tile * KEY_META_SIZE, first,
+                length - 1, D, KEY_BITS, KEY_CHANNEL, 1, False, KEY_OUTWARD, TILE, D, DP,
             )  # fmt: skip
             encode_tile(
-                values, VALUE_ROTATION, VALUE_CODES + tile * (TILE * VALUE_BITS // 16 * D), VALUE_META + tile * TILE, first,
-                length - 1, D, VALUE_BITS, False, True, VALUE_OUTWARD, TILE, D, DP,
+                values, VALUE_ROTATION, VALUE_CODES + tile * (TILE * (2 if VALUE_BITS == 3 else VALUE_BITS) // 16 * D),
+                VALUE_LOW if VALUE_LOW is None else VALUE_LOW + tile * (TILE // 16 * D),
+                VALUE_META + tile * (VALUE_GROUPS * TILE), first, length - 1, D, VALUE_BITS, False, VALUE_GROUPS, True,
+                VALUE_OUTWARD, TILE, D, DP,
             )  # fmt: skip
         send_notes(WINDOW_NOTES, TILE_NOTES, bh, tiles, used, due, n_sink, length, capacity, TILE)
         if head == 0:

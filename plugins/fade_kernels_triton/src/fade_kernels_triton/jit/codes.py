@@ -4,6 +4,8 @@ A field of ``w`` bits masked out of a word *is* an fp16 number: a subnormal wort
 ``place = 2 ** ((w * j) % 8)`` is the field's place in its byte. Tensor cores take subnormals exactly, so unpacking is
 one AND a pair of codes; ``unit`` is the factor that turns a sum of such products back into codes. ``SUBNORMAL=False``
 builds the same codes as normal numbers, ``code * place``, at one more instruction a pair.
+
+A code of 3 bits is put together where the field of its high two bits lies, from words of both planes.
 """
 
 from __future__ import annotations
@@ -28,6 +30,56 @@ def unpack(words, BITS: tl.constexpr, SUBNORMAL: tl.constexpr, INTERPRET: tl.con
         fields = _unpack2_subnormal(words)
     else:
         fields = _unpack2_normal(words)
+    return fields
+
+
+@triton.jit
+def unpack3(high, low, half, SUBNORMAL: tl.constexpr, INTERPRET: tl.constexpr):
+    """Codes of 3 bits from words of both planes ``[M, N]``: eight fp16 tensors, in the places of fields of 2 bits.
+
+    Fields of ``low`` are half as long: where int16 ``half`` is 1, the code's low bit is one field further on.
+    """
+    if SUBNORMAL and not INTERPRET:
+        fields = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 one, two, bits, more, last;
+            shl.b32 one, $8, 1;
+            shr.u32 two, $8, 7;
+            and.b32 last, $10, 1;
+            shr.u32 bits, $9, last;
+            shr.u32 more, bits, 8;
+            and.b32 last, bits, 0x00010001;
+            lop3.b32 $0, one, 0x00060006, last, 0xea;
+            and.b32 last, bits, 0x00040004;
+            lop3.b32 $1, one, 0x00180018, last, 0xea;
+            and.b32 last, bits, 0x00100010;
+            lop3.b32 $2, one, 0x00600060, last, 0xea;
+            and.b32 last, bits, 0x00400040;
+            lop3.b32 $3, one, 0x01800180, last, 0xea;
+            and.b32 last, more, 0x00010001;
+            lop3.b32 $4, two, 0x00060006, last, 0xea;
+            and.b32 last, more, 0x00040004;
+            lop3.b32 $5, two, 0x00180018, last, 0xea;
+            and.b32 last, more, 0x00100010;
+            lop3.b32 $6, two, 0x00600060, last, 0xea;
+            and.b32 last, more, 0x00400040;
+            lop3.b32 $7, two, 0x01800180, last, 0xea;
+            }""",
+            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r",
+            [high, low, half],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        fields = ()
+        for j in tl.static_range(8):
+            two = (high.to(tl.int32) >> (2 * j)) & 3
+            code = ((two << 1) | ((low.to(tl.int32) >> (half.to(tl.int32) + 2 * j)) & 1)) << (2 * (j % 4))
+            if SUBNORMAL:
+                fields = fields + (code.to(tl.int16).to(tl.float16, bitcast=True),)
+            else:
+                fields = fields + (code.to(tl.float16),)
     return fields
 
 
@@ -188,12 +240,23 @@ def unit(BITS: tl.constexpr, j: tl.constexpr, SUBNORMAL: tl.constexpr):
 
 @triton.jit
 def codes_by_token(
-    CODES, token, channel, BITS: tl.constexpr, TRANSPOSED: tl.constexpr, R: tl.constexpr, D: tl.constexpr
+    CODES, LOW, token, channel, BITS: tl.constexpr, TRANSPOSED: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr
 ):
-    """int32 codes ``[TILE, DP]`` of the tile at CODES: field ``t // R`` of word row ``t % R`` is token ``t``; zeros past ``D``.
+    """int32 codes ``[TILE, DP]`` of a tile whose planes are at CODES and, for 3 bits, at LOW; zeros past ``D``."""
+    if BITS == 3:
+        high = _plane_by_token(CODES, token, channel, 2, TRANSPOSED, TILE, D)
+        codes = (high << 1) | _plane_by_token(LOW, token, channel, 1, TRANSPOSED, TILE, D)
+    else:
+        codes = _plane_by_token(CODES, token, channel, BITS, TRANSPOSED, TILE, D)
+    return codes
 
-    TRANSPOSED words are ``[D, R]``, others ``[R, D]``.
-    """
+
+@triton.jit
+def _plane_by_token(
+    CODES, token, channel, BITS: tl.constexpr, TRANSPOSED: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr
+):
+    """Field ``t // R`` of word row ``t % R`` is token ``t``. TRANSPOSED words are ``[D, R]``, others ``[R, D]``."""
+    R: tl.constexpr = TILE * BITS // 16
     if TRANSPOSED:
         where = channel[None, :] * R + (token % R)[:, None]
     else:

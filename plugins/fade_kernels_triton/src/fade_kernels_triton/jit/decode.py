@@ -61,15 +61,20 @@ def prefetch(POINTER, BYTES: tl.constexpr):
 
 
 @triton.jit
-def prefetch_tile(KEY_CODES, KEY_META, VALUE_CODES, VALUE_META, tile, BITS: tl.constexpr, KEY_CHANNEL: tl.constexpr,
-                  TILE: tl.constexpr, D: tl.constexpr):  # fmt: skip
+def prefetch_tile(KEY_CODES, KEY_LOW, KEY_META, VALUE_CODES, VALUE_META, tile, BITS: tl.constexpr,
+                  VALUE_BITS: tl.constexpr, GROUPS: tl.constexpr, KEY_CHANNEL: tl.constexpr, TILE: tl.constexpr,
+                  D: tl.constexpr):  # fmt: skip
     """Bring a tile's codes and metadata to the L2 cache."""
-    WORDS: tl.constexpr = TILE * BITS // 16 * D
+    KEY_WORDS: tl.constexpr = TILE * (2 if BITS == 3 else BITS) // 16 * D
+    VALUE_WORDS: tl.constexpr = TILE * VALUE_BITS // 16 * D
+    LOW_WORDS: tl.constexpr = TILE // 16 * D
     KEY_METAS: tl.constexpr = D if KEY_CHANNEL else TILE
-    prefetch(KEY_CODES + tile * WORDS, 2 * WORDS)
+    prefetch(KEY_CODES + tile * KEY_WORDS, 2 * KEY_WORDS)
+    if KEY_LOW is not None:
+        prefetch(KEY_LOW + tile * LOW_WORDS, 2 * LOW_WORDS)
     prefetch(KEY_META + tile * KEY_METAS, 4 * KEY_METAS)
-    prefetch(VALUE_CODES + tile * WORDS, 2 * WORDS)
-    prefetch(VALUE_META + tile * TILE, 4 * TILE)
+    prefetch(VALUE_CODES + tile * VALUE_WORDS, 2 * VALUE_WORDS)
+    prefetch(VALUE_META + tile * (GROUPS * TILE), 4 * GROUPS * TILE)
 
 
 @triton.jit(do_not_specialize=["splits_a", "splits_b", "splits_w", "max_tiles_a", "max_tiles_b", "window"])
@@ -77,6 +82,7 @@ def decode_kernel(
     QUERY,
     QUERY_POSITION,
     A_KEY_CODES,
+    A_KEY_LOW,
     A_KEY_META,
     A_VALUE_CODES,
     A_VALUE_META,
@@ -85,6 +91,7 @@ def decode_kernel(
     A_VALID,
     A_POSITIONS,
     B_KEY_CODES,
+    B_KEY_LOW,
     B_KEY_META,
     B_VALUE_CODES,
     B_VALUE_META,
@@ -132,10 +139,14 @@ def decode_kernel(
     DP: tl.constexpr,
     N: tl.constexpr,
     A_BITS: tl.constexpr,
+    A_VALUE_BITS: tl.constexpr,
+    A_GROUPS: tl.constexpr,
     A_KEY_CHANNEL: tl.constexpr,
     A_TILE: tl.constexpr,
     A_TILES: tl.constexpr,
     B_BITS: tl.constexpr,
+    B_VALUE_BITS: tl.constexpr,
+    B_GROUPS: tl.constexpr,
     B_KEY_CHANNEL: tl.constexpr,
     B_TILE: tl.constexpr,
     B_TILES: tl.constexpr,
@@ -162,8 +173,8 @@ def decode_kernel(
     if PREFETCH:
         if split * A_TILES < max_tiles_a and split < splits_a:
             prefetch_tile(
-                A_KEY_CODES, A_KEY_META, A_VALUE_CODES, A_VALUE_META, bh * max_tiles_a + split * A_TILES,
-                A_BITS, A_KEY_CHANNEL, A_TILE, D,
+                A_KEY_CODES, A_KEY_LOW, A_KEY_META, A_VALUE_CODES, A_VALUE_META, bh * max_tiles_a + split * A_TILES,
+                A_BITS, A_VALUE_BITS, A_GROUPS, A_KEY_CHANNEL, A_TILE, D,
             )  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()  # until here nothing was read and nothing written
@@ -195,11 +206,11 @@ def decode_kernel(
         if A_BITS > 0:
             top, total, out = attend_packed(
                 unit_query, scale, cap_scale, softcap * LOG2E,
-                A_KEY_CODES, A_KEY_META, A_VALUE_CODES, A_VALUE_META,
+                A_KEY_CODES, A_KEY_LOW, A_KEY_META, A_VALUE_CODES, A_VALUE_META,
                 A_TABLE if A_TABLE is None else A_TABLE + bh * max_tiles_a,
                 A_VALID if A_VALID is None else A_VALID + bh * max_tiles_a,
                 A_POSITIONS, bh * max_tiles_a, split * A_TILES, count_a, splits_a * A_TILES, query_position, window,
-                A_BITS, A_BITS, A_KEY_CHANNEL, A_TILE, A_TILES, D, DP, N, STAGES, SOFTCAP, SLIDING, SUBNORMAL,
+                A_BITS, A_VALUE_BITS, A_GROUPS, A_KEY_CHANNEL, A_TILE, A_TILES, D, DP, N, STAGES, SOFTCAP, SLIDING, SUBNORMAL,
                 INTERPRET,
             )  # fmt: skip
     elif split < splits_a + splits_b:
@@ -207,11 +218,11 @@ def decode_kernel(
             part = split - splits_a
             top, total, out = attend_packed(
                 unit_query, scale, cap_scale, softcap * LOG2E,
-                B_KEY_CODES, B_KEY_META, B_VALUE_CODES, B_VALUE_META,
+                B_KEY_CODES, B_KEY_LOW, B_KEY_META, B_VALUE_CODES, B_VALUE_META,
                 B_TABLE if B_TABLE is None else B_TABLE + bh * max_tiles_b,
                 B_VALID if B_VALID is None else B_VALID + bh * max_tiles_b,
                 B_POSITIONS, bh * max_tiles_b, part * B_TILES, count_b, splits_b * B_TILES, query_position, window,
-                B_BITS, B_BITS, B_KEY_CHANNEL, B_TILE, B_TILES, D, DP, N, STAGES, SOFTCAP, SLIDING, SUBNORMAL,
+                B_BITS, B_VALUE_BITS, B_GROUPS, B_KEY_CHANNEL, B_TILE, B_TILES, D, DP, N, STAGES, SOFTCAP, SLIDING, SUBNORMAL,
                 INTERPRET,
             )  # fmt: skip
     elif HAS_WINDOW:

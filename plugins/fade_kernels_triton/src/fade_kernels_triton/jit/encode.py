@@ -102,12 +102,14 @@ def encode_tile(
     TOKENS,
     ROTATION,
     CODES,
+    LOW,
     META,
     first,
     last,
     stride,
     BITS: tl.constexpr,
     CHANNEL: tl.constexpr,
+    GROUPS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     OUTWARD: tl.constexpr,
     TILE: tl.constexpr,
@@ -116,11 +118,12 @@ def encode_tile(
 ):
     """Encode tokens ``first .. first + TILE`` into one tile; the pointers are those of the row, head and tile.
 
-    CHANNEL shares a scale along the tokens of a channel, else along the channels of a token. TRANSPOSED stores words
-    ``[D, R]``, else ``[R, D]``.
+    CHANNEL shares a scale along the tokens of a channel, else along the channels of a token, or of each of its GROUPS.
+    TRANSPOSED stores words ``[D, R]``, else ``[R, D]``. The low bit of 3 goes to a plane of its own, at LOW.
     """
-    R: tl.constexpr = TILE * BITS // 16
-    FIELDS: tl.constexpr = 16 // BITS
+    MAIN: tl.constexpr = 2 if BITS == 3 else BITS
+    R: tl.constexpr = TILE * MAIN // 16
+    FIELDS: tl.constexpr = 16 // MAIN
     row = tl.arange(0, R)
     channel = tl.arange(0, DP)
     inside = (channel < D)[None, :]
@@ -136,21 +139,53 @@ def encode_tile(
         wide_scale = tl.broadcast_to(scale.to(tl.float32)[None, :], R, DP)
         wide_minimum = tl.broadcast_to(minimum.to(tl.float32)[None, :], R, DP)
     words = tl.zeros([R, DP], tl.int32)
+    low_words = tl.zeros([R, DP], tl.int32)
     for j in tl.static_range(FIELDS):
         x = load_tokens(TOKENS, ROTATION, first + j * R, last, stride, R, D, DP)
-        if not CHANNEL:
+        if not CHANNEL and GROUPS > 1:
+            tl.static_assert(D == DP, "groups of channels fill a token")
+            parts = tl.reshape(x, [R, GROUPS, D // GROUPS])
+            scale, minimum = grid_of(tl.min(parts, 2), tl.max(parts, 2), BITS, OUTWARD)
+            place = META + (tl.arange(0, GROUPS) * TILE)[None, :] + (j * R + row)[:, None]
+            tl.store(place, half_bits(scale) | (half_bits(minimum) << 16))
+            wide_scale = _over_groups(scale.to(tl.float32), R, GROUPS, DP)
+            wide_minimum = _over_groups(minimum.to(tl.float32), R, GROUPS, DP)
+        elif not CHANNEL:
             low = tl.min(tl.where(inside, x, float("inf")), 1)
             high = tl.max(tl.where(inside, x, float("-inf")), 1)
             scale, minimum = grid_of(low, high, BITS, OUTWARD)
             tl.store(META + j * R + row, half_bits(scale) | (half_bits(minimum) << 16))
             wide_scale = tl.broadcast_to(scale.to(tl.float32)[:, None], R, DP)
             wide_minimum = tl.broadcast_to(minimum.to(tl.float32)[:, None], R, DP)
-        words = words | (codes_of(x, wide_scale, wide_minimum, BITS) << (BITS * j))
+        codes = codes_of(x, wide_scale, wide_minimum, BITS)
+        if BITS == 3:
+            words = words | ((codes >> 1) << (2 * j))
+            low_words = low_words | ((codes & 1) << (2 * j))
+        else:
+            words = words | (codes << (BITS * j))
+    _store_words(CODES, words, R, TRANSPOSED, D, DP)
+    if BITS == 3:
+        # fields of 1 bit are half as long: the second half of the rows is the next field
+        HALF: tl.constexpr = R // 2
+        halves = tl.reshape(low_words << (row // HALF)[:, None], [2, HALF, DP])
+        _store_words(LOW, tl.sum(halves, 0), HALF, TRANSPOSED, D, DP)  # no two have a bit in common
+
+
+@triton.jit
+def _over_groups(x, R: tl.constexpr, GROUPS: tl.constexpr, DP: tl.constexpr):
+    """``[R, GROUPS]`` to ``[R, DP]``, each number for all channels of its group."""
+    return tl.reshape(tl.broadcast_to(x[:, :, None], R, GROUPS, DP // GROUPS), [R, DP])
+
+
+@triton.jit
+def _store_words(CODES, words, R: tl.constexpr, TRANSPOSED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    row = tl.arange(0, R)
+    channel = tl.arange(0, DP)
     if TRANSPOSED:
         where = channel[None, :] * R + row[:, None]
     else:
         where = row[:, None] * D + channel[None, :]
-    tl.store(CODES + where, words.to(tl.int16), mask=tl.broadcast_to(inside, R, DP))
+    tl.store(CODES + where, words.to(tl.int16), mask=tl.broadcast_to((channel < D)[None, :], R, DP))
 
 
 @triton.jit
@@ -167,6 +202,7 @@ def encode_kernel(
     TOKENS,
     ROTATION,
     CODES,
+    LOW,
     META,
     IDS,
     heads,
@@ -176,6 +212,7 @@ def encode_kernel(
     stride_t,
     BITS: tl.constexpr,
     CHANNEL: tl.constexpr,
+    GROUPS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     OUTWARD: tl.constexpr,
     TILE: tl.constexpr,
@@ -188,10 +225,11 @@ def encode_kernel(
     row = (program // heads).to(tl.int64)  # a division of 64 bits takes hundreds of cycles
     head = (program % heads).to(tl.int64)
     tile = pool_tile(IDS, program.to(tl.int64) * tl.num_programs(0) + number, IDS is None)
-    META_SIZE: tl.constexpr = D if CHANNEL else TILE
+    META_SIZE: tl.constexpr = D if CHANNEL else GROUPS * TILE
     if tile >= 0:
         encode_tile(
             TOKENS + row * stride_b + head * stride_h, ROTATION,
-            CODES + tile * (TILE * BITS // 16 * D), META + tile * META_SIZE,
-            number * TILE, length - 1, stride_t, BITS, CHANNEL, TRANSPOSED, OUTWARD, TILE, D, DP,
+            CODES + tile * (TILE * (2 if BITS == 3 else BITS) // 16 * D), LOW if LOW is None else LOW + tile * (TILE // 16 * D),
+            META + tile * META_SIZE, number * TILE, length - 1, stride_t, BITS, CHANNEL, GROUPS, TRANSPOSED, OUTWARD,
+            TILE, D, DP,
         )  # fmt: skip

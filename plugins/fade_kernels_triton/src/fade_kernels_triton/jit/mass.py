@@ -19,6 +19,7 @@ def mass_kernel(
     QUERY,
     LSE,
     KEY_CODES,
+    KEY_LOW,
     KEY_META,
     TABLE,
     COUNT,
@@ -43,7 +44,6 @@ def mass_kernel(
     SOFTCAP: tl.constexpr,
 ):
     """One tile of one row and KV head; ``mass.py`` has the arguments."""
-    R: tl.constexpr = TILE * BITS // 16
     COLUMNS: tl.constexpr = HEADS * Q_LEN
     number = tl.program_id(0)
     program = tl.program_id(1)
@@ -61,8 +61,9 @@ def mass_kernel(
             tile = tl.load(TABLE + bh * max_tiles + number).to(tl.int64)
         query = load_query(QUERY, row, kv_head, query_stride_b, query_stride_h, query_stride_q, HEADS, Q_LEN, D, DP, N)
         unit_query, norm = normalise(query)
-        words = KEY_CODES + tile * (R * D)
-        codes = codes_by_token(words, token, channel, BITS, False, R, D).to(tl.float16)
+        words = KEY_CODES + tile * (TILE * (2 if BITS == 3 else BITS) // 16 * D)
+        low = KEY_LOW if KEY_LOW is None else KEY_LOW + tile * (TILE // 16 * D)
+        codes = codes_by_token(words, low, token, channel, BITS, False, TILE, D).to(tl.float16)
         if KEY_CHANNEL:
             meta = tl.load(KEY_META + tile * D + channel, mask=channel < D, other=0)
             scaled = (unit_query.to(tl.float32) * low_half(meta).to(tl.float32)[:, None]).to(tl.float16)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fade_kernels_triton.jit.codes import high_half, low_half, scale_query, unit, unpack
+from fade_kernels_triton.jit.codes import high_half, low_half, scale_query, unit, unpack, unpack3
 
 PROBABILITY_SHIFT = tl.constexpr(64.0)
 """Probabilities times scales are multiplied by this before they become fp16, to keep small ones normal."""
@@ -33,6 +33,7 @@ def attend_packed(
     cap_scale,
     softcap,
     KEY_CODES,
+    KEY_LOW,
     KEY_META,
     VALUE_CODES,
     VALUE_META,
@@ -47,6 +48,7 @@ def attend_packed(
     window,
     KEY_BITS: tl.constexpr,
     VALUE_BITS: tl.constexpr,
+    GROUPS: tl.constexpr,
     KEY_CHANNEL: tl.constexpr,
     TILE: tl.constexpr,
     TILES: tl.constexpr,
@@ -70,16 +72,21 @@ def attend_packed(
         VALID: int32 tokens of each tile that are meant, indexed like TABLE; None if tiles are full.
         POSITIONS: int32 positions of a pool's tokens ``[tiles, TILE]``, negative for none; None if not needed.
         query_position: int32 ``[N]``, positions of the query columns; read only with POSITIONS.
-        TILES: tiles a step; rows of a matrix operand are ``TILES * TILE * bits / 16``.
+        KEY_LOW: words of the low bit of keys of 3 bits, else None.
+        GROUPS: groups of a token's channels that share a scale of the values.
+        TILES: tiles a step; rows of a matrix operand are ``TILES * TILE * VALUE_BITS / 16``. A field of keys of twice the width
+            holds the tokens of two fields of the values: its word rows are read in two parts.
 
     Returns:
         ``(maximum [N] in base-2 units, total [N], out [DP, N] unnormalised)``.
     """
-    R: tl.constexpr = TILE * KEY_BITS // 16
-    VR: tl.constexpr = TILE * VALUE_BITS // 16
-    tl.static_assert(R == VR, "keys and values of a tier have the same width")
+    FIRST: tl.constexpr = 2 if KEY_BITS == 3 else KEY_BITS
+    PARTS: tl.constexpr = FIRST // VALUE_BITS
+    R: tl.constexpr = TILE * VALUE_BITS // 16
     ROWS: tl.constexpr = TILES * R
-    BLOCKS: tl.constexpr = 16 // KEY_BITS
+    BLOCKS: tl.constexpr = 16 // VALUE_BITS
+    GROUP: tl.constexpr = DP if GROUPS == 1 else D // GROUPS
+    tl.static_assert(FIRST == PARTS * VALUE_BITS and PARTS <= 2, "operands of keys and of values hold the same tokens")
     MASKED: tl.constexpr = (VALID is not None) or (POSITIONS is not None)
     AFFINE: tl.constexpr = KEY_CHANNEL and not (MASKED or SOFTCAP)
 
@@ -88,11 +95,19 @@ def attend_packed(
     slot = row // R
     word_row = row % R
     query_sum = tl.sum(query.to(tl.float32), 0)
+    if KEY_BITS == 3:
+        # no address is read: the compiler brings words straight to where a matrix operand wants them only if all that they
+        # are put together from was loaded
+        half = (word_row // (R // 2)).to(tl.int16)
+        half = tl.load(KEY_LOW + row, mask=row < start - (1 << 30), other=half)
 
     peak = tl.full([N], LOWEST, tl.float32)
     total = tl.zeros([ROWS, N], tl.float32)
-    offset = tl.zeros([ROWS, N], tl.float32)
-    out = tl.zeros([DP, N], tl.float32)
+    offset = ()
+    out = ()
+    for _g in tl.static_range(GROUPS):
+        offset = offset + (tl.zeros([ROWS, N], tl.float32),)
+        out = out + (tl.zeros([GROUP, N], tl.float32),)
 
     for step in tl.range(start, stop, stride, num_stages=STAGES):
         # the tile of each row; past the end the first tile of the step is read again and its rows are struck out
@@ -102,16 +117,6 @@ def attend_packed(
             else:
                 tile = tl.load(TABLE + step).to(tl.int64)
             tile_of_row = tile
-            key_words = tl.load(
-                KEY_CODES + tile * (R * D) + word_row[:, None] * D + channel[None, :],
-                mask=(channel < D)[None, :],
-                other=0,
-            )
-            value_words = tl.load(
-                VALUE_CODES + tile * (R * D) + channel[:, None] * R + word_row[None, :],
-                mask=(channel < D)[:, None],
-                other=0,
-            )
         else:
             index = step + slot
             index = tl.where(index < stop, index, step)
@@ -119,15 +124,15 @@ def attend_packed(
                 tile_of_row = (first_tile + index).to(tl.int64)
             else:
                 tile_of_row = tl.load(TABLE + index).to(tl.int64)
-            key_words = tl.load(
-                KEY_CODES + (tile_of_row * (R * D) + word_row * D)[:, None] + channel[None, :],
-                mask=(channel < D)[None, :],
-                other=0,
-            )
-            value_words = tl.load(
-                VALUE_CODES + (tile_of_row * (R * D) + word_row)[None, :] + channel[:, None] * R,
-                mask=(channel < D)[:, None],
-                other=0,
+        key_words = ()
+        for h in tl.static_range(PARTS):
+            key_words = key_words + (load_rows(KEY_CODES, tile_of_row, word_row + h * R, PARTS * R, D, DP, TILES),)
+        if KEY_BITS == 3:
+            low_words = load_rows(KEY_LOW, tile_of_row, word_row % (R // 2), R // 2, D, DP, TILES)
+        value_words = ()
+        for g in tl.static_range(GROUPS):
+            value_words = value_words + (
+                load_columns(VALUE_CODES, tile_of_row, word_row, g * GROUP, GROUP, R, D, TILES),
             )
         token = tile_of_row * TILE + word_row
         if TILES == 1:
@@ -136,7 +141,16 @@ def attend_packed(
             present = (step + slot) < stop
 
         # scores: `raw[j]` are the products of field j
-        keys = unpack(key_words, KEY_BITS, SUBNORMAL, INTERPRET)
+        if KEY_BITS == 3:
+            keys = unpack3(key_words[0], low_words, tl.broadcast_to(half[:, None], ROWS, DP), SUBNORMAL, INTERPRET)
+        else:
+            keys = unpack(key_words[0], KEY_BITS, SUBNORMAL, INTERPRET)
+            if PARTS == 2:
+                other = unpack(key_words[1], KEY_BITS, SUBNORMAL, INTERPRET)
+                both = ()
+                for k in tl.static_range(16 // KEY_BITS):
+                    both = both + (keys[k], other[k])
+                keys = both
         raw = ()
         if KEY_CHANNEL:
             if TILES == 1:
@@ -172,14 +186,14 @@ def attend_packed(
         score = ()
         if AFFINE:
             score = raw
-            best = _largest(raw, KEY_BITS, SUBNORMAL) + bias
+            best = _largest(raw, FIRST, PARTS, SUBNORMAL) + bias
         else:
             for j in tl.static_range(BLOCKS):
                 if KEY_CHANNEL:
-                    s = raw[j] * unit(KEY_BITS, j, SUBNORMAL) + bias
+                    s = raw[j] * unit(FIRST, j // PARTS, SUBNORMAL) + bias
                 else:
                     meta = tl.load(KEY_META + token + j * R)
-                    zoom = low_half(meta).to(tl.float32) * unit(KEY_BITS, j, SUBNORMAL)
+                    zoom = low_half(meta).to(tl.float32) * unit(FIRST, j // PARTS, SUBNORMAL)
                     s = raw[j] * zoom[:, None] + high_half(meta).to(tl.float32)[:, None] * query_sum[None, :]
                 if SOFTCAP:
                     s = softcap * tanh(s * cap_scale[None, :])
@@ -214,7 +228,7 @@ def attend_packed(
             if SOFTCAP:
                 weight = weight + (tl.exp2(score[j] - peak[None, :]),)
             elif AFFINE:
-                slope = scale * unit(KEY_BITS, j, SUBNORMAL)
+                slope = scale * unit(FIRST, j // PARTS, SUBNORMAL)
                 weight = weight + (tl.exp2(score[j] * slope[None, :] + (bias - peak[None, :]) * scale[None, :]),)
             else:
                 weight = weight + (tl.exp2(score[j] * scale[None, :] - (peak * scale)[None, :]),)
@@ -226,40 +240,98 @@ def attend_packed(
         total = total * shrink[None, :] + mass
 
         # values
-        values = unpack(value_words, VALUE_BITS, SUBNORMAL, INTERPRET)
-        offset = offset * shrink[None, :]
-        part = tl.zeros([DP, N], tl.float32)
-        for j in tl.static_range(BLOCKS):
-            meta = tl.load(VALUE_META + token + j * R)
-            if present is not None:
-                meta = tl.where(present, meta, 0)
-            if VALID is not None:
-                if TILES == 1:
-                    meta = tl.where(word_row + j * R < tl.load(VALID + step), meta, 0)
-                else:
-                    meta = tl.where(word_row + j * R < tl.load(VALID + index), meta, 0)
-            if POSITIONS is not None:
-                meta = tl.where(tl.load(POSITIONS + token + j * R) >= 0, meta, 0)
-            zoom = low_half(meta).to(tl.float32) * (unit(VALUE_BITS, j, False) * PROBABILITY_SHIFT)
-            offset += weight[j] * high_half(meta).to(tl.float32)[:, None]
-            part = tl.dot(values[j], (weight[j] * zoom[:, None]).to(tl.float16), part)
-        out = out * shrink[None, :] + part
+        moved = ()
+        offsets = ()
+        for g in tl.static_range(GROUPS):
+            values = unpack(value_words[g], VALUE_BITS, SUBNORMAL, INTERPRET)
+            low = offset[g] * shrink[None, :]
+            part = tl.zeros([GROUP, N], tl.float32)
+            for j in tl.static_range(BLOCKS):
+                meta = tl.load(VALUE_META + (tile_of_row * GROUPS + g) * TILE + word_row + j * R)
+                if present is not None:
+                    meta = tl.where(present, meta, 0)
+                if VALID is not None:
+                    if TILES == 1:
+                        meta = tl.where(word_row + j * R < tl.load(VALID + step), meta, 0)
+                    else:
+                        meta = tl.where(word_row + j * R < tl.load(VALID + index), meta, 0)
+                if POSITIONS is not None:
+                    meta = tl.where(tl.load(POSITIONS + token + j * R) >= 0, meta, 0)
+                zoom = low_half(meta).to(tl.float32) * (unit(VALUE_BITS, j, False) * PROBABILITY_SHIFT)
+                low += weight[j] * high_half(meta).to(tl.float32)[:, None]
+                part = tl.dot(values[j], (weight[j] * zoom[:, None]).to(tl.float16), part)
+            offsets = offsets + (low,)
+            moved = moved + (out[g] * shrink[None, :] + part,)
+        offset = offsets
+        out = moved
 
     UNSHIFT: tl.constexpr = unit(VALUE_BITS, 0, SUBNORMAL) / PROBABILITY_SHIFT
-    out = out * UNSHIFT + tl.sum(offset, 0)[None, :]
+    whole = ()
+    for g in tl.static_range(GROUPS):
+        whole = whole + (out[g] * UNSHIFT + tl.sum(offset[g], 0)[None, :],)
     if SOFTCAP:
         top = peak
     else:
         top = peak * scale
-    return top, tl.sum(total, 0), out
+    return top, tl.sum(total, 0), stacked(whole, GROUPS, GROUP, N)
 
 
 @triton.jit
-def _largest(raw, BITS: tl.constexpr, SUBNORMAL: tl.constexpr):
+def load_rows(
+    CODES, tile, row, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TILES: tl.constexpr
+):  # fmt: skip
+    """Word rows ``row`` of token-major tiles of ``R``: ``[ROWS, DP]``; ``tile`` is one for all, or each row's own."""
+    channel = tl.arange(0, DP)
+    if TILES == 1:
+        words = tl.load(
+            CODES + tile * (R * D) + row[:, None] * D + channel[None, :], mask=(channel < D)[None, :], other=0
+        )
+    else:
+        words = tl.load(
+            CODES + (tile * (R * D) + row * D)[:, None] + channel[None, :], mask=(channel < D)[None, :], other=0
+        )
+    return words
+
+
+@triton.jit
+def load_columns(
+    CODES, tile, row, first, GROUP: tl.constexpr, R: tl.constexpr, D: tl.constexpr, TILES: tl.constexpr
+):  # fmt: skip
+    """Words of GROUP channels from ``first`` on of channel-major tiles: ``[GROUP, ROWS]``."""
+    channel = first + tl.arange(0, GROUP)
+    if TILES == 1:
+        words = tl.load(
+            CODES + tile * (R * D) + channel[:, None] * R + row[None, :], mask=(channel < D)[:, None], other=0
+        )
+    else:
+        words = tl.load(
+            CODES + (tile * (R * D) + row)[None, :] + channel[:, None] * R, mask=(channel < D)[:, None], other=0
+        )
+    return words
+
+
+@triton.jit
+def stacked(parts, COUNT: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
+    """COUNT (1, 2 or 4) parts ``[ROWS, N]``, one below the other."""
+    if COUNT == 1:
+        whole = parts[0]
+    elif COUNT == 2:
+        whole = tl.reshape(tl.permute(tl.join(parts[0], parts[1]), (2, 0, 1)), [2 * ROWS, N])
+    else:
+        pairs = tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3]))  # [ROWS, N, 2, 2]
+        whole = tl.reshape(tl.permute(pairs, (2, 3, 0, 1)), [4 * ROWS, N])
+    return whole
+
+
+@triton.jit
+def _largest(raw, BITS: tl.constexpr, PARTS: tl.constexpr, SUBNORMAL: tl.constexpr):
     """Element-wise largest of all fields' products, in codes; fields of one place are compared unscaled."""
     PLACES: tl.constexpr = 8 // BITS
     for j in tl.static_range(PLACES):
-        both = tl.maximum(raw[j], raw[j + PLACES]) * unit(BITS, j, SUBNORMAL)
+        both = tl.maximum(raw[j * PARTS], raw[(j + PLACES) * PARTS])
+        if PARTS == 2:
+            both = tl.maximum(both, tl.maximum(raw[j * PARTS + 1], raw[(j + PLACES) * PARTS + 1]))
+        both = both * unit(BITS, j, SUBNORMAL)
         if j == 0:
             best = both
         else:
