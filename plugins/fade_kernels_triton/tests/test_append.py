@@ -318,7 +318,8 @@ from fade_kernels_triton.jit.append import append_kernel
 from fade_kernels_triton.jit.appendplanes import append_planes_kernel
 
 POINTERS = {"KEY_CODES": "*i16", "KEY_LOW": "*i16", "VALUE_CODES": "*i16", "COUNTERS": "*i64", "KEY_META": "*i32",
-            "VALUE_META": "*i32", "KEY_GAIN": "*u8", "VALUE_GAIN": "*u8"} | dict.fromkeys(("LENGTHS", "USED", "RESERVED", "POSITIONS", "IDS"), "*i32")
+            "VALUE_META": "*i32", "KEY_GAIN": "*u8", "VALUE_GAIN": "*u8"}
+POINTERS |= dict.fromkeys(("LENGTHS", "USED", "RESERVED", "POSITIONS", "IDS"), "*i32")
 POINTERS |= {f"{side}_{name}": "*i32" if name == "TABLE" else "*fp32" for side in ("KEY", "VALUE")
              for name in ("TABLE", "SCALES", "WORTH", "MEAN", "FORWARD", "DEVIATION", "USUAL")}
 WINDOW = dict.fromkeys(("KEYS", "VALUES", "W_KEYS", "W_VALUES"), "*bf16")
