@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     )
     from fade_core.cache.rope_schemes import rope_scheme_of
     from fade_core.config import FadeConfig
-    from fade_core.eviction.attention_tracker import AttentionTracker
+    from fade_core.eviction.attention_tracker import AttentionTracker, Observation
     from fade_core.interfaces import (
         EvictionPolicy,
         Kernel,
@@ -86,6 +86,7 @@ _HOME = {
     "list_plugins": "plugins",
     **dict.fromkeys(("JsonlExporter", "attach_telemetry"), "builtin.telemetry"),
     "AttentionTracker": "eviction.attention_tracker",
+    "Observation": "eviction.attention_tracker",
 }
 """Public name to the module that defines it."""
 
@@ -102,6 +103,7 @@ __all__ = [
     "Kernel",
     "KernelConfig",
     "LayerView",
+    "Observation",
     "PackedSegment",
     "PolicyConfig",
     "Quantizer",

@@ -12,7 +12,7 @@ from test_append import Turned
 from test_kernel_cache import model
 from torch import Tensor
 
-from fade_core import FadeConfig, FullSegment, PackedSegment, Tier, create_tiered_cache
+from fade_core import AttentionTracker, FadeConfig, FullSegment, PackedSegment, Tier, create_tiered_cache
 from fade_core.builtin.quantizers.uniform import UniformQuantizer
 from fade_core.errors import InputError
 from fade_core.ops.reference import attention_mass, decode_attention
@@ -101,6 +101,87 @@ def test_a_query_that_sees_nothing_gives_nothing(device: str) -> None:
     query = torch.randn(2, 4, 2, 64, device=device).half()
     lse = torch.full((2, 4, 2), -math.inf, device=device)
     assert not bool(TritonAttentionMass()(query, segment, lse, 0.1).any())
+
+
+def statistics(part: FullSegment | PackedSegment, tokens: int, tracker: AttentionTracker) -> dict[str, Tensor]:
+    shape = (2, 2, tokens)
+    return {name: torch.rand(shape, device=part_device(part)) for name in tracker.statistics}
+
+
+def part_device(part: FullSegment | PackedSegment) -> torch.device:
+    return part.keys.device if isinstance(part, FullSegment) else part.store.used.device
+
+
+def window(queries: int, dim: int, dtype: torch.dtype, device: str, tokens: int = 75) -> FullSegment:
+    """Two rows of other lengths, NaN behind them."""
+    keys = torch.randn(2, 2, tokens, dim, device=device).to(dtype)
+    lengths = torch.randint(queries, tokens + 1, (2, 1), device=device).int().expand(2, 2).contiguous()
+    keys[(torch.arange(tokens, device=device) >= lengths[..., None])] = torch.nan
+    return FullSegment(keys, torch.zeros_like(keys), None, True, lengths)
+
+
+@pytest.mark.parametrize(("queries", "softcap", "dtype"), [(1, None, torch.bfloat16), (3, 5.0, torch.float16)])
+def test_masses_of_a_window_whose_lengths_are_on_the_device(
+    queries: int, softcap: float | None, dtype: torch.dtype, device: str
+) -> None:
+    seed()
+    part, query = window(queries, 80, dtype, device), torch.randn(2, 6, queries, 80, device=device).to(dtype)
+    clean = FullSegment(part.keys.nan_to_num().double(), part.values.double(), part.seen(queries))
+    exactly = decode_attention(query.double(), [clean], 0.1, softcap)
+    wanted = attention_mass(query.double(), clean, exactly.lse, 0.1, softcap)
+    found = TritonAttentionMass()(query, part, exactly.lse.float(), 0.1, softcap)
+    assert found is not None and bool(found.isfinite().all())
+    torch.testing.assert_close(
+        found.double(), wanted, rtol=1e-4, atol=1e-6
+    )  # products of 16 bits are summed in float32
+
+
+EVERY = ("mass", "seen", "ema", "last", "window")
+
+
+@pytest.mark.parametrize("names", [("mass", "seen"), EVERY])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_statistics_follow_as_the_tracker_says(queries: int, names: tuple[str, ...], device: str) -> None:
+    """Of tiles, some of them cut short or not in use, and of a window."""
+    seed()
+    tracker, kernel = AttentionTracker(names, decay=0.7, observation_window=5), TritonAttentionMass()
+    held, recent = store(tier(3, "channel", 64, 64), device, table=True), window(queries, 64, torch.bfloat16, device)
+    parts = [PackedSegment(held.view(), None, plain=True), recent]
+    query = torch.randn(2, 4, queries, 64, device=device).bfloat16()
+    clean = FullSegment(recent.keys.nan_to_num(), recent.values, recent.seen(queries))
+    lse = decode_attention(query, [parts[0], clean], 0.125).lse
+    for part in parts:
+        tokens = recent.keys.shape[2] if part is recent else held.view().tiles * 64
+        ours = statistics(part, tokens, tracker)
+        theirs = {name: noted.clone() for name, noted in ours.items()}
+        observation = tracker.observation(ours, queries)
+        assert kernel.accepts(query, part, lse, 0.125, None, noted=observation)
+        assert kernel(query, part, lse, 0.125, None, noted=observation) is None
+        given = kernel(query, part, lse, 0.125)
+        assert given is not None
+        tracker.age(theirs, queries)
+        tracker.observe(theirs, given, part.seen(queries))
+        in_use = torch.ones(2, 2, tokens, dtype=torch.bool, device=device)
+        if part is not recent:  # tiles without tokens have nothing to be kept
+            number = torch.arange(tokens, device=device) // 64
+            in_use = number < held.view().used[..., None]
+        for name in names:
+            torch.testing.assert_close(ours[name][in_use], theirs[name][in_use], rtol=1e-6, atol=1e-6)
+
+
+def test_statistics_that_it_cannot_keep_are_refused(device: str) -> None:
+    part, query = window(2, 64, torch.float16, device), torch.randn(2, 4, 2, 64, device=device).half()
+    kernel, lse = TritonAttentionMass(), torch.zeros(2, 4, 2, device=device)
+    few = AttentionTracker(("window",), observation_window=1)
+    refused = kernel.accepts(query, part, lse, 1.0, None, noted=few.observation(statistics(part, 75, few), 2))
+    assert "1 observed of 2" in refused.reason
+    whole = AttentionTracker(("mass",))
+    apart = {"mass": torch.zeros(2, 75, 2, device=device).transpose(1, 2)}
+    assert "strides" in kernel.accepts(query, part, lse, 1.0, None, noted=whole.observation(apart, 2)).reason
+    told = FullSegment(part.keys, part.values, None, True, torch.tensor([70, 75]))
+    noted = whole.observation(statistics(part, 75, whole), 2)
+    with pytest.raises(InputError, match="the host tells"):
+        kernel(query, told, lse, 1.0, None, noted=noted)
 
 
 class TurnedKeys(Turned):

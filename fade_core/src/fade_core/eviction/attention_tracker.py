@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +17,23 @@ one query of one head gave while the cache was only read (``TieredKVCache.readin
 
 QUERY_STATISTICS = ("query_mean", "query_covariance")
 """Of each layer's latest queries, after RoPE and times the softmax scale (``fade_core.eviction.query_moments``)."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What becomes of tokens' statistics as queries are observed, for kernels that see to it (``Kernel.observes``).
+
+    Attributes:
+        held: statistic name to float32 ``[B, H_kv, T]``, to be updated in place as ``AttentionTracker.observe`` does.
+        decay: factor of ``ema`` a query.
+        keeps: what all the queries leave of ``window``, to be applied before they are added.
+        observed: how many of the last queries count for ``window``.
+    """
+
+    held: dict[str, Tensor]
+    decay: float
+    keeps: float
+    observed: int
 
 
 class AttentionTracker:
@@ -67,6 +85,10 @@ class AttentionTracker:
             return 1.0
         length = int(self.observation_window)
         return 0.0 if queries >= length else (1 - 1 / length) ** queries
+
+    def observation(self, held: dict[str, Tensor], queries: int) -> Observation:
+        """``age`` and ``observe`` of ``queries`` new ones, for a kernel."""
+        return Observation(held, self.decay, self.keeps(queries), self.observed(queries))
 
     def age(self, held: dict[str, Tensor], queries: int) -> None:
         """Before ``queries`` new queries are observed: let older ones leave the "window" of ``held``, in place."""

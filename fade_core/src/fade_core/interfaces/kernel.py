@@ -34,6 +34,8 @@ class Kernel(ABC):
         priority: among those that support a case, ``auto`` takes the highest.
         reads_counts: whether it finds out for itself how much of a buffer is in use, as what runs on a GPU must; on a CPU
             others are shown no more than that.
+        observes: whether ``attention_mass`` takes ``noted``, an ``Observation``, and lets the statistics follow in place of
+            giving the probabilities. Asked by ``accepts``; where it says no, the core does so with those.
         shifts: whether it reads ``PackedSegment.shift``; where it does not, the core computes what is shifted itself.
     """
 
@@ -41,6 +43,7 @@ class Kernel(ABC):
     op: ClassVar[Op] = "decode_attention"
     priority: ClassVar[int] = 0
     reads_counts: ClassVar[bool] = False
+    observes: ClassVar[bool] = False
     shifts: ClassVar[bool] = False
 
     @abstractmethod

@@ -175,19 +175,31 @@ def read_all(
     kernel = plan.choose(plan.attention, *call, shifted=any(map(_moved, segments)), probabilities=tracked)
     result: AttentionOutput = kernel(*call, probabilities=tracked)
 
-    def mass(segment: Segment) -> Tensor:
-        given = query, segment, result.lse, scaling, softcap
-        probabilities: Tensor = plan.choose(plan.mass, *given, shifted=_moved(segment))(*given)
-        return probabilities
-
     if tracked:
-        masses = result.probabilities or map(mass, segments)
-        for segment, noted, probabilities in zip(segments, statistics, masses, strict=True):
-            tracker.age(noted, query.shape[2])
-            tracker.observe(noted, probabilities, segment.seen(query.shape[2]))
+        for number, (segment, noted) in enumerate(zip(segments, statistics, strict=True)):
+            if result.probabilities is None:
+                probabilities = _mass(plan, noted, query, segment, result.lse, scaling, softcap)
+            else:
+                probabilities = result.probabilities[number]
+            if probabilities is not None:
+                tracker.age(noted, query.shape[2])
+                tracker.observe(noted, probabilities, segment.seen(query.shape[2]))
     if held.moments:
         QueryMoments.over(held.moments).observe(query * scaling, tracker.keeps(query.shape[2]))
     return result.output
+
+
+def _mass(
+    plan: StepPlan, noted: dict[str, Tensor], query: Tensor, segment: Segment, *call: Tensor | float | None
+) -> Tensor | None:
+    """What the queries gave to a part's tokens; ``None`` if the kernel has let the statistics follow."""
+    kernel, observation = plan.mass, plan.tracker.observation(noted, query.shape[2])
+    shifted = _moved(segment)
+    if kernel.observes and not shifted and kernel.accepts(query, segment, *call, noted=observation):
+        kernel(query, segment, *call, noted=observation)
+        return None
+    probabilities: Tensor = plan.choose(kernel, query, segment, *call, shifted=shifted)(query, segment, *call)
+    return probabilities
 
 
 def segments_of(
