@@ -27,7 +27,7 @@ BALANCED = Preset(
         "policy": {"kind": "position"},
     },
     "K at 3 bits, V at 2, nothing evicted",
-    "kernel for CPUs; torch on a GPU",
+    "kernels for CUDA and for CPUs",
     "README",
 )
 AGGRESSIVE = Preset(
@@ -40,7 +40,7 @@ AGGRESSIVE = Preset(
         "policy": {"kind": "h2o", "budget": 0.5},
     },
     "K at 3 bits, V at 2, half of the context evicted",
-    "kernel for CPUs; torch on a GPU",
+    "kernels for CUDA and for CPUs",
     "README",
 )
 PRESETS = [SAFE, BALANCED, AGGRESSIVE]
