@@ -60,7 +60,7 @@ def test_it_grows_by_little_and_keeps_what_it_holds(pool: TilePool) -> None:
 
 
 def test_reserving_ahead_makes_room_for_exactly_what_is_missing(pool: TilePool) -> None:
-    pool.reserve(7, torch.empty(0, dtype=torch.long))
+    pool.take(7, torch.empty(0, dtype=torch.long))
     assert pool.capacity == 7
     before = {name: field.data_ptr() for name, field in pool.fields.items()}
     pool.write(tiles(7), torch.empty(0, dtype=torch.long))

@@ -20,7 +20,7 @@ from fade_core.cache.layer_steps import LayerSteps
 from fade_core.cache.prompt import compress_due, place_prompt
 from fade_core.errors import InputError
 from fade_core.eviction.byte_budget import ByteBudget
-from fade_core.eviction.contents import LayerContents, Snapshot
+from fade_core.eviction.contents import LayerContents
 from fade_core.eviction.query_moments import QueryMoments
 from fade_core.eviction.ranking import rank
 from fade_core.interfaces import Event
@@ -73,7 +73,7 @@ class TieredLayer(CacheLayerMixin):
         self.is_initialized = False
         self._held: LayerContents | None = None
         self.pending: tuple[Tensor, Tensor] | None = None
-        self._before: Snapshot | None = None
+        self._before: tuple[int, Callable[[], None]] | None = None
         self._encoded = 0
         self._maintained = self._room_left = False
         if self._kept is not None:
@@ -202,8 +202,7 @@ class TieredLayer(CacheLayerMixin):
             for quantizer in self.plan.learners:
                 quantizer.forget()
         step = self.steps.ready and before > 0 and keys.shape[2] <= MOST_TOKENS and not self.reading
-        taken_back = before > 0 and not self.reading and (not step or self.plan.observes)
-        self._before = held.snapshot(step) if taken_back else Snapshot(step, {"logical": before}, [], {})
+        self._before = before, held.snapshot(step or self.reading)
         if step:
             # tokens that may be taken back, or are to stay, leave the window to nobody; most steps find it not full anyway
             rule = self.steps.rules[self.record_past or self.holding or self._room_left]
@@ -296,17 +295,17 @@ class TieredLayer(CacheLayerMixin):
     # --- a pass ---
     def rollback(self) -> None:
         """Be again as before the forward pass that is under way; nothing happens if none is."""
-        before, self._before = self._before, None
-        if before is None:
+        if self._before is None:
             return
-        if not before.facts["logical"]:
+        (logical, restore), self._before = self._before, None
+        if not logical:
             self.reset()
             return
         self.pending, held = None, self.held
         if self.reading:
-            held.logical = before.facts["logical"]
+            held.logical = logical
             return
-        held.restore(before)
+        restore()
         self.steps.counters[NONFINITE].zero_()
         self.changed()
 

@@ -71,9 +71,8 @@ def tiered_layer(like: TieredLayer, facts: Mapping[str, Any], tensors: Mapping[s
     _check(held.padding.shape == (batch,) and _within(held.padding, 0, held.logical), "padding")
     _check(held.ranked_at.shape == (batch,), "steps since the last ranking")
     _check_window(held.window, window, held.logical)
-    observed = {name: window[name] for name in held.window.notes if name != "shift"}
-    tokens = {"keys": keys, "values": values, "positions": window["positions"][:, None], **observed}
-    held.window.assign(tokens, window["lengths"].cpu())
+    tokens = {name: window[name] for name in held.window.slots.tensors if name != "shift"}
+    held.window.assign(tokens | {"positions": window["positions"][:, None]}, window["lengths"].cpu())
     if held.queries is not None:
         _check_queries(_part(tensors, "queries."), batch, keys.shape[3])
         held.queries.load(_part(tensors, "queries."), keys.device)
@@ -99,10 +98,10 @@ def store_state(store: TierStore) -> Tensors:
     state |= {"table": torch.full_like(ids, -1).masked_scatter(live, place), "counts": counts, "starts": starts}
     state["offsets"] = torch.empty((*ids.shape[:2], 0, store.tile), dtype=torch.int32, device=store.device)
     slack = sent(torch.arange(store.tile) >= counts[..., None], store.device)  # [B, H_kv, tiles, tile]
-    for name, note in table.notes.items():
+    for name, note in table.slots.tensors.items():
         if name == "positions":
             state["offsets"] = note[:, :, :tiles].masked_fill(slack, -1)
-        elif name != "shift":
+        elif name not in ("starts", "shift"):
             state[name] = note[:, :, :tiles].masked_fill(slack, 0)
     return state
 

@@ -204,12 +204,12 @@ def segments_of(
     """
     segments: list[Segment] = []
     statistics: list[dict[str, Tensor]] = []
-    for tier in held.tiers:
-        view = tier.view.in_use() if on_host else tier.view
+    for every in held.tiers:
+        view = every.in_use() if on_host else every
         if not view.tiles:
             continue
-        notes = {n: note[:, :, : view.tiles].flatten(2) for n, note in tier.notes.items()}  # [B, H_kv, tiles * tile]
-        seen = None if mask is None else gathered(mask, tier.positions(view.tiles), view.valid())
+        notes = {n: note[:, :, : view.tiles].flatten(2) for n, note in view.slots.items()}  # [B, H_kv, tiles * tile]
+        seen = None if mask is None else gathered(mask, view.positions(), view.valid())
         shift = _noted_shift(plan, notes, on_host) if shifts is None else shifts[len(segments)]
         segments.append(PackedSegment(view, seen, mask is None, shift))
         statistics.append(under(notes, "statistic.") if notes else {})

@@ -45,19 +45,15 @@ class TilePool:
             alive: ids in use; -1 is no id.
             wish: ids ``[count]``, all different, that are given where they are free.
         """
-        self.reserve(count, alive)
+        missing = count - len(self.free(alive))
+        if missing > 0:
+            self.grow(self.capacity + max(missing, self.capacity // _GROWTH))
         free = self.free(alive)
         if wish is None:
             return free[:count]
         granted = torch.isin(wish, free)
         others = free[~torch.isin(free, wish[granted])]
         return wish.masked_scatter(~granted, others)
-
-    def reserve(self, count: int, alive: Tensor) -> None:
-        """Make room for ``count`` more tiles beside those ``alive``."""
-        missing = count - len(self.free(alive))
-        if missing > 0:
-            self.grow(self.capacity + max(missing, self.capacity // _GROWTH))
 
     def read(self, ids: Tensor) -> dict[str, Tensor]:
         """Fields ``[n, ...]`` of the tiles ``ids`` (int64 ``[n]``, CPU)."""
@@ -82,12 +78,10 @@ class TilePool:
             source: ids (int64, CPU) of the tiles that are kept; ``None`` for all, at their ids.
             target: their ids in the new fields.
         """
+        old, new = (slice(self.capacity) if ids is None else sent(ids, self.device) for ids in (source, target))
         for name, field in self.fields.items():
             grown = torch.zeros((capacity, *field.shape[1:]), dtype=field.dtype, device=field.device)
-            if source is None or target is None:
-                grown[: self.capacity] = field
-            else:
-                grown[sent(target, self.device)] = field.index_select(0, sent(source, self.device))
+            grown[new] = field[old]
             self.fields[name] = grown
         self.capacity = capacity
 
