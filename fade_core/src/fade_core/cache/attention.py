@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -15,11 +16,10 @@ from transformers.modeling_utils import AttentionInterface
 
 from fade_core.cache.layer import CompiledHandle, Handle, TieredLayer
 from fade_core.cache.masks import newest
-from fade_core.cache.prompt import dense_with_past, hides_stored, past_masks
+from fade_core.cache.prompt import dense_with_past, past_masks, past_shifts
 from fade_core.interfaces import PromptView
-from fade_core.ops.reference import AttentionOutput, FullSegment, decode_attention
+from fade_core.ops.reference import FullSegment, decode_attention
 from fade_core.ops.step import read_all
-from fade_core.storage.repositioning import shown_shifts
 from fade_core.support.transfer import sent
 
 NAME = "fade"
@@ -75,10 +75,10 @@ def fade_attention(
     elif isinstance(key, Handle):
         output = _eagerly(module, key.layer, call)
     elif softcap or s_aux is not None:
-        output = blocked_attention(query, key, cast(Tensor, value), call.mask, scaling, softcap, s_aux).output
+        output = _in_blocks(call, key, cast(Tensor, value), partial(rows_of, call, key.shape[2]))
     else:
         if attention_mask is not None and attention_mask.dim() == 2:
-            attention_mask = rows_of(call.mask, slice(0, query.shape[2]), query.shape[2], key.shape[2], query.device)
+            attention_mask = rows_of(call, key.shape[2])
         given = module, query, key, cast(Tensor, value), attention_mask
         plain: tuple[Tensor, None] = sdpa_attention_forward(*given, dropout=dropout, scaling=scaling, **kwargs)
         return plain
@@ -103,25 +103,20 @@ def _hides_padding_alone(layer: TieredLayer, mask: Tensor, last: bool = False) -
 
 def _step_attention(layer: TieredLayer, call: _Call) -> Tensor:
     """A few new tokens, which lie in the window by now."""
-    held, mask, rope, shifts = layer.known, call.mask, layer.plan.rope, None
-    if mask is not None and _hides_padding_alone(layer, mask):
-        mask = None
-    if mask is not None:
-        mask = rows_of(mask, slice(0, call.query.shape[2]), call.query.shape[2], held.logical, call.query.device)
-        shown = None if rope is None else hides_stored(held, newest(mask), held.logical)
-        if rope is not None and shown is not None:
-            shifts = shown_shifts(rope, held.window, held.stores, held.logical, shown)
-    steps, options = layer.steps, (mask, call.sinks, call.scaling, call.softcap, shifts)
-    output = read_all(steps.step_plan, call.query, steps.buffers or steps.wire(held), *options)
-    if steps.step_plan.refused:
-        steps.tell_refused()
+    held, steps, mask, shifts = layer.known, layer.steps, None, None
+    if call.mask is not None and not _hides_padding_alone(layer, call.mask):
+        mask = rows_of(call, held.logical)
+        shifts = past_shifts(held, layer.plan.rope, newest(mask), held.logical)
+    options = mask, call.sinks, call.scaling, call.softcap, shifts
+    output = read_all(steps.step_plan, call.query, steps.wire(held), *options)
+    steps.tell_refused()
     return output
 
 
 def _chunk_attention(module: torch.nn.Module, layer: TieredLayer, call: _Call) -> Tensor:
     """A prompt, or a chunk of one: exact among its own tokens, over the packed past before it."""
     held, (keys, values), mask = layer.held, cast(tuple[Tensor, Tensor], layer.pending), call.mask
-    chunk, queries = keys.shape[2], call.query.shape[2]
+    chunk = keys.shape[2]
     padding = alone = None
     if mask is not None and bool((held.lengths == chunk).any()):
         padding = layer.plan.masks.leading_padding(mask, chunk)
@@ -133,7 +128,7 @@ def _chunk_attention(module: torch.nn.Module, layer: TieredLayer, call: _Call) -
         alone = padding if layer.plan.masks.hides_padding_alone(mask, chunk, padding) else None
 
     def visible(part: slice | Tensor) -> Tensor:
-        rows = rows_of(mask, part, queries, held.logical, call.query.device)
+        rows = rows_of(call, held.logical, part)
         if not past:
             return rows
         masks = [*past_masks(held, rows), rows[..., -chunk:]]
@@ -142,7 +137,7 @@ def _chunk_attention(module: torch.nn.Module, layer: TieredLayer, call: _Call) -
 
     apart = past and any(not store.heads_aligned for store in held.packed)
     if call.softcap or call.sinks is not None or apart:
-        output = _in_blocks(call, keys, values, visible).output
+        output = _in_blocks(call, keys, values, visible)
     elif alone is not None:
         output = _row_by_row(module, call, keys, values, alone)
     else:
@@ -242,27 +237,11 @@ def _observe_queries(layer: TieredLayer, call: _Call, padding: Tensor | None) ->
 # --- exact attention, and masks ---
 
 
-def blocked_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> AttentionOutput:
-    """Exact attention in blocks of queries, with soft cap and sinks; causal where ``mask`` is ``None``."""
-    call = _Call(query, as_bool(mask), scaling, softcap, sinks)
-    return _in_blocks(
-        call, key, value, lambda part: rows_of(call.mask, part, query.shape[2], key.shape[2], query.device)
-    )
-
-
-def _in_blocks(call: _Call, key: Tensor, value: Tensor, visible: Visible) -> AttentionOutput:
-    """Exact attention in blocks of queries whose logits take no more elements than the keys do."""
+def _in_blocks(call: _Call, key: Tensor, value: Tensor, visible: Visible) -> Tensor:
+    """Exact attention ``[B, H_q, Q, D_v]`` with soft cap and sinks, in blocks of queries."""
     options, parts = (call.scaling, call.softcap, call.sinks), _blocks(call.query.shape[2], key, call.query.shape[1])
     found = [decode_attention(call.query[:, :, p], [FullSegment(key, value, visible(p))], *options) for p in parts]
-    return AttentionOutput(torch.cat([f.output for f in found], 2), torch.cat([f.lse for f in found], 2))
+    return torch.cat([part.output for part in found], 2)
 
 
 def _blocks(queries: int, key: Tensor, heads: int) -> list[slice]:
@@ -280,9 +259,8 @@ def _sdpa(module: torch.nn.Module, call: _Call, key: Tensor, value: Tensor, mask
 def _sdpa_in_blocks(module: torch.nn.Module, call: _Call, key: Tensor, value: Tensor, visible: Visible) -> Tensor:
     """As ``_sdpa``, in blocks of queries whose masks take no more elements than the keys do."""
     parts = _blocks(call.query.shape[2], key, 1)
-    return torch.cat(
-        [_sdpa(module, call._replace(query=call.query[:, :, p]), key, value, visible(p)) for p in parts], 2
-    )
+    found = [_sdpa(module, call._replace(query=call.query[:, :, p]), key, value, visible(p)) for p in parts]
+    return torch.cat(found, 2)
 
 
 def _row_by_row(module: torch.nn.Module, call: _Call, key: Tensor, value: Tensor, padding: Tensor) -> Tensor:
@@ -302,8 +280,9 @@ def as_bool(mask: Tensor | None) -> Tensor | None:
     return mask > torch.finfo(mask.dtype).min / 2
 
 
-def rows_of(mask: Tensor | None, part: slice | Tensor, queries: int, tokens: int, device: torch.device) -> Tensor:
-    """bool ``[B or 1, H or 1, len(part), tokens]``: what the queries ``part`` may see. ``mask`` as in ``fade_attention``."""
+def rows_of(call: _Call, tokens: int, part: slice | Tensor = slice(None)) -> Tensor:
+    """bool ``[B or 1, H or 1, len(part), tokens]``: what the queries ``part`` may see; causal where there is no mask."""
+    mask, queries, device = call.mask, call.query.shape[2], call.query.device
     if mask is not None and mask.dim() == 4:
         return mask[:, :, part, :tokens]
     own = torch.arange(tokens - queries, tokens, device=device)[part]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from fade_core.eviction.contents import LayerContents
 from fade_core.eviction.query_moments import QueryMoments
 from fade_core.eviction.ranking import rank
 from fade_core.interfaces import Event
-from fade_core.ops.buffers import LOGICAL, MOST_TOKENS, NONFINITE, LayerBuffers
+from fade_core.ops.buffers import LOGICAL, MOST_TOKENS, NONFINITE
 from fade_core.ops.step import take_in
 from fade_core.storage.capacity import bucket
 from fade_core.storage.repositioning import note_shifts
@@ -138,10 +137,9 @@ class TieredLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for the batch size, heads, dtype and device of the first tokens ``[B, H_kv, T, D]``."""
         plan, ladder, rows = self.plan, self.plan.ladder, len(key_states)
-        found, expected = (key_states.shape[3], value_states.shape[3]), None
-        if ladder.tiers:
-            expected = (ladder.tiers[0].keys.head_dim, ladder.tiers[0].values.head_dim)
-        if expected and expected != found:
+        found = (key_states.shape[3], value_states.shape[3])
+        expected = next(((tier.keys.head_dim, tier.values.head_dim) for tier in ladder.tiers), found)
+        if expected != found:
             raise InputError(
                 f"layer {self.index}: keys and values have head_dim {found[0]} and {found[1]}; this cache was "
                 f"built for {expected[0]} and {expected[1]}. Create the cache with the model that fills it."
@@ -152,7 +150,7 @@ class TieredLayer(CacheLayerMixin):
         kept = self._kept
         if kept is None or not all(map(_fits, (key_states, value_states), (kept[0].keys, kept[0].values))):
             kept = plan.allocate(key_states, value_states, self.steps.slots if self.max_length else 0)
-            self.steps.allocate(rows, self.device)
+            self.steps.counters = torch.zeros(3, dtype=torch.long, device=self.device)
             self._kept = kept if self.max_length else None
         queries = None
         if plan.tracker.query_statistics and ladder.bounded:
@@ -188,13 +186,10 @@ class TieredLayer(CacheLayerMixin):
             self.maintain(keys.shape[2] if keys.dim() == 4 else 0)
         self._maintained = False
         held, before = self._held, 0 if self._held is None else self._held.logical
-        if held is None or not _like(keys, values, self.steps.buffers):
-            check_tokens(self.index, keys, values, None if held is None else (held.window.keys, held.window.values))
+        check_tokens(self.index, keys, values, None if held is None else (held.window.keys, held.window.values))
         self._check_room(keys.shape[2])
-        if keys.device.type != "cpu" or not bool(torch.isfinite(keys.sum() + values.sum())):
-            keys, values = self.plan.finite(
-                self.index, keys, values, before, self.plan.on_nonfinite, at_once=bool(self.plan.learners)
-            )
+        at_once = bool(self.plan.learners)
+        keys, values = self.plan.finite(self.index, keys, values, before, self.plan.on_nonfinite, at_once)
         if held is None:
             self.lazy_initialization(keys, values)
             held = self.known
@@ -206,9 +201,8 @@ class TieredLayer(CacheLayerMixin):
         if step:
             # tokens that may be taken back, or are to stay, leave the window to nobody; most steps find it not full anyway
             rule = self.steps.rules[self.record_past or self.holding or self._room_left]
-            take_in(self.steps.step_plan, keys, values, self.steps.buffers or self.steps.wire(held), rule)
-            if self.steps.step_plan.refused:
-                self.steps.tell_refused()
+            take_in(self.steps.step_plan, keys, values, self.steps.wire(held), rule)
+            self.steps.tell_refused()
             if self.device.type == "cpu":
                 self.steps.coming = 0  # the host's numbers are the device's
             else:
@@ -219,12 +213,7 @@ class TieredLayer(CacheLayerMixin):
         if self.plan.attention == "stock" and not before:
             self.finish_pending()
             return keys, values
-        shape = (*keys.shape[:2], held.logical)
-        found = [
-            Handle(self, (*shape, like.shape[3]), like, partial(_dense, self, side))
-            for side, like in (("key", keys), ("value", values))
-        ]
-        return found[0], found[1]
+        return Handle(self, "key", keys), Handle(self, "value", values)
 
     def get_seq_length(self) -> Any:
         """Logical length: tokens the model has seen, stored or not; a tensor inside a compiled graph."""
@@ -419,9 +408,8 @@ class TieredLayer(CacheLayerMixin):
             return
         rows = torch.ones(self._held.rows, dtype=torch.bool)
         if due:
-            if self.holding or self._before is not None:
-                return
-            if self._held.logical + self.steps.coming - int(self._held.ranked_at.min()) < self.plan.every:
+            came = self._held.logical + self.steps.coming - int(self._held.ranked_at.min())  # at most
+            if self.holding or self._before is not None or came < self.plan.every:
                 return
             rows = self.logical - self._held.ranked_at >= self.plan.every
             if not bool(rows.any()):
@@ -466,21 +454,10 @@ def _tell(layer: TieredLayer, moved: Mapping[str, int], before: int, started: fl
             layer.plan.emit(Event(kind, layer.index, tokens, before, after, seconds, detail))
 
 
-def _dense(layer: TieredLayer, side: str) -> Tensor:
-    return dense(layer.held, side, layer.pending)
-
-
 def _fits(new: Tensor, held: Tensor) -> bool:
     """Whether tokens ``[B, H_kv, T, D]`` fit buffers in all but their number."""
     (rows, heads, _, dim), like = new.shape, held.shape
     return (rows, heads, dim, new.dtype, new.device) == (like[0], like[1], like[3], held.dtype, held.device)
-
-
-def _like(keys: Tensor, values: Tensor, held: LayerBuffers | None) -> bool:
-    """Whether new tokens are plainly like those that are held: what is not is looked at closely, and refused by name."""
-    if held is None or keys.dim() != 4 or values.dim() != 4 or not 0 < keys.shape[2] == values.shape[2]:
-        return False
-    return _fits(keys, held.keys) and _fits(values, held.values)
 
 
 class Handle(Tensor):
@@ -491,22 +468,14 @@ class Handle(Tensor):
     """
 
     layer: TieredLayer
-    materialise: Callable[[], Tensor]
+    side: str
 
     @staticmethod
-    def __new__(
-        cls, layer: TieredLayer, shape: Sequence[int], like: Tensor, materialise: Callable[[], Tensor]
-    ) -> Handle:
-        """A handle on tokens of ``layer``.
-
-        Args:
-            layer: the layer that attention reads.
-            shape: ``[B, H_kv, T, D]``, whatever is stored.
-            like: gives dtype and device.
-            materialise: gives the dequantised tokens, a plain tensor of this shape.
-        """
-        handle: Handle = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
-        handle.layer, handle.materialise = layer, materialise
+    def __new__(cls, layer: TieredLayer, side: str, newest: Tensor) -> Handle:
+        """A handle on each "key" or "value" that ``layer`` has seen, whatever is stored; like the ``newest`` of them."""
+        shape = (*newest.shape[:2], layer.known.logical, newest.shape[3])
+        handle: Handle = Tensor._make_wrapper_subclass(cls, shape, dtype=newest.dtype, device=newest.device)
+        handle.layer, handle.side = layer, side
         return handle
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -517,7 +486,7 @@ class Handle(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         def plain(value: Any) -> Any:
-            return value.materialise() if isinstance(value, Handle) else value
+            return dense(value.layer.held, value.side, value.layer.pending) if isinstance(value, Handle) else value
 
         return func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
 

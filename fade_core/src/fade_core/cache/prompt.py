@@ -139,7 +139,8 @@ def dense_with_past(
     """
     stored = sum(part.longest for part in held.parts)
     both = tuple(t.new_empty((*t.shape[:2], stored + keys.shape[2], t.shape[3])) for t in (keys, values))
-    start, shifts = 0, past_shifts(held, rope, mask, held.logical - keys.shape[2])
+    noted = [None if rope is None else Shift(rope, part.note("shift")) for part in held.parts]
+    start, shifts = 0, past_shifts(held, rope, mask, held.logical - keys.shape[2]) or noted
     for part, shift in zip(held.parts, shifts, strict=True):
         here = [t[:, :, start : start + part.longest] for t in both]
         part.decode_into(*here)
@@ -151,21 +152,15 @@ def dense_with_past(
     return both[0], both[1]
 
 
-def past_shifts(held: LayerContents, rope: RopeScheme | None, mask: Tensor | None, end: int) -> list[Shift | None]:
-    """How far each part of what is stored moves: as noted, unless ``mask`` (as above) hides more of it than padding."""
-    if rope is None:
-        return [None for _ in held.parts]
-    shown = None if mask is None else hides_stored(held, mask, end)
-    if shown is None:
-        return [Shift(rope, part.note("shift")) for part in held.parts]
-    return shown_shifts(rope, held.window, held.stores, end, shown)
-
-
-def hides_stored(held: LayerContents, mask: Tensor, end: int) -> Tensor | None:
-    """``mask`` (bool ``[B or 1, T]``) of the positions below ``end``, if it hides more of them than padding."""
+def past_shifts(
+    held: LayerContents, rope: RopeScheme | None, mask: Tensor | None, end: int
+) -> list[Shift | None] | None:
+    """How far each part of what is stored moves, where ``mask`` (as above) hides more than padding; ``None``: as noted."""
+    if rope is None or mask is None:
+        return None
     shown = mask[:, :end]
     padded = torch.arange(end, device=mask.device) < sent(held.padding, mask.device)[:, None]
-    return None if bool((shown | padded).all()) else shown
+    return None if bool((shown | padded).all()) else shown_shifts(rope, held.window, held.stores, end, shown)
 
 
 def past_masks(held: LayerContents, mask: Tensor) -> list[Tensor]:

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -91,20 +91,11 @@ def plan_step(plan: StepPlan, compatibility_key: str, fresh: bool = False) -> St
         compatibility_key: what the quantizers were made from: their configuration and the model's layers and heads.
         fresh: give it a name that no other has: its quantizers learn, and belong to it alone.
     """
-    rule, tracker, contents = plan.rule, plan.tracker, "" if fresh else _contents(plan.tiers)
+    rule, tracker, contents = replace(plan.rule, tier=None), plan.tracker, "" if fresh else _contents(plan.tiers)
     kernels = plan.append.name, plan.attention.name, plan.mass.name
     noted = tracker.statistics, tracker.query_statistics, tracker.decay, tracker.observation_window
-    facts = (
-        rule.layer,
-        rule.n_sink,
-        rule.threshold,
-        rule.on_nonfinite,
-        kernels,
-        noted,
-        compatibility_key,
-        type(plan.rope),
-    )
-    plan.name = hashlib.sha256(repr((*facts, contents)).encode()).hexdigest()[:16]
+    facts = rule, kernels, noted, compatibility_key, type(plan.rope), contents
+    plan.name = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     shared = _plans.get(plan.name)
     if shared is not None and _contents(shared.tiers) == contents:
         return shared
@@ -204,15 +195,27 @@ def segments_of(
     """
     segments: list[Segment] = []
     statistics: list[dict[str, Tensor]] = []
+
+    def shift_of(notes: Mapping[str, Tensor]) -> Shift | None:
+        """``None`` if no token of the part is moved, as far as the host may read it."""
+        if shifts is not None:
+            return shifts[len(segments)]
+        if plan.rope is None:
+            return None
+        moving = notes["shift"].amax((0, 1)).nonzero() if on_host else None  # [n, 1]
+        if moving is None:
+            return Shift(plan.rope, notes["shift"])
+        return Shift(plan.rope, notes["shift"][:, :, : int(moving[-1]) + 1]) if len(moving) else None
+
     for every in held.tiers:
         view = every.in_use() if on_host else every
         if not view.tiles:
             continue
         notes = {n: note[:, :, : view.tiles].flatten(2) for n, note in view.slots.items()}  # [B, H_kv, tiles * tile]
         seen = None if mask is None else gathered(mask, view.positions(), view.valid())
-        shift = _noted_shift(plan, notes, on_host) if shifts is None else shifts[len(segments)]
+        shift = shift_of(notes)
         segments.append(PackedSegment(view, seen, mask is None, shift))
-        statistics.append(under(notes, "statistic.") if notes else {})
+        statistics.append(under(notes, "statistic."))
     longest, even, seen = held.keys.shape[2], False, None
     if on_host:
         longest = min(int(held.lengths.max()), longest)  # a window that ran over is reported later
@@ -221,24 +224,11 @@ def segments_of(
     if mask is not None:
         live = None if even else torch.arange(longest, device=mask.device) < held.lengths[:, :1, None]
         seen = gathered(mask, held.positions[:, None, :longest].long(), live)
-    shift = _noted_shift(plan, notes, on_host) if shifts is None else shifts[len(segments)]
+    shift = shift_of(notes)
     keys = held.keys[:, :, :longest] if shift is None else shift.moved(held.keys[:, :, :longest])
     segments.append(FullSegment(keys, held.values[:, :, :longest], seen, mask is None, None if even else held.lengths))
-    statistics.append(under(notes, "statistic.") if notes else {})
+    statistics.append(under(notes, "statistic."))
     return segments, statistics
-
-
-def _noted_shift(plan: StepPlan, notes: Mapping[str, Tensor], on_host: bool) -> Shift | None:
-    """How far the tokens of one part are moved; ``None`` if none is, as far as the host may read it."""
-    if plan.rope is None or "shift" not in notes:
-        return None
-    by = notes["shift"]
-    if on_host:
-        moving = by.amax((0, 1)).nonzero()
-        if not len(moving):
-            return None
-        by = by[:, :, : int(moving[-1]) + 1]
-    return Shift(plan.rope, by)
 
 
 def _moved(segment: Segment) -> bool:
@@ -285,8 +275,10 @@ def attend(
         stored = (where >= first[:, None]) & (where < held.counters[LOGICAL])
         held.counters[ODD_MASK] += (stored & ~mask[:, 0, 0]).any()
         mask = None
-    if mask is not None and query.device.type == "cpu" and _hides_padding_alone(mask, plan, held):
-        mask = None
+    if mask is not None and query.device.type == "cpu":
+        hidden, _ = segments_of(plan, held, ~mask, True, [None] * (len(held.tiers) + 1))
+        if not any(bool(segment.mask.any()) for segment in hidden if segment.mask is not None):
+            mask = None  # every stored token is seen
     return read_all(plan, query, held, mask, sinks, scaling, softcap).contiguous()
 
 
@@ -304,9 +296,3 @@ def _step(op: str, name: str, written: Sequence[Tensor], read: Sequence[Tensor])
     writes, reads = operands(op, names)
     tensors = dict(zip((*writes, *reads), (*written, *read), strict=True))
     return plan, LayerBuffers(tensors, plan.tiers, flags)
-
-
-def _hides_padding_alone(mask: Tensor, plan: StepPlan, held: LayerBuffers) -> bool:
-    """Whether every stored token is seen. Reads the mask: for a CPU."""
-    hidden, _ = segments_of(plan, held, ~mask, True, [None] * (len(held.tiers) + 1))
-    return not any(bool(segment.mask.any()) for segment in hidden if segment.mask is not None)
