@@ -59,7 +59,7 @@ def store_of(kind: str, counts: Tensor) -> TierStore:
             {},
         )
     )
-    store.pool.take(5, store.table.live_ids())
+    store.pool.take(torch.arange(5), store.table.live_ids())
     dead = torch.ones(store.pool.capacity, dtype=torch.bool)
     dead[store.table.live_ids()[store.table.live_ids() >= 0]] = False
     for field in store.pool.fields.values():

@@ -18,7 +18,7 @@ from fade_core.cache.layer import CompiledHandle, Handle, TieredLayer
 from fade_core.cache.masks import newest
 from fade_core.cache.prompt import dense_with_past, past_masks, past_shifts
 from fade_core.interfaces import PromptView
-from fade_core.ops.reference import FullSegment, decode_attention
+from fade_core.ops.reference import FullSegment, Segment, decode_attention
 from fade_core.ops.step import read_all
 from fade_core.support.transfer import sent
 
@@ -75,7 +75,8 @@ def fade_attention(
     elif isinstance(key, Handle):
         output = _eagerly(module, key.layer, call)
     elif softcap or s_aux is not None:
-        output = _in_blocks(call, key, cast(Tensor, value), partial(rows_of, call, key.shape[2]))
+        visible, attend = partial(rows_of, call, key.shape[2]), partial(_exact, key, cast(Tensor, value))
+        output = _in_blocks(call, key, visible, query.shape[1], attend)
     else:
         if attention_mask is not None and attention_mask.dim() == 2:
             attention_mask = rows_of(call, key.shape[2])
@@ -137,21 +138,19 @@ def _chunk_attention(module: torch.nn.Module, layer: TieredLayer, call: _Call) -
 
     apart = past and any(not store.heads_aligned for store in held.packed)
     if call.softcap or call.sinks is not None or apart:
-        output = _in_blocks(call, keys, values, visible)
+        output = _in_blocks(call, keys, visible, call.query.shape[1], partial(_exact, keys, values))
     elif alone is not None:
         output = _row_by_row(module, call, keys, values, alone)
+    elif not past and (mask is None or mask.dim() == 4):
+        output = _sdpa(module, keys, values, call, mask)
     else:
-        whole = not past and (mask is None or mask.dim() == 4)
-        output = (
-            _sdpa(module, call, keys, values, mask) if whole else _sdpa_in_blocks(module, call, keys, values, visible)
-        )
+        output = _in_blocks(call, keys, visible, 1, partial(_sdpa, module, keys, values))
     if layer.reading:
         _reread(layer, call, keys, visible)
         layer.finish_pending()
         return output
-    observed = None
-    if layer.plan.tracker.active and layer.plan.ladder.bounded:
-        observed = _observe(layer, call, keys, visible, chunk)
+    tracked = layer.plan.tracker.active and layer.plan.ladder.bounded
+    observed = _observe(layer, call, keys, visible, chunk) if tracked else None
     _observe_queries(layer, call, padding)
     if layer.plan.learners and not held.packed:  # nothing is encoded yet that they would have to read back
         seen_by = call.query, keys, values, call.scaling, call.softcap, call.sinks, visible, module
@@ -192,14 +191,14 @@ def _probabilities(
 
 def _observe(layer: TieredLayer, call: _Call, keys: Tensor, visible: Visible, chunk: int) -> dict[str, Tensor]:
     """Feed the tracker with the chunk's last queries; statistics of the chunk's own tokens are returned."""
-    tracker, queries, tokens = layer.plan.tracker, call.query.shape[2], keys.shape[2]
+    tracker, queries = layer.plan.tracker, call.query.shape[2]
     own = {n: keys.new_zeros((*keys.shape[:2], chunk), dtype=torch.float32) for n in tracker.statistics}
-    held = [*(layer.held.statistics() if tokens > chunk else ()), own]
+    held = [*layer.held.statistics(), own]
     sizes = [next(iter(statistics.values())).shape[2] for statistics in held]
     for statistics in held:
         tracker.age(statistics, queries)
     for _, head, saw, given in _probabilities(call, keys, visible, queries - tracker.observed(queries), _OBSERVED):
-        shown = saw.expand(-1, -1, -1, tokens).split(sizes, dim=3)
+        shown = saw.expand(-1, -1, -1, keys.shape[2]).split(sizes, dim=3)
         for statistics, probabilities, view in zip(held, given.split(sizes, dim=3), shown, strict=True):
             tracker.observe({n: t[:, head] for n, t in statistics.items()}, probabilities, view)
     return own
@@ -237,30 +236,28 @@ def _observe_queries(layer: TieredLayer, call: _Call, padding: Tensor | None) ->
 # --- exact attention, and masks ---
 
 
-def _in_blocks(call: _Call, key: Tensor, value: Tensor, visible: Visible) -> Tensor:
-    """Exact attention ``[B, H_q, Q, D_v]`` with soft cap and sinks, in blocks of queries."""
-    options, parts = (call.scaling, call.softcap, call.sinks), _blocks(call.query.shape[2], key, call.query.shape[1])
-    found = [decode_attention(call.query[:, :, p], [FullSegment(key, value, visible(p))], *options) for p in parts]
-    return torch.cat([part.output for part in found], 2)
+def _in_blocks(
+    call: _Call, key: Tensor, visible: Visible, heads: int, attend: Callable[[_Call, Tensor], Tensor]
+) -> Tensor:
+    """``attend`` to some queries and their mask at a time.
+
+    At least 16, and so many that ``heads`` numbers a query and token take no more elements than the keys do.
+    """
+    block, queries = max(16, key.shape[1] * key.shape[3] // heads), call.query.shape[2]
+    parts = [slice(start, min(start + block, queries)) for start in range(0, queries, block)]
+    return torch.cat([attend(call._replace(query=call.query[:, :, part]), visible(part)) for part in parts], 2)
 
 
-def _blocks(queries: int, key: Tensor, heads: int) -> list[slice]:
-    """Blocks of queries, at least 16, for which ``heads`` numbers a row and token take no more elements than ``key``."""
-    block = max(16, key.shape[1] * key.shape[3] // heads)
-    return [slice(start, min(start + block, queries)) for start in range(0, queries, block)]
+def _exact(key: Tensor, value: Tensor, call: _Call, mask: Tensor) -> Tensor:
+    """Exact attention ``[B, H_q, Q, D_v]`` with soft cap and sinks."""
+    segments: list[Segment] = [FullSegment(key, value, mask)]
+    return decode_attention(call.query, segments, call.scaling, call.softcap, call.sinks).output
 
 
-def _sdpa(module: torch.nn.Module, call: _Call, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+def _sdpa(module: torch.nn.Module, key: Tensor, value: Tensor, call: _Call, mask: Tensor | None) -> Tensor:
     """torch's exact attention ``[B, H_q, Q, D_v]``; causal where ``mask`` is ``None``."""
     output: Tensor = sdpa_attention_forward(module, call.query, key, value, mask, scaling=call.scaling)[0]
     return output.transpose(1, 2)
-
-
-def _sdpa_in_blocks(module: torch.nn.Module, call: _Call, key: Tensor, value: Tensor, visible: Visible) -> Tensor:
-    """As ``_sdpa``, in blocks of queries whose masks take no more elements than the keys do."""
-    parts = _blocks(call.query.shape[2], key, 1)
-    found = [_sdpa(module, call._replace(query=call.query[:, :, p]), key, value, visible(p)) for p in parts]
-    return torch.cat(found, 2)
 
 
 def _row_by_row(module: torch.nn.Module, call: _Call, key: Tensor, value: Tensor, padding: Tensor) -> Tensor:
@@ -269,7 +266,7 @@ def _row_by_row(module: torch.nn.Module, call: _Call, key: Tensor, value: Tensor
     for row, first in enumerate(padding.tolist()):
         if first < key.shape[2]:
             own = [t[row : row + 1, :, first:] for t in (call.query, key, value)]
-            output[row : row + 1, :, first:] = _sdpa(module, call._replace(query=own[0]), own[1], own[2], None)
+            output[row : row + 1, :, first:] = _sdpa(module, own[1], own[2], call._replace(query=own[0]), None)
     return output
 
 

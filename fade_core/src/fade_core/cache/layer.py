@@ -15,7 +15,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from fade_core.cache.inspection import dense, tensors
 from fade_core.cache.layer_plan import REJECTABLE, LayerPlan
-from fade_core.cache.layer_steps import LayerSteps
+from fade_core.cache.layer_steps import LayerSteps, bucket
 from fade_core.cache.prompt import compress_due, place_prompt
 from fade_core.errors import InputError
 from fade_core.eviction.byte_budget import ByteBudget
@@ -25,7 +25,6 @@ from fade_core.eviction.ranking import rank
 from fade_core.interfaces import Event
 from fade_core.ops.buffers import LOGICAL, MOST_TOKENS, NONFINITE
 from fade_core.ops.step import take_in
-from fade_core.storage.capacity import bucket
 from fade_core.storage.repositioning import note_shifts
 from fade_core.storage.tier_store import TierStore
 from fade_core.storage.window import Window
@@ -330,7 +329,7 @@ class TieredLayer(CacheLayerMixin):
 
     def _make_room(self, held: LayerContents, coming: int) -> None:
         """Room for ``coming`` tokens in the window, and reserved tiles for what they send out of it."""
-        window, ladder, moved = held.window, self.plan.ladder, False
+        window, ladder = held.window, self.plan.ladder
         keep = self.record_past or self.holding or not held.stores
         for unseen in (self.steps.coming, 0):
             tokens = window.longest + unseen  # at most: what the host has not seen yet may have left the window
@@ -344,12 +343,11 @@ class TieredLayer(CacheLayerMixin):
                 self._compress_due()
                 due, slots = 0, window.longest + coming
             elif due:
-                moved |= held.stores[0].reserve(due, due)
+                held.stores[0].reserve(due, due)
             if slots > window.capacity:
-                moved |= window.reserve(slots if keep or not held.packed else max(slots, ladder.threshold - 1 + coming))
-        self._room_left = not due
-        if moved:
+                window.reserve(slots if keep or not held.packed else max(slots, ladder.threshold - 1 + coming))
             self.steps.rewire()
+        self._room_left = not due
 
     def finish_pending(self, padding: Tensor | None = None, statistics: Mapping[str, Tensor] | None = None) -> None:
         """Take in what ``update`` left pending. Called right after attention.

@@ -12,7 +12,6 @@ from fade_core.errors import InputError, NonFiniteError
 from fade_core.eviction.contents import LayerContents
 from fade_core.ops.buffers import LOGICAL, NONFINITE, ODD_MASK, LayerBuffers, layer_buffers
 from fade_core.ops.step import plan_step, read_all, step_name, take_in
-from fade_core.storage.capacity import bucket
 from fade_core.support.transfer import sent
 
 
@@ -184,3 +183,11 @@ class LayerSteps:
         for op, kernel, reason in sorted(self.step_plan.refused):
             self.plan.emit_once({"op": op, "kernel": kernel, "reason": reason})
         self.step_plan.refused.clear()
+
+
+def bucket(tokens: int) -> int:
+    """The size of buffers for ``tokens``: 256 or one of four an octave, so that few sizes are ever compiled for."""
+    if tokens <= 256:
+        return 256
+    step = 1 << ((tokens - 1).bit_length() - 3)
+    return -(-tokens // step) * step

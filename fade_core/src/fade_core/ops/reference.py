@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -161,8 +162,6 @@ class FullSegment:
             ``lengths`` do: an implementation that knows these need not read it.
         lengths: leading tokens of each row that are meant, int64 ``[B]`` on the CPU, or int32 ``[B, H_kv]`` where the
             tokens are (then no one has to read them back); ``None`` for all ``T``.
-
-    A ``plain`` segment need not have a mask: ``seen`` makes one for those that read masks.
     """
 
     keys: Tensor
@@ -285,16 +284,11 @@ def decode_attention(
         weights = torch.exp_(logits.sub_(top))
         parts.append((segment.combine(weights), top, weights.sum(-1, keepdim=True), weights))
     (batch, heads, queries, _), kv_heads = query.shape, logits.shape[1]
-    peak = parts[0][1]
-    for _, top, _, _ in parts[1:]:
-        peak = torch.maximum(peak, top)
-    if sinks is not None:
-        extra = sinks.to(logits.dtype).view(1, kv_heads, -1, 1).repeat_interleave(queries, 2)
-        peak = torch.maximum(peak, extra)
+    extra = [] if sinks is None else [sinks.to(logits.dtype).view(1, kv_heads, -1, 1).repeat_interleave(queries, 2)]
+    peak = functools.reduce(torch.maximum, [*(top for _, top, _, _ in parts), *extra])
     shares = [torch.exp(top - peak) for _, top, _, _ in parts]
     total = sum((mass * share for (_, _, mass, _), share in zip(parts, shares, strict=True)), torch.zeros_like(peak))
-    if sinks is not None:
-        total = total + torch.exp(extra - peak)
+    total = sum((torch.exp(sink - peak) for sink in extra), total)
     safe = total.clamp_min(torch.finfo(torch.float32).tiny)
     output = torch.stack([part * (share / safe) for (part, _, _, _), share in zip(parts, shares, strict=True)]).sum(0)
     lse = (peak + total.log()).view(batch, heads, queries)
@@ -368,3 +362,9 @@ class TorchAttentionMass(_Reference):
     op: ClassVar[Op] = "attention_mass"
     shifts: ClassVar[bool] = True
     run = attention_mass
+
+
+REFERENCES: dict[str, Kernel] = {
+    kernel.op: kernel for kernel in (TorchAppend(), TorchDecodeAttention(), TorchAttentionMass())
+}
+"""By op."""

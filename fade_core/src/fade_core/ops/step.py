@@ -21,19 +21,10 @@ from fade_core.eviction.attention_tracker import AttentionTracker
 from fade_core.eviction.query_moments import QueryMoments
 from fade_core.interfaces import Kernel, RopeScheme, Support, Tier
 from fade_core.ops.buffers import LOGICAL, ODD_MASK, AppendRule, LayerBuffers, operands
-from fade_core.ops.reference import (
-    AttentionOutput,
-    FullSegment,
-    PackedSegment,
-    Segment,
-    TorchAppend,
-    TorchAttentionMass,
-    TorchDecodeAttention,
-)
+from fade_core.ops.reference import REFERENCES, AttentionOutput, FullSegment, PackedSegment, Segment
 from fade_core.storage.repositioning import Shift
 from fade_core.storage.slots import under
 
-_REFERENCES: dict[str, Kernel] = {k.op: k for k in (TorchAppend(), TorchDecodeAttention(), TorchAttentionMass())}
 _WITHOUT_SHIFTS = Support(False, "packed keys that are read at other positions (reposition = 'contiguous')")
 _plans: weakref.WeakValueDictionary[str, StepPlan] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
@@ -72,13 +63,13 @@ class StepPlan:
 
     def choose(self, kernel: Kernel, *args: object, shifted: bool = False, **options: object) -> Kernel:
         """``kernel`` if it accepts this very call, else the reference."""
-        if type(kernel) is type(_REFERENCES[kernel.op]):
+        if type(kernel) is type(REFERENCES[kernel.op]):
             return kernel
         support = kernel.accepts(*args, **options) if kernel.shifts or not shifted else _WITHOUT_SHIFTS
         if support:
             return kernel
         self.refused.add((kernel.op, kernel.name, support.reason))
-        return _REFERENCES[kernel.op]
+        return REFERENCES[kernel.op]
 
 
 def plan_step(plan: StepPlan, compatibility_key: str, fresh: bool = False) -> StepPlan:
@@ -186,12 +177,7 @@ def segments_of(
 ) -> tuple[list[Segment], list[dict[str, Tensor]]]:
     """Packed tiers and window as attention reads them, and the statistics of each one's tokens, views.
 
-    Args:
-        plan: the layer's.
-        held: what the layer holds.
-        mask: bool ``[B or 1, 1, Q, T]`` over positions, or ``None`` if it hides padding alone.
-        on_host: whether lengths may be read on the host, so that no more than is in use is read.
-        shifts: as for ``read_all``.
+    Arguments are those of ``read_all``; ``on_host``: lengths may be read on the host, so that no more than is in use is read.
     """
     segments: list[Segment] = []
     statistics: list[dict[str, Tensor]] = []

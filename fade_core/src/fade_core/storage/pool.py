@@ -30,27 +30,24 @@ class TilePool:
         self.device = device
 
     def write(self, tiles: Mapping[str, Tensor], alive: Tensor, wish: Tensor | None = None) -> Tensor:
-        """Store ``[n, ...]`` tiles and return their ids (int64, CPU); ``alive`` and ``wish`` as for ``take``."""
-        ids = self.take(next(iter(tiles.values())).shape[0], alive, wish)
+        """Store ``[n, ...]`` tiles and return their ids (int64, CPU); ``alive`` and ``wish`` (the first) as for ``take``."""
+        ids = self.take(torch.arange(len(next(iter(tiles.values())))) if wish is None else wish, alive)
         target = sent(ids, self.device)
         for name, field in self.fields.items():
             field[target] = tiles[name].to(field.device, field.dtype)
         return ids
 
-    def take(self, count: int, alive: Tensor, wish: Tensor | None = None) -> Tensor:
-        """Ids (int64 ``[count]``, CPU) of tiles that are not ``alive``; the pool grows if there are too few.
+    def take(self, wish: Tensor, alive: Tensor) -> Tensor:
+        """Ids (int64 ``[n]``, CPU) of tiles that are not ``alive``; the pool grows if there are too few.
 
         Args:
-            count: tiles wanted.
+            wish: ids ``[n]``, all different, that are given where they are free.
             alive: ids in use; -1 is no id.
-            wish: ids ``[count]``, all different, that are given where they are free.
         """
-        missing = count - len(self.free(alive))
+        missing = len(wish) - len(self.free(alive))
         if missing > 0:
             self.grow(self.capacity + max(missing, self.capacity // _GROWTH))
         free = self.free(alive)
-        if wish is None:
-            return free[:count]
         granted = torch.isin(wish, free)
         others = free[~torch.isin(free, wish[granted])]
         return wish.masked_scatter(~granted, others)

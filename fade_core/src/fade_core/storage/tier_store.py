@@ -176,28 +176,26 @@ class TierStore:
         spare = self.table.reserved.host - self.table.used.host
         return int(spare.min()) if spare.numel() else 0
 
-    def reserve(self, need: int, want: int) -> bool:
-        """Reserve tiles for every row and head; says whether steps have to be told.
+    def reserve(self, need: int, want: int) -> None:
+        """Reserve tiles for every row and head; steps have to be told.
 
         Args:
             need: tiles that each must have ahead.
             want: tiles that each gets, if ``need`` is not met; a store of fixed size gives what it has.
         """
         if self.ahead() >= max(need, 1 if self.fixed else need):
-            return False
-        table = self.table
-        rows = table.used.host.numel()
+            return
+        table, rows = self.table, self.table.used.host.numel()
         if self.fixed and rows:
             spare = len(self.pool.free(table.alive())) + int((table.reserved.host - table.used.host).sum())
             want = min(want, spare // rows, table.width - self.tiles)
-        return self._make_room(torch.full_like(table.used.host, max(need, want)))
+        self._make_room(torch.full_like(table.used.host, max(need, want)))
 
-    def _make_room(self, wanted: Tensor) -> bool:
-        """Reserve ``wanted`` ``[B, H_kv]`` tiles behind those in use; says whether buffers or ``runs`` are others now."""
-        table, pool = self.table, self.pool
-        before, after = (table.width, pool.capacity, self.runs), table.used.host + wanted
+    def _make_room(self, wanted: Tensor) -> None:
+        """Reserve ``wanted`` ``[B, H_kv]`` tiles behind those in use."""
+        table, pool, after = self.table, self.pool, self.table.used.host + wanted
         if bool((after <= table.reserved.host).all()):
-            return False
+            return
         in_runs = self.runs and pool.capacity == table.ids.host.numel()
         source = table.alive()
         if int(after.max()) > table.width:
@@ -208,10 +206,9 @@ class TierStore:
                 table.ids.replace(laid.masked_fill(~held, -1))
         missing = ~table.held() & (torch.arange(table.width) < after[..., None])
         laid = table.in_runs()[missing]
-        table.ids.host[missing] = pool.take(len(laid), table.alive(), laid).int()
+        table.ids.host[missing] = pool.take(laid, table.alive()).int()
         table.reserved.replace(torch.maximum(table.reserved.host, after))
         self._changed()
-        return before != (table.width, pool.capacity, self.runs)
 
     def release(self, resized: bool = False) -> None:
         """Free tiles that nobody holds any more, if they are many; a store of fixed size keeps them for others.

@@ -151,12 +151,10 @@ class Window:
         self.positions.masked_fill_(past, -1)
 
     # --- room ---
-    def reserve(self, slots: int) -> bool:
-        """Make room for ``slots`` tokens a row, and a little more; says whether buffers were replaced."""
-        if slots <= self.capacity:
-            return False
-        self.slots.resize(max(slots, self.capacity + self.capacity // _GROWTH), self.longest)
-        return True
+    def reserve(self, slots: int) -> None:
+        """Make room for ``slots`` tokens a row, and a little more."""
+        if slots > self.capacity:
+            self.slots.resize(max(slots, self.capacity + self.capacity // _GROWTH), self.longest)
 
     def shrink(self, slots: int) -> None:
         """Give back room above ``slots`` that no token needs."""
