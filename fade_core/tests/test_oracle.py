@@ -98,7 +98,7 @@ def case(kinds: list[str], queries: int, masked: bool, ragged: bool) -> Case:
         counts = torch.randint(0, 5, (BATCH, KV_HEADS)) * TILE + torch.randint(0, TILE, (BATCH, KV_HEADS))
         counts[0, 0] = 5 * TILE
         store = store_of(kind, counts if ragged else torch.full_like(counts, 3 * TILE))
-        valid = store.valid()
+        valid = store.view().valid()
         seen = torch.ones(BATCH, KV_HEADS, queries, store.tiles * TILE, dtype=torch.bool)
         if masked:
             seen = torch.rand(seen.shape) < 0.5
@@ -244,6 +244,6 @@ def test_reading_a_few_tiles_at_once_changes_nothing(kind: str, at_once: int, mo
 
 def valid_mask(store: TierStore) -> Tensor:
     """bool ``[B, H_kv, 1, T]``: the slots that hold a token."""
-    live = store.valid()
+    live = store.view().valid()
     assert live is not None
     return live[:, :, None]

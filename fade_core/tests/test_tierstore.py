@@ -78,7 +78,7 @@ def assert_consistent(store: TierStore) -> None:
     assert torch.equal(store.table.live_ids() >= 0, store.table.live_counts() > 0)
     if store.tiles:
         assert bool((store.table.live_ids() >= 0).any(0).any(0)[-1]), "no column of the table is empty"
-    valid = store.valid()
+    valid = store.view().valid()
     assert torch.equal(store.lengths, store.table.live_counts().sum(-1) if valid is None else valid.sum(-1))
 
 

@@ -301,42 +301,26 @@ def take_rows(model: PreTrainedModel) -> None:
 
 
 def padding_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    mask_function: Callable[..., Any] = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    config: PreTrainedConfig | None = None,
-    **kwargs: Any,
+    batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0, **given: Any
 ) -> Tensor | None:
-    """The mask of a pass, as transformers asks for it.
+    """The mask of a pass, as transformers asks for it; ``given``: what else its ``sdpa_mask`` takes.
 
     Returns:
         ``None`` for a prompt whose tokens see all that came before them; bool ``[B, T]`` where several queries see that but
         for padding; else what transformers makes for its own attention, ``[B, 1, Q, T]``.
     """
-    plain = mask_function is causal_mask_function and kwargs.get("allow_is_causal_skip", True)
-    plain = plain and config is not None and _take_rows.get(id(config)) is config
+    rows: Tensor | None = given.get("attention_mask")
+    config = given.get("config")
+    plain = given.get("mask_function", causal_mask_function) is causal_mask_function
+    plain = plain and given.get("allow_is_causal_skip", True) and _take_rows.get(id(config)) is config is not None
     plain = plain and isinstance(q_offset, int) and kv_offset == 0 and kv_length == q_offset + q_length
     if plain and q_length > 1 and not torch.compiler.is_compiling():
-        rows = attention_mask
         if rows is None and q_offset:
-            rows = torch.ones((batch_size, kv_length), dtype=torch.bool, device=kwargs.get("device"))
+            rows = torch.ones((batch_size, kv_length), dtype=torch.bool, device=given.get("device"))
         if rows is not None and rows.shape[1] == kv_length and (q_offset or not bool(rows.all())):
             return rows.bool()
-    made: Tensor | None = sdpa_mask(
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        config=config,
-        **kwargs,
-    )
+    given |= {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
+    made: Tensor | None = sdpa_mask(q_offset=q_offset, kv_offset=kv_offset, **given)
     return made
 
 

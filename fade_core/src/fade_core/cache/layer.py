@@ -26,8 +26,6 @@ from fade_core.interfaces import Event
 from fade_core.ops.buffers import LOGICAL, MOST_TOKENS, NONFINITE
 from fade_core.ops.step import take_in
 from fade_core.storage.repositioning import note_shifts
-from fade_core.storage.tier_store import TierStore
-from fade_core.storage.window import Window
 from fade_core.support.checks import check_room, check_tokens
 from fade_core.support.memory import storage_bytes
 
@@ -63,7 +61,7 @@ class TieredLayer(CacheLayerMixin):
         self.steps = LayerSteps(plan, max_length)
         self.record_past = self.reading = self.holding = False
         self.owner: weakref.ref[Any] | None = None
-        self._kept: tuple[Window, tuple[TierStore, ...]] | None = None
+        self._kept: tuple[Any, ...] = ()  # the window and stores of fixed size
         self.reset()
 
     def reset(self) -> None:
@@ -73,11 +71,9 @@ class TieredLayer(CacheLayerMixin):
         self.pending: tuple[Tensor, Tensor] | None = None
         self._before: tuple[int, Callable[[], None]] | None = None
         self._encoded = 0
-        self._maintained = self._room_left = False
-        if self._kept is not None:
-            self._kept[0].clear()
-            for store in self._kept[1]:
-                store.clear()
+        self._maintained = False
+        for part in self._kept:
+            part.clear()
         self.steps.forget()
 
     # --- what is held ---
@@ -147,15 +143,15 @@ class TieredLayer(CacheLayerMixin):
             raise InputError(f"layer {self.index}: {ladder.budget.shortfall(rows)}")
         self.dtype, self.device = key_states.dtype, key_states.device
         kept = self._kept
-        if kept is None or not all(map(_fits, (key_states, value_states), (kept[0].keys, kept[0].values))):
+        if not kept or not all(map(_fits, (key_states, value_states), (kept[0].keys, kept[0].values))):
             kept = plan.allocate(key_states, value_states, self.steps.slots if self.max_length else 0)
             self.steps.counters = torch.zeros(3, dtype=torch.long, device=self.device)
-            self._kept = kept if self.max_length else None
+            self._kept = kept if self.max_length else ()
         queries = None
         if plan.tracker.query_statistics and ladder.bounded:
             queries = QueryMoments("query_covariance" in plan.tracker.query_statistics)
         none = torch.zeros(rows, dtype=torch.long)
-        self._held = LayerContents(plan, *kept, queries, none, none)
+        self._held = LayerContents(plan, kept[0], kept[1:], queries, none, none)
         self.is_initialized = True
         self.steps.replan(fresh=bool(plan.learners))
         if self.steps.compiles and self.device.type != "cpu":
@@ -199,7 +195,7 @@ class TieredLayer(CacheLayerMixin):
         self._before = before, held.snapshot(step or self.reading)
         if step:
             # tokens that may be taken back, or are to stay, leave the window to nobody; most steps find it not full anyway
-            rule = self.steps.rules[self.record_past or self.holding or self._room_left]
+            rule = self.steps.rules[self.record_past or self.holding or self.steps.roomy]
             take_in(self.steps.step_plan, keys, values, self.steps.wire(held), rule)
             self.steps.tell_refused()
             if self.device.type == "cpu":
@@ -307,7 +303,7 @@ class TieredLayer(CacheLayerMixin):
         held, steps, kept = self._held, self.steps, self.holding or self.reading or self.record_past
         quiet = 0 < coming <= steps.quiet and (steps.roomy or coming == 1)
         if quiet and not kept and not (steps.stale and self.device.type == "cpu"):
-            self._before, self._room_left = None, steps.roomy
+            self._before = None
             steps.quiet -= coming
             steps.coming += coming
             return
@@ -341,13 +337,12 @@ class TieredLayer(CacheLayerMixin):
         else:
             if due and self.max_length is None:
                 self._compress_due()
-                due, slots = 0, window.longest + coming
+                slots = window.longest + coming
             elif due:
                 held.stores[0].reserve(due, due)
             if slots > window.capacity:
                 window.reserve(slots if keep or not held.packed else max(slots, ladder.threshold - 1 + coming))
             self.steps.rewire()
-        self._room_left = not due
 
     def finish_pending(self, padding: Tensor | None = None, statistics: Mapping[str, Tensor] | None = None) -> None:
         """Take in what ``update`` left pending. Called right after attention.
@@ -480,9 +475,7 @@ class Handle(Tensor):
         return f"Handle({type(self.layer).__name__}, shape={tuple(self.shape)})"
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         def plain(value: Any) -> Any:
             return dense(value.layer.held, value.side, value.layer.pending) if isinstance(value, Handle) else value
 

@@ -47,24 +47,18 @@ def append(keys: Tensor, values: Tensor, buffers: StepBuffers, rule: AppendRule,
         _encode_oldest(buffers, rule, on_host)
         lengths = buffers.lengths[:, 0].tolist() if on_host else []
     count, capacity = keys.shape[2], buffers.keys.shape[2]
-    fresh = buffers.counters[LOGICAL]  # []
-    if count > 1:
-        fresh = fresh + torch.arange(count, device=keys.device)  # [Q]
+    new = torch.arange(count, device=keys.device)  # [Q]
+    at: tuple[Any, Any]
     if lengths and min(lengths) == max(lengths) <= capacity - count:  # the same slots in all rows
-        start = lengths[0]
-        buffers.keys.narrow(2, start, count).copy_(keys)
-        buffers.values.narrow(2, start, count).copy_(values)
-        buffers.positions.narrow(1, start, count).copy_(fresh)
-        for note in buffers.window_notes:
-            note.narrow(2, start, count).zero_()
+        at = slice(None), slice(lengths[0], lengths[0] + count)
     else:
-        slots = buffers.lengths[:, :1] + torch.arange(count, device=keys.device)  # [B, Q]
-        at = torch.arange(len(keys), device=keys.device)[:, None], slots.clamp_max(capacity - 1).long()
-        buffers.keys.transpose(1, 2)[at] = keys.transpose(1, 2)  # [B, Q, H_kv, D]
-        buffers.values.transpose(1, 2)[at] = values.transpose(1, 2)
-        buffers.positions[at] = fresh.int()
-        for note in buffers.window_notes:
-            note.transpose(1, 2)[at] = note.new_zeros(())  # a number of Python's would come from the host
+        slots = (buffers.lengths[:, :1] + new).clamp_max(capacity - 1).long()  # [B, Q]
+        at = torch.arange(len(keys), device=keys.device)[:, None], slots
+    buffers.keys.transpose(1, 2)[at] = keys.transpose(1, 2)  # [B, Q, H_kv, D]
+    buffers.values.transpose(1, 2)[at] = values.transpose(1, 2)
+    buffers.positions[at] = (buffers.counters[LOGICAL] + new).int()
+    for note in buffers.window_notes:
+        note.transpose(1, 2)[at] = note.new_zeros(())  # a number of Python's would come from the host
     buffers.lengths.add_(count)
     buffers.counters[LOGICAL] += count
 
@@ -169,6 +163,7 @@ class FullSegment:
     mask: Tensor | None = None
     plain: bool = False
     lengths: Tensor | None = None
+    shift: ClassVar[None] = None  # its keys have been moved
 
     def seen(self, queries: int) -> Tensor | None:
         """``mask``, or what a ``plain`` segment says without one; ``None`` if all is seen."""

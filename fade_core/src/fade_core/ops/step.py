@@ -63,8 +63,6 @@ class StepPlan:
 
     def choose(self, kernel: Kernel, *args: object, shifted: bool = False, **options: object) -> Kernel:
         """``kernel`` if it accepts this very call, else the reference."""
-        if type(kernel) is type(REFERENCES[kernel.op]):
-            return kernel
         support = kernel.accepts(*args, **options) if kernel.shifts or not shifted else _WITHOUT_SHIFTS
         if support:
             return kernel
@@ -154,19 +152,17 @@ def read_all(
     segments, statistics = segments_of(plan, held, mask, on_host, shifts)
     tracker, call = plan.tracker, (query, segments, scaling, softcap, sinks)
     tracked = tracker.active and any(statistics)
-    kernel = plan.choose(plan.attention, *call, shifted=any(map(_moved, segments)), probabilities=tracked)
+    shifted = any(segment.shift is not None for segment in segments)
+    kernel = plan.choose(plan.attention, *call, shifted=shifted, probabilities=tracked)
     result: AttentionOutput = kernel(*call, probabilities=tracked)
-
-    def mass(segment: Segment) -> Tensor:
-        given = query, segment, result.lse, scaling, softcap
-        probabilities: Tensor = plan.choose(plan.mass, *given, shifted=_moved(segment))(*given)
-        return probabilities
-
-    if tracked:
-        masses = result.probabilities or map(mass, segments)
-        for segment, noted, probabilities in zip(segments, statistics, masses, strict=True):
-            tracker.age(noted, query.shape[2])
-            tracker.observe(noted, probabilities, segment.seen(query.shape[2]))
+    for number, (segment, noted) in enumerate(zip(segments, statistics, strict=True) if tracked else ()):
+        if result.probabilities:
+            probabilities = result.probabilities[number]
+        else:
+            given = query, segment, result.lse, scaling, softcap
+            probabilities = plan.choose(plan.mass, *given, shifted=segment.shift is not None)(*given)
+        tracker.age(noted, query.shape[2])
+        tracker.observe(noted, probabilities, segment.seen(query.shape[2]))
     if held.moments:
         QueryMoments.over(held.moments).observe(query * scaling, tracker.keeps(query.shape[2]))
     return result.output
@@ -215,10 +211,6 @@ def segments_of(
     segments.append(FullSegment(keys, held.values[:, :, :longest], seen, mask is None, None if even else held.lengths))
     statistics.append(under(notes, "statistic."))
     return segments, statistics
-
-
-def _moved(segment: Segment) -> bool:
-    return isinstance(segment, PackedSegment) and segment.shift is not None
 
 
 def gathered(mask: Tensor, positions: Tensor, live: Tensor | None) -> Tensor:

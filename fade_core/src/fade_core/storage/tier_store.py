@@ -123,10 +123,6 @@ class TierStore:
         """Tracked statistics, float32 ``[B, H_kv, longest]`` a name; views."""
         return self.table.slots.statistics(self.tiles)
 
-    def valid(self) -> Tensor | None:
-        """bool ``[B, H_kv, tiles * tile]`` of live tokens, or ``None`` if every slot is live."""
-        return self.view().valid()
-
     def live_positions(self) -> Tensor:
         """int64 ``[B, H_kv, tiles * tile]``, -1 where there is no token."""
         view = self.view()
@@ -312,7 +308,7 @@ class TierStore:
         Returns:
             the tokens taken, in order of position, or ``None`` if ``decode`` is false (they are evicted) or none is.
         """
-        live = self.valid()
+        live = self.view().valid()
         moving = moving if live is None else moving & live
         staying = ~moving if live is None else live & ~moving
         gone = moving.sum(-1).cpu()
