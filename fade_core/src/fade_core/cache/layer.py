@@ -345,12 +345,7 @@ class TieredLayer(CacheLayerMixin):
             self.steps.rewire()
 
     def finish_pending(self, padding: Tensor | None = None, statistics: Mapping[str, Tensor] | None = None) -> None:
-        """Take in what ``update`` left pending. Called right after attention.
-
-        Args:
-            padding: leading columns of the pending chunk that are padding, int64 ``[B]`` (CPU), for rows still empty.
-            statistics: what attention observed of the pending tokens, float32 ``[B, H_kv, Q]`` a name.
-        """
+        """Take in what ``update`` left pending, right after attention; ``padding, statistics``: as for ``place_prompt``."""
         if self.pending is None:
             return
         held = self.held

@@ -74,7 +74,7 @@ class LayerContents:
     @property
     def parts(self) -> list[TierStore | Window]:
         """What holds tokens: stores, then the window."""
-        return [*self.packed, *([self.window] if self.window.longest else [])]
+        return [part for part in (*self.stores, self.window) if part.longest]
 
     @property
     def encoded(self) -> int:
