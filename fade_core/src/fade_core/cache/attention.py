@@ -109,8 +109,9 @@ def _step_attention(layer: TieredLayer, call: _Call) -> Tensor:
         mask = rows_of(call, held.logical)
         shifts = past_shifts(held, layer.plan.rope, newest(mask), held.logical)
     options = mask, call.sinks, call.scaling, call.softcap, shifts
-    output = read_all(steps.step_plan, call.query, steps.wire(held), *options)
-    steps.tell_refused()
+    output = read_all(steps.step_plan, call.query, steps.buffers or steps.wire(held), *options)
+    if steps.step_plan.refused:
+        steps.tell_refused()
     return output
 
 

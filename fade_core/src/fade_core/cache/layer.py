@@ -6,6 +6,7 @@ import contextlib
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from fade_core.eviction.contents import LayerContents
 from fade_core.eviction.query_moments import QueryMoments
 from fade_core.eviction.ranking import rank
 from fade_core.interfaces import Event
-from fade_core.ops.buffers import LOGICAL, MOST_TOKENS, NONFINITE
+from fade_core.ops.buffers import LOGICAL, MOST_TOKENS, NONFINITE, LayerBuffers
 from fade_core.ops.step import take_in
 from fade_core.storage.repositioning import note_shifts
 from fade_core.support.checks import check_room, check_tokens
@@ -181,10 +182,12 @@ class TieredLayer(CacheLayerMixin):
             self.maintain(keys.shape[2] if keys.dim() == 4 else 0)
         self._maintained = False
         held, before = self._held, 0 if self._held is None else self._held.logical
-        check_tokens(self.index, keys, values, None if held is None else (held.window.keys, held.window.values))
+        if not _like(keys, values, self.steps.buffers):
+            check_tokens(self.index, keys, values, None if held is None else (held.window.keys, held.window.values))
         self._check_room(keys.shape[2])
-        at_once = bool(self.plan.learners)
-        keys, values = self.plan.finite(self.index, keys, values, before, self.plan.on_nonfinite, at_once)
+        if keys.device.type != "cpu" or not bool(torch.isfinite(keys.sum() + values.sum())):
+            at_once = bool(self.plan.learners)
+            keys, values = self.plan.finite(self.index, keys, values, before, self.plan.on_nonfinite, at_once)
         if held is None:
             self.lazy_initialization(keys, values)
             held = self.known
@@ -192,12 +195,14 @@ class TieredLayer(CacheLayerMixin):
             for quantizer in self.plan.learners:
                 quantizer.forget()
         step = self.steps.ready and before > 0 and keys.shape[2] <= MOST_TOKENS and not self.reading
-        self._before = before, held.snapshot(step or self.reading)
+        taken_back = before > 0 and not self.reading and (not step or self.plan.observes)
+        self._before = before, held.snapshot(step) if taken_back else partial(held.drop_newest, before)
         if step:
             # tokens that may be taken back, or are to stay, leave the window to nobody; most steps find it not full anyway
             rule = self.steps.rules[self.record_past or self.holding or self.steps.roomy]
-            take_in(self.steps.step_plan, keys, values, self.steps.wire(held), rule)
-            self.steps.tell_refused()
+            take_in(self.steps.step_plan, keys, values, self.steps.buffers or self.steps.wire(held), rule)
+            if self.steps.step_plan.refused:
+                self.steps.tell_refused()
             if self.device.type == "cpu":
                 self.steps.coming = 0  # the host's numbers are the device's
             else:
@@ -446,6 +451,13 @@ def _fits(new: Tensor, held: Tensor) -> bool:
     """Whether tokens ``[B, H_kv, T, D]`` fit buffers in all but their number."""
     (rows, heads, _, dim), like = new.shape, held.shape
     return (rows, heads, dim, new.dtype, new.device) == (like[0], like[1], like[3], held.dtype, held.device)
+
+
+def _like(keys: Tensor, values: Tensor, held: LayerBuffers | None) -> bool:
+    """Whether new tokens are plainly like those that are held: what is not is looked at closely, and refused by name."""
+    if held is None or keys.dim() != 4 or values.dim() != 4 or not 0 < keys.shape[2] == values.shape[2]:
+        return False
+    return _fits(keys, held.keys) and _fits(values, held.values)
 
 
 class Handle(Tensor):

@@ -76,6 +76,11 @@ class LayerPlan(EvictionPlan):
         return self.rope is not None
 
     @cached_property
+    def observes(self) -> bool:
+        """Whether attention leaves statistics behind."""
+        return self.ladder.bounded and (self.tracker.active or bool(self.tracker.query_statistics))
+
+    @cached_property
     def learners(self) -> list[Quantizer]:
         """The quantizers that learn from a prompt."""
         return [q for tier in self.ladder.tiers for q in (tier.keys, tier.values) if q.learns]

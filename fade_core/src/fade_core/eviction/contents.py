@@ -74,7 +74,7 @@ class LayerContents:
     @property
     def parts(self) -> list[TierStore | Window]:
         """What holds tokens: stores, then the window."""
-        return [part for part in (*self.stores, self.window) if part.longest]
+        return [*self.packed, *([self.window] if self.window.longest else [])]
 
     @property
     def encoded(self) -> int:
@@ -141,6 +141,11 @@ class LayerContents:
         self.contiguous = torch.equal(self.window.live_positions()[:, 0].cpu()[behind], run[behind])
 
     # --- a pass ---
+    def drop_newest(self, logical: int) -> None:
+        """Forget what a step has brought since the length was ``logical``."""
+        self.window.set_lengths((self.window.lengths - (self.logical - logical)).clamp_min(0))
+        self.logical = logical
+
     def snapshot(self, step: bool) -> Callable[[], None]:
         """What takes a pass back: called, it makes everything as it is now.
 
@@ -156,7 +161,7 @@ class LayerContents:
 
         def restore() -> None:
             if step:
-                self.window.set_lengths((self.window.lengths - (self.logical - facts["logical"])).clamp_min(0))
+                self.drop_newest(facts["logical"])
             for held, was in noted:
                 held.copy_(was)
             for part in parts:

@@ -63,6 +63,8 @@ class StepPlan:
 
     def choose(self, kernel: Kernel, *args: object, shifted: bool = False, **options: object) -> Kernel:
         """``kernel`` if it accepts this very call, else the reference."""
+        if type(kernel) is type(REFERENCES[kernel.op]):
+            return kernel
         support = kernel.accepts(*args, **options) if kernel.shifts or not shifted else _WITHOUT_SHIFTS
         if support:
             return kernel
@@ -193,11 +195,11 @@ def segments_of(
         view = every.in_use() if on_host else every
         if not view.tiles:
             continue
-        notes = {n: note[:, :, : view.tiles].flatten(2) for n, note in view.slots.items()}  # [B, H_kv, tiles * tile]
+        notes = {n: view.slots[n][:, :, : view.tiles].flatten(2) for n in held.notes}  # [B, H_kv, tiles * tile]
         seen = None if mask is None else gathered(mask, view.positions(), view.valid())
         shift = shift_of(notes)
         segments.append(PackedSegment(view, seen, mask is None, shift))
-        statistics.append(under(notes, "statistic."))
+        statistics.append(under(notes, "statistic.") if notes else {})
     longest, even, seen = held.keys.shape[2], False, None
     if on_host:
         longest = min(int(held.lengths.max()), longest)  # a window that ran over is reported later
@@ -209,7 +211,7 @@ def segments_of(
     shift = shift_of(notes)
     keys = held.keys[:, :, :longest] if shift is None else shift.moved(held.keys[:, :, :longest])
     segments.append(FullSegment(keys, held.values[:, :, :longest], seen, mask is None, None if even else held.lengths))
-    statistics.append(under(notes, "statistic."))
+    statistics.append(under(notes, "statistic.") if notes else {})
     return segments, statistics
 
 
