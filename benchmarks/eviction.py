@@ -69,7 +69,7 @@ def taken_over(model: Any, policy: dict[str, Any], held: TieredKVCache) -> Tiere
     """A cache under ``policy`` that has just been fed the prompt that ``held`` holds."""
     cache = create_tiered_cache(model, config_of(policy))
     for layer, source in zip(cache.tiered, held.tiered, strict=True):
-        keys, values = source.window.live()
+        keys, values = source.window.decode(0), source.window.decode(1)
         layer.update(keys, values)
         (found,) = source.statistics()
         layer.settle(None, {name: found[name].clone() for name in cache.tracker.statistics})

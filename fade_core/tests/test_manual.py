@@ -114,11 +114,7 @@ def test_passes_are_tracked_without_eager_attention(llama: Any, make: Any) -> No
 def mass_of(layer: Any) -> float:
     """Attention that the tokens of a layer received, summed."""
     window = float(layer.held.window.state()["statistic.mass"].sum())
-    stored = [
-        s.statistics["mass"].flatten(2).masked_fill(s.live_positions() < 0, 0).sum()
-        for s in layer.held.stores
-        if s.tiles
-    ]
+    stored = [s.statistics["mass"].masked_fill(s.live_positions() < 0, 0).sum() for s in layer.held.stores if s.tiles]
     return window + sum(map(float, stored))
 
 
@@ -181,7 +177,7 @@ def tokens_of(layer: Any) -> tuple[Tensor, Tensor]:
         window = layer.held.window
         shape = (*layer.held.tier_map().shape[:2], layer.logical + 1, 16)
         out = torch.zeros(shape)
-        parts = [(window.live_positions(), window.live()[side])]
+        parts = [(window.live_positions(), window.decode(side))]
         parts += [(store.live_positions(), store.decode(side)) for store in layer.held.stores if store.tiles]
         for positions, tokens in parts:
             index = positions.expand(-1, shape[1], -1)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tiny import fresh_seed, give
+from tiny import fresh_seed, give, take_out
 from torch import Tensor
 
 from fade_core.builtin.quantizers.full import FullQuantizer
@@ -59,7 +59,7 @@ def store_of(kind: str, counts: Tensor) -> TierStore:
             {},
         )
     )
-    store.pool.reserve(5, store.table.live_ids())
+    store.pool.take(torch.arange(5), store.table.live_ids())
     dead = torch.ones(store.pool.capacity, dtype=torch.bool)
     dead[store.table.live_ids()[store.table.live_ids() >= 0]] = False
     for field in store.pool.fields.values():
@@ -72,7 +72,7 @@ def window_of(ragged: bool) -> Window:
     window = Window(BATCH, DIM, VALUE_DIM, 20, LAYOUT)
     give(window, torch.randn(BATCH, KV_HEADS, 9, DIM), torch.randn(BATCH, KV_HEADS, 9, VALUE_DIM), 0)
     if ragged:
-        window.take_out(1, torch.tensor([0, 5, 8]))
+        take_out(window, 1, torch.tensor([0, 5, 8]))
         for held in (window.keys, window.values):
             held[:, :, window.longest :] = 1e30  # a window is never given what is not finite
         give(window, torch.randn(BATCH, KV_HEADS, 2, DIM), torch.randn(BATCH, KV_HEADS, 2, VALUE_DIM), 9)
@@ -98,7 +98,7 @@ def case(kinds: list[str], queries: int, masked: bool, ragged: bool) -> Case:
         counts = torch.randint(0, 5, (BATCH, KV_HEADS)) * TILE + torch.randint(0, TILE, (BATCH, KV_HEADS))
         counts[0, 0] = 5 * TILE
         store = store_of(kind, counts if ragged else torch.full_like(counts, 3 * TILE))
-        valid = store.valid()
+        valid = store.view().valid()
         seen = torch.ones(BATCH, KV_HEADS, queries, store.tiles * TILE, dtype=torch.bool)
         if masked:
             seen = torch.rand(seen.shape) < 0.5
@@ -109,13 +109,12 @@ def case(kinds: list[str], queries: int, masked: bool, ragged: bool) -> Case:
         values.append(v.double())
         masks.append(seen)
     window = window_of(ragged)
-    valid = window.valid()
-    seen = torch.ones(BATCH, 1, queries, window.longest, dtype=torch.bool)
-    seen = seen if valid is None else seen & valid[:, :, None]
+    live = (window.live_positions() >= 0)[:, :, None]
+    seen = live.expand(-1, -1, queries, -1)
     if masked:
         seen = seen & (torch.rand(seen.shape) < 0.7)
-    k, v = window.live()
-    segments.append(FullSegment(k, v, seen if masked or valid is not None else None))
+    k, v = window.decode(0), window.decode(1)
+    segments.append(FullSegment(k, v, seen if masked or not bool(live.all()) else None))
     keys.append(k.double())
     values.append(v.double())
     masks.append(seen.expand(-1, KV_HEADS, -1, -1))
@@ -245,6 +244,6 @@ def test_reading_a_few_tiles_at_once_changes_nothing(kind: str, at_once: int, mo
 
 def valid_mask(store: TierStore) -> Tensor:
     """bool ``[B, H_kv, 1, T]``: the slots that hold a token."""
-    live = store.valid()
+    live = store.view().valid()
     assert live is not None
     return live[:, :, None]

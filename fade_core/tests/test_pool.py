@@ -60,7 +60,7 @@ def test_it_grows_by_little_and_keeps_what_it_holds(pool: TilePool) -> None:
 
 
 def test_reserving_ahead_makes_room_for_exactly_what_is_missing(pool: TilePool) -> None:
-    pool.reserve(7, torch.empty(0, dtype=torch.long))
+    pool.take(torch.arange(7), torch.empty(0, dtype=torch.long))
     assert pool.capacity == 7
     before = {name: field.data_ptr() for name, field in pool.fields.items()}
     pool.write(tiles(7), torch.empty(0, dtype=torch.long))
@@ -81,7 +81,7 @@ def test_keeping_some_tiles_frees_the_others(pool: TilePool) -> None:
 
 def test_free_ids_are_given_as_wished(pool: TilePool) -> None:
     pool.write(tiles(6), torch.empty(0, dtype=torch.long))
-    found = pool.take(4, torch.tensor([0, 3]), torch.tensor([5, 3, 9, 1]))
+    found = pool.take(torch.tensor([5, 3, 9, 1]), torch.tensor([0, 3]))
     assert found[0] == 5
     assert found[3] == 1
     assert set(found.tolist()) == {1, 2, 4, 5}

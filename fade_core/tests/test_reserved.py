@@ -10,11 +10,11 @@ from tiny import fresh_seed, tiny_llama
 from torch import Tensor
 
 from fade_core import FadeConfig, TieredKVCache, create_tiered_cache
+from fade_core.cache.layer_steps import bucket
 from fade_core.errors import InputError
 from fade_core.ops.buffers import ODD_MASK
 from fade_core.ops.reference import decode_attention
 from fade_core.ops.step import segments_of
-from fade_core.storage.capacity import bucket
 from fade_core.support.memory import live_bytes
 
 TILE, SINK, RECENT = 16, 3, 8

@@ -93,7 +93,7 @@ def layer(rows: int = 2) -> tuple[Window, TierStore]:
 
 def noted(window: Window, store: TierStore) -> tuple[Tensor, Tensor]:
     """How far packed and full-precision tokens are moved."""
-    return store.table.notes["shift"][:, :, : store.tiles].flatten(2), window.notes["shift"][:, :, : window.longest]
+    return store.note("shift"), window.note("shift")
 
 
 def test_nothing_moves_while_nothing_is_missing() -> None:

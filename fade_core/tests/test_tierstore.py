@@ -45,7 +45,7 @@ def content(store: TierStore) -> Content:
     if not store.tiles:
         return found
     keys, values = (t.clone() for t in (store.decode(0), store.decode(1)))  # full precision is read in place
-    positions, mass = store.live_positions(), store.statistics["mass"].flatten(2)
+    positions, mass = store.live_positions(), store.statistics["mass"]
     for b in range(batch):
         for h in range(heads):
             for slot, position in enumerate(positions[b, h].tolist()):
@@ -78,7 +78,7 @@ def assert_consistent(store: TierStore) -> None:
     assert torch.equal(store.table.live_ids() >= 0, store.table.live_counts() > 0)
     if store.tiles:
         assert bool((store.table.live_ids() >= 0).any(0).any(0)[-1]), "no column of the table is empty"
-    valid = store.valid()
+    valid = store.view().valid()
     assert torch.equal(store.lengths, store.table.live_counts().sum(-1) if valid is None else valid.sum(-1))
 
 
@@ -183,7 +183,7 @@ def test_any_history_keeps_exactly_the_tokens_it_should(kind: str, stores_positi
         elif action == "shift":
             oldest = min([p for row in held for head in row for p in head], default=0)
             by = dice.randint(-oldest, 9)
-            store.table.shift(by)
+            store.shift(by)
             held = [[{p + by: t for p, t in head.items()} for head in row] for row in held]
             feed.next += by
         elif action == "load":
@@ -306,10 +306,10 @@ def test_restoring_undoes_everything_since_the_snapshot(kind: str, fixed: int) -
     store, feed = store_of(kind, fixed=fixed), Feed(2, 3)
     store.append(feed.take(torch.full((2, 3), 4 * TILE)))
     before = {name: tensor.clone() for name, tensor in store_state(store).items()}
-    snapshot = store.snapshot()
+    restore = store.snapshot()
     store.statistics["mass"].add_(1)
     store.append(feed.take(torch.randint(1, 3 * TILE, (2, 3))))
-    store.restore(snapshot)
+    restore()
     poison(store)
     after = store_state(store)
     assert before.keys() == after.keys()

@@ -14,8 +14,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fade_core.ops.buffers import AppendRule, StepBuffers
+from fade_core.cache.prompt import keep
+from fade_core.ops.buffers import AppendRule, layer_buffers
 from fade_core.ops.reference import append
+from fade_core.storage.tier_store import Tokens
 from fade_core.storage.window import Window
 
 VOCABULARY = 256
@@ -75,12 +77,13 @@ def save_tiny(folder: Path, seed: int = 0) -> Path:
 def give(window: Window, keys: Tensor, values: Tensor, position: int) -> None:
     """New tokens ``[B, H_kv, Q, D]`` for a window, as a step brings them."""
     window.reserve(window.longest + keys.shape[2])
-    numbers, counters = window.numbers.device, torch.tensor([position, 0, 0])
-    held = window.keys, window.values, window.positions, numbers, counters, {}, {}, numbers[..., None][..., :0]
-    append(
-        keys,
-        values,
-        StepBuffers(*held, numbers, numbers, window_notes=[*window.notes.values()]),
-        AppendRule(None, 0, 1 << 30),
-    )
+    buffers = layer_buffers(window, [], torch.tensor([position, 0, 0]), None, False)
+    append(keys, values, buffers.step, AppendRule(None, 0, 1 << 30))
     window.numbers.publish()
+
+
+def take_out(window: Window, start: int, counts: Tensor) -> None:
+    """Some tokens of each row leave a window from slot ``start`` on, as those do that are packed."""
+    lengths = window.lengths[:, None].expand(-1, window.keys.shape[1])
+    run = Tokens(window.decode(0), window.decode(1), window.live_positions(), lengths, window.statistics)
+    keep(window, run, counts, start)

@@ -78,7 +78,7 @@ def store_of(keys, values, tiles, *, rows=2, heads=2, dim=64, device="cpu"):
 
 
 def packed(store, queries=1):
-    live = store.valid()
+    live = store.view().valid()
     return PackedSegment(
         store.view(), None if live is None else live[:, :, None].expand(-1, -1, queries, -1), plain=True
     )

@@ -76,7 +76,7 @@ def test_the_kernel_is_the_oracle(
     """As close to float64 as probabilities of fp16 logits can be: a relative error of twice the logits' absolute one."""
     seed()
     held = store(tier(bits, axis, tile, dim), device, table=table)
-    live = held.valid()
+    live = held.view().valid()
     assert live is not None and held.runs != table
     segment = PackedSegment(held.view(), None, plain=True)  # as a cache gives it: the table says which tokens are live
     query = torch.randn(2, 2 * group, queries, dim, device=device).to(dtype)
@@ -199,7 +199,7 @@ def test_turned_keys(device: str) -> None:
     keys = TurnedKeys(64, 4)
     keys.turn = keys.turn.to(device)
     held = store(Tier("turned", "rest", keys, UniformQuantizer(64, 4, layout="channel")), device, 2)
-    live = held.valid()
+    live = held.view().valid()
     assert live is not None
     segment = PackedSegment(held.view(), live[:, :, None], plain=True)
     query = torch.randn(2, 4, 1, 64, device=device).bfloat16()

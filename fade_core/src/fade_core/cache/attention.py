@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -15,11 +16,10 @@ from transformers.modeling_utils import AttentionInterface
 
 from fade_core.cache.layer import CompiledHandle, Handle, TieredLayer
 from fade_core.cache.masks import newest
-from fade_core.cache.prompt import dense_with_past, hides_stored, past_masks
+from fade_core.cache.prompt import dense_with_past, past_masks, past_shifts
 from fade_core.interfaces import PromptView
-from fade_core.ops.reference import AttentionOutput, FullSegment, decode_attention
+from fade_core.ops.reference import FullSegment, Segment, decode_attention
 from fade_core.ops.step import read_all
-from fade_core.storage.repositioning import shown_shifts
 from fade_core.support.transfer import sent
 
 NAME = "fade"
@@ -75,10 +75,11 @@ def fade_attention(
     elif isinstance(key, Handle):
         output = _eagerly(module, key.layer, call)
     elif softcap or s_aux is not None:
-        output = blocked_attention(query, key, cast(Tensor, value), call.mask, scaling, softcap, s_aux).output
+        visible, attend = partial(rows_of, call, key.shape[2]), partial(_exact, key, cast(Tensor, value))
+        output = _in_blocks(call, key, visible, query.shape[1], attend)
     else:
         if attention_mask is not None and attention_mask.dim() == 2:
-            attention_mask = rows_of(call.mask, slice(0, query.shape[2]), query.shape[2], key.shape[2], query.device)
+            attention_mask = rows_of(call, key.shape[2])
         given = module, query, key, cast(Tensor, value), attention_mask
         plain: tuple[Tensor, None] = sdpa_attention_forward(*given, dropout=dropout, scaling=scaling, **kwargs)
         return plain
@@ -103,15 +104,11 @@ def _hides_padding_alone(layer: TieredLayer, mask: Tensor, last: bool = False) -
 
 def _step_attention(layer: TieredLayer, call: _Call) -> Tensor:
     """A few new tokens, which lie in the window by now."""
-    held, mask, rope, shifts = layer.known, call.mask, layer.plan.rope, None
-    if mask is not None and _hides_padding_alone(layer, mask):
-        mask = None
-    if mask is not None:
-        mask = rows_of(mask, slice(0, call.query.shape[2]), call.query.shape[2], held.logical, call.query.device)
-        shown = None if rope is None else hides_stored(held, newest(mask), held.logical)
-        if rope is not None and shown is not None:
-            shifts = shown_shifts(rope, held.window, held.stores, held.logical, shown)
-    steps, options = layer.steps, (mask, call.sinks, call.scaling, call.softcap, shifts)
+    held, steps, mask, shifts = layer.known, layer.steps, None, None
+    if call.mask is not None and not _hides_padding_alone(layer, call.mask):
+        mask = rows_of(call, held.logical)
+        shifts = past_shifts(held, layer.plan.rope, newest(mask), held.logical)
+    options = mask, call.sinks, call.scaling, call.softcap, shifts
     output = read_all(steps.step_plan, call.query, steps.buffers or steps.wire(held), *options)
     if steps.step_plan.refused:
         steps.tell_refused()
@@ -121,7 +118,7 @@ def _step_attention(layer: TieredLayer, call: _Call) -> Tensor:
 def _chunk_attention(module: torch.nn.Module, layer: TieredLayer, call: _Call) -> Tensor:
     """A prompt, or a chunk of one: exact among its own tokens, over the packed past before it."""
     held, (keys, values), mask = layer.held, cast(tuple[Tensor, Tensor], layer.pending), call.mask
-    chunk, queries = keys.shape[2], call.query.shape[2]
+    chunk = keys.shape[2]
     padding = alone = None
     if mask is not None and bool((held.lengths == chunk).any()):
         padding = layer.plan.masks.leading_padding(mask, chunk)
@@ -133,7 +130,7 @@ def _chunk_attention(module: torch.nn.Module, layer: TieredLayer, call: _Call) -
         alone = padding if layer.plan.masks.hides_padding_alone(mask, chunk, padding) else None
 
     def visible(part: slice | Tensor) -> Tensor:
-        rows = rows_of(mask, part, queries, held.logical, call.query.device)
+        rows = rows_of(call, held.logical, part)
         if not past:
             return rows
         masks = [*past_masks(held, rows), rows[..., -chunk:]]
@@ -142,21 +139,19 @@ def _chunk_attention(module: torch.nn.Module, layer: TieredLayer, call: _Call) -
 
     apart = past and any(not store.heads_aligned for store in held.packed)
     if call.softcap or call.sinks is not None or apart:
-        output = _in_blocks(call, keys, values, visible).output
+        output = _in_blocks(call, keys, visible, call.query.shape[1], partial(_exact, keys, values))
     elif alone is not None:
         output = _row_by_row(module, call, keys, values, alone)
+    elif not past and (mask is None or mask.dim() == 4):
+        output = _sdpa(module, keys, values, call, mask)
     else:
-        whole = not past and (mask is None or mask.dim() == 4)
-        output = (
-            _sdpa(module, call, keys, values, mask) if whole else _sdpa_in_blocks(module, call, keys, values, visible)
-        )
+        output = _in_blocks(call, keys, visible, 1, partial(_sdpa, module, keys, values))
     if layer.reading:
         _reread(layer, call, keys, visible)
         layer.finish_pending()
         return output
-    observed = None
-    if layer.plan.tracker.active and layer.plan.ladder.bounded:
-        observed = _observe(layer, call, keys, visible, chunk)
+    tracked = layer.plan.tracker.active and layer.plan.ladder.bounded
+    observed = _observe(layer, call, keys, visible, chunk) if tracked else None
     _observe_queries(layer, call, padding)
     if layer.plan.learners and not held.packed:  # nothing is encoded yet that they would have to read back
         seen_by = call.query, keys, values, call.scaling, call.softcap, call.sinks, visible, module
@@ -197,14 +192,14 @@ def _probabilities(
 
 def _observe(layer: TieredLayer, call: _Call, keys: Tensor, visible: Visible, chunk: int) -> dict[str, Tensor]:
     """Feed the tracker with the chunk's last queries; statistics of the chunk's own tokens are returned."""
-    tracker, queries, tokens = layer.plan.tracker, call.query.shape[2], keys.shape[2]
+    tracker, queries = layer.plan.tracker, call.query.shape[2]
     own = {n: keys.new_zeros((*keys.shape[:2], chunk), dtype=torch.float32) for n in tracker.statistics}
-    held = [*(layer.held.statistics() if tokens > chunk else ()), own]
+    held = [*layer.held.statistics(), own]
     sizes = [next(iter(statistics.values())).shape[2] for statistics in held]
     for statistics in held:
         tracker.age(statistics, queries)
     for _, head, saw, given in _probabilities(call, keys, visible, queries - tracker.observed(queries), _OBSERVED):
-        shown = saw.expand(-1, -1, -1, tokens).split(sizes, dim=3)
+        shown = saw.expand(-1, -1, -1, keys.shape[2]).split(sizes, dim=3)
         for statistics, probabilities, view in zip(held, given.split(sizes, dim=3), shown, strict=True):
             tracker.observe({n: t[:, head] for n, t in statistics.items()}, probabilities, view)
     return own
@@ -242,47 +237,28 @@ def _observe_queries(layer: TieredLayer, call: _Call, padding: Tensor | None) ->
 # --- exact attention, and masks ---
 
 
-def blocked_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> AttentionOutput:
-    """Exact attention in blocks of queries, with soft cap and sinks; causal where ``mask`` is ``None``."""
-    call = _Call(query, as_bool(mask), scaling, softcap, sinks)
-    return _in_blocks(
-        call, key, value, lambda part: rows_of(call.mask, part, query.shape[2], key.shape[2], query.device)
-    )
+def _in_blocks(
+    call: _Call, key: Tensor, visible: Visible, heads: int, attend: Callable[[_Call, Tensor], Tensor]
+) -> Tensor:
+    """``attend`` to some queries and their mask at a time.
+
+    At least 16, and so many that ``heads`` numbers a query and token take no more elements than the keys do.
+    """
+    block, queries = max(16, key.shape[1] * key.shape[3] // heads), call.query.shape[2]
+    parts = [slice(start, min(start + block, queries)) for start in range(0, queries, block)]
+    return torch.cat([attend(call._replace(query=call.query[:, :, part]), visible(part)) for part in parts], 2)
 
 
-def _in_blocks(call: _Call, key: Tensor, value: Tensor, visible: Visible) -> AttentionOutput:
-    """Exact attention in blocks of queries whose logits take no more elements than the keys do."""
-    options, parts = (call.scaling, call.softcap, call.sinks), _blocks(call.query.shape[2], key, call.query.shape[1])
-    found = [decode_attention(call.query[:, :, p], [FullSegment(key, value, visible(p))], *options) for p in parts]
-    return AttentionOutput(torch.cat([f.output for f in found], 2), torch.cat([f.lse for f in found], 2))
+def _exact(key: Tensor, value: Tensor, call: _Call, mask: Tensor) -> Tensor:
+    """Exact attention ``[B, H_q, Q, D_v]`` with soft cap and sinks."""
+    segments: list[Segment] = [FullSegment(key, value, mask)]
+    return decode_attention(call.query, segments, call.scaling, call.softcap, call.sinks).output
 
 
-def _blocks(queries: int, key: Tensor, heads: int) -> list[slice]:
-    """Blocks of queries, at least 16, for which ``heads`` numbers a row and token take no more elements than ``key``."""
-    block = max(16, key.shape[1] * key.shape[3] // heads)
-    return [slice(start, min(start + block, queries)) for start in range(0, queries, block)]
-
-
-def _sdpa(module: torch.nn.Module, call: _Call, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+def _sdpa(module: torch.nn.Module, key: Tensor, value: Tensor, call: _Call, mask: Tensor | None) -> Tensor:
     """torch's exact attention ``[B, H_q, Q, D_v]``; causal where ``mask`` is ``None``."""
     output: Tensor = sdpa_attention_forward(module, call.query, key, value, mask, scaling=call.scaling)[0]
     return output.transpose(1, 2)
-
-
-def _sdpa_in_blocks(module: torch.nn.Module, call: _Call, key: Tensor, value: Tensor, visible: Visible) -> Tensor:
-    """As ``_sdpa``, in blocks of queries whose masks take no more elements than the keys do."""
-    parts = _blocks(call.query.shape[2], key, 1)
-    return torch.cat(
-        [_sdpa(module, call._replace(query=call.query[:, :, p]), key, value, visible(p)) for p in parts], 2
-    )
 
 
 def _row_by_row(module: torch.nn.Module, call: _Call, key: Tensor, value: Tensor, padding: Tensor) -> Tensor:
@@ -291,7 +267,7 @@ def _row_by_row(module: torch.nn.Module, call: _Call, key: Tensor, value: Tensor
     for row, first in enumerate(padding.tolist()):
         if first < key.shape[2]:
             own = [t[row : row + 1, :, first:] for t in (call.query, key, value)]
-            output[row : row + 1, :, first:] = _sdpa(module, call._replace(query=own[0]), own[1], own[2], None)
+            output[row : row + 1, :, first:] = _sdpa(module, own[1], own[2], call._replace(query=own[0]), None)
     return output
 
 
@@ -302,8 +278,9 @@ def as_bool(mask: Tensor | None) -> Tensor | None:
     return mask > torch.finfo(mask.dtype).min / 2
 
 
-def rows_of(mask: Tensor | None, part: slice | Tensor, queries: int, tokens: int, device: torch.device) -> Tensor:
-    """bool ``[B or 1, H or 1, len(part), tokens]``: what the queries ``part`` may see. ``mask`` as in ``fade_attention``."""
+def rows_of(call: _Call, tokens: int, part: slice | Tensor = slice(None)) -> Tensor:
+    """bool ``[B or 1, H or 1, len(part), tokens]``: what the queries ``part`` may see; causal where there is no mask."""
+    mask, queries, device = call.mask, call.query.shape[2], call.query.device
     if mask is not None and mask.dim() == 4:
         return mask[:, :, part, :tokens]
     own = torch.arange(tokens - queries, tokens, device=device)[part]
@@ -325,42 +302,26 @@ def take_rows(model: PreTrainedModel) -> None:
 
 
 def padding_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    mask_function: Callable[..., Any] = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    config: PreTrainedConfig | None = None,
-    **kwargs: Any,
+    batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0, **given: Any
 ) -> Tensor | None:
-    """The mask of a pass, as transformers asks for it.
+    """The mask of a pass, as transformers asks for it; ``given``: what else its ``sdpa_mask`` takes.
 
     Returns:
         ``None`` for a prompt whose tokens see all that came before them; bool ``[B, T]`` where several queries see that but
         for padding; else what transformers makes for its own attention, ``[B, 1, Q, T]``.
     """
-    plain = mask_function is causal_mask_function and kwargs.get("allow_is_causal_skip", True)
-    plain = plain and config is not None and _take_rows.get(id(config)) is config
+    rows: Tensor | None = given.get("attention_mask")
+    config = given.get("config")
+    plain = given.get("mask_function", causal_mask_function) is causal_mask_function
+    plain = plain and given.get("allow_is_causal_skip", True) and _take_rows.get(id(config)) is config is not None
     plain = plain and isinstance(q_offset, int) and kv_offset == 0 and kv_length == q_offset + q_length
     if plain and q_length > 1 and not torch.compiler.is_compiling():
-        rows = attention_mask
         if rows is None and q_offset:
-            rows = torch.ones((batch_size, kv_length), dtype=torch.bool, device=kwargs.get("device"))
+            rows = torch.ones((batch_size, kv_length), dtype=torch.bool, device=given.get("device"))
         if rows is not None and rows.shape[1] == kv_length and (q_offset or not bool(rows.all())):
             return rows.bool()
-    made: Tensor | None = sdpa_mask(
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        config=config,
-        **kwargs,
-    )
+    given |= {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
+    made: Tensor | None = sdpa_mask(q_offset=q_offset, kv_offset=kv_offset, **given)
     return made
 
 

@@ -15,6 +15,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from fade_core.cache.attention import NAME, take_rows
 from fade_core.cache.layer import TieredLayer
 from fade_core.cache.layer_plan import LayerPlan
+from fade_core.cache.layer_steps import bucket
 from fade_core.cache.masks import MaskReader
 from fade_core.cache.rope_schemes import known_scheme, layer_schemes
 from fade_core.config import FadeConfig
@@ -36,7 +37,6 @@ from fade_core.interfaces import (
     Tier,
 )
 from fade_core.models.geometry import head_channels, kv_heads, query_heads
-from fade_core.storage.capacity import bucket
 from fade_core.storage.codec import Codec
 from fade_core.support.checks import FiniteCheck
 

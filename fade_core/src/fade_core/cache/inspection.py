@@ -37,12 +37,12 @@ def dense(held: LayerContents, side: str, pending: tuple[Tensor, Tensor] | None 
         InputError: if tokens were evicted: zeros would then change the answer.
     """
     number = 0 if side == "key" else 1
-    own, heads, logical = held.window.live()[number], held.heads, held.logical
+    own, heads, logical = held.window.decode(number), held.heads, held.logical
     have = int(held.window.lengths.sum()) * heads + sum(int(store.lengths.sum()) for store in held.stores)
     have += 0 if pending is None else held.rows * heads * pending[0].shape[2]
     if have < (total := int(held.lengths.sum()) * heads):
         raise InputError(
-            f"layer {held.index} has evicted {total - have} tokens, which stock attention cannot leave out; "
+            f"layer {held.plan.index} has evicted {total - have} tokens, which stock attention cannot leave out; "
             "use FADE's attention (config attention = 'fade') or a ladder without eviction"
         )
     padded = own.new_zeros((held.rows, heads, logical + 1, own.shape[3]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,20 +16,17 @@ from transformers.cache_utils import CacheLayerMixin
 
 from fade_core.cache.inspection import dense, tensors
 from fade_core.cache.layer_plan import REJECTABLE, LayerPlan
-from fade_core.cache.layer_steps import LayerSteps
+from fade_core.cache.layer_steps import LayerSteps, bucket
 from fade_core.cache.prompt import compress_due, place_prompt
 from fade_core.errors import InputError
 from fade_core.eviction.byte_budget import ByteBudget
-from fade_core.eviction.contents import LayerContents, Snapshot
+from fade_core.eviction.contents import LayerContents
 from fade_core.eviction.query_moments import QueryMoments
 from fade_core.eviction.ranking import rank
 from fade_core.interfaces import Event
 from fade_core.ops.buffers import LOGICAL, MOST_TOKENS, NONFINITE, LayerBuffers
 from fade_core.ops.step import take_in
-from fade_core.storage.capacity import bucket
 from fade_core.storage.repositioning import note_shifts
-from fade_core.storage.tier_store import TierStore
-from fade_core.storage.window import Window
 from fade_core.support.checks import check_room, check_tokens
 from fade_core.support.memory import storage_bytes
 
@@ -65,7 +62,7 @@ class TieredLayer(CacheLayerMixin):
         self.steps = LayerSteps(plan, max_length)
         self.record_past = self.reading = self.holding = False
         self.owner: weakref.ref[Any] | None = None
-        self._kept: tuple[Window, tuple[TierStore, ...]] | None = None
+        self._kept: tuple[Any, ...] = ()  # the window and stores of fixed size
         self.reset()
 
     def reset(self) -> None:
@@ -73,13 +70,11 @@ class TieredLayer(CacheLayerMixin):
         self.is_initialized = False
         self._held: LayerContents | None = None
         self.pending: tuple[Tensor, Tensor] | None = None
-        self._before: Snapshot | None = None
+        self._before: tuple[int, Callable[[], None]] | None = None
         self._encoded = 0
-        self._maintained = self._room_left = False
-        if self._kept is not None:
-            self._kept[0].clear()
-            for store in self._kept[1]:
-                store.clear()
+        self._maintained = False
+        for part in self._kept:
+            part.clear()
         self.steps.forget()
 
     # --- what is held ---
@@ -138,10 +133,9 @@ class TieredLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for the batch size, heads, dtype and device of the first tokens ``[B, H_kv, T, D]``."""
         plan, ladder, rows = self.plan, self.plan.ladder, len(key_states)
-        found, expected = (key_states.shape[3], value_states.shape[3]), None
-        if ladder.tiers:
-            expected = (ladder.tiers[0].keys.head_dim, ladder.tiers[0].values.head_dim)
-        if expected and expected != found:
+        found = (key_states.shape[3], value_states.shape[3])
+        expected = next(((tier.keys.head_dim, tier.values.head_dim) for tier in ladder.tiers), found)
+        if expected != found:
             raise InputError(
                 f"layer {self.index}: keys and values have head_dim {found[0]} and {found[1]}; this cache was "
                 f"built for {expected[0]} and {expected[1]}. Create the cache with the model that fills it."
@@ -150,15 +144,15 @@ class TieredLayer(CacheLayerMixin):
             raise InputError(f"layer {self.index}: {ladder.budget.shortfall(rows)}")
         self.dtype, self.device = key_states.dtype, key_states.device
         kept = self._kept
-        if kept is None or not all(map(_fits, (key_states, value_states), (kept[0].keys, kept[0].values))):
+        if not kept or not all(map(_fits, (key_states, value_states), (kept[0].keys, kept[0].values))):
             kept = plan.allocate(key_states, value_states, self.steps.slots if self.max_length else 0)
-            self.steps.allocate(rows, self.device)
-            self._kept = kept if self.max_length else None
+            self.steps.counters = torch.zeros(3, dtype=torch.long, device=self.device)
+            self._kept = kept if self.max_length else ()
         queries = None
         if plan.tracker.query_statistics and ladder.bounded:
             queries = QueryMoments("query_covariance" in plan.tracker.query_statistics)
         none = torch.zeros(rows, dtype=torch.long)
-        self._held = LayerContents(plan, *kept, queries, none, none)
+        self._held = LayerContents(plan, kept[0], kept[1:], queries, none, none)
         self.is_initialized = True
         self.steps.replan(fresh=bool(plan.learners))
         if self.steps.compiles and self.device.type != "cpu":
@@ -188,13 +182,12 @@ class TieredLayer(CacheLayerMixin):
             self.maintain(keys.shape[2] if keys.dim() == 4 else 0)
         self._maintained = False
         held, before = self._held, 0 if self._held is None else self._held.logical
-        if held is None or not _like(keys, values, self.steps.buffers):
+        if not _like(keys, values, self.steps.buffers):
             check_tokens(self.index, keys, values, None if held is None else (held.window.keys, held.window.values))
         self._check_room(keys.shape[2])
         if keys.device.type != "cpu" or not bool(torch.isfinite(keys.sum() + values.sum())):
-            keys, values = self.plan.finite(
-                self.index, keys, values, before, self.plan.on_nonfinite, at_once=bool(self.plan.learners)
-            )
+            at_once = bool(self.plan.learners)
+            keys, values = self.plan.finite(self.index, keys, values, before, self.plan.on_nonfinite, at_once)
         if held is None:
             self.lazy_initialization(keys, values)
             held = self.known
@@ -203,10 +196,10 @@ class TieredLayer(CacheLayerMixin):
                 quantizer.forget()
         step = self.steps.ready and before > 0 and keys.shape[2] <= MOST_TOKENS and not self.reading
         taken_back = before > 0 and not self.reading and (not step or self.plan.observes)
-        self._before = held.snapshot(step) if taken_back else Snapshot(step, {"logical": before}, [], {})
+        self._before = before, held.snapshot(step) if taken_back else partial(held.drop_newest, before)
         if step:
             # tokens that may be taken back, or are to stay, leave the window to nobody; most steps find it not full anyway
-            rule = self.steps.rules[self.record_past or self.holding or self._room_left]
+            rule = self.steps.rules[self.record_past or self.holding or self.steps.roomy]
             take_in(self.steps.step_plan, keys, values, self.steps.buffers or self.steps.wire(held), rule)
             if self.steps.step_plan.refused:
                 self.steps.tell_refused()
@@ -220,12 +213,7 @@ class TieredLayer(CacheLayerMixin):
         if self.plan.attention == "stock" and not before:
             self.finish_pending()
             return keys, values
-        shape = (*keys.shape[:2], held.logical)
-        found = [
-            Handle(self, (*shape, like.shape[3]), like, partial(_dense, self, side))
-            for side, like in (("key", keys), ("value", values))
-        ]
-        return found[0], found[1]
+        return Handle(self, "key", keys), Handle(self, "value", values)
 
     def get_seq_length(self) -> Any:
         """Logical length: tokens the model has seen, stored or not; a tensor inside a compiled graph."""
@@ -296,17 +284,17 @@ class TieredLayer(CacheLayerMixin):
     # --- a pass ---
     def rollback(self) -> None:
         """Be again as before the forward pass that is under way; nothing happens if none is."""
-        before, self._before = self._before, None
-        if before is None:
+        if self._before is None:
             return
-        if not before.facts["logical"]:
+        (logical, restore), self._before = self._before, None
+        if not logical:
             self.reset()
             return
         self.pending, held = None, self.held
         if self.reading:
-            held.logical = before.facts["logical"]
+            held.logical = logical
             return
-        held.restore(before)
+        restore()
         self.steps.counters[NONFINITE].zero_()
         self.changed()
 
@@ -320,7 +308,7 @@ class TieredLayer(CacheLayerMixin):
         held, steps, kept = self._held, self.steps, self.holding or self.reading or self.record_past
         quiet = 0 < coming <= steps.quiet and (steps.roomy or coming == 1)
         if quiet and not kept and not (steps.stale and self.device.type == "cpu"):
-            self._before, self._room_left = None, steps.roomy
+            self._before = None
             steps.quiet -= coming
             steps.coming += coming
             return
@@ -342,7 +330,7 @@ class TieredLayer(CacheLayerMixin):
 
     def _make_room(self, held: LayerContents, coming: int) -> None:
         """Room for ``coming`` tokens in the window, and reserved tiles for what they send out of it."""
-        window, ladder, moved = held.window, self.plan.ladder, False
+        window, ladder = held.window, self.plan.ladder
         keep = self.record_past or self.holding or not held.stores
         for unseen in (self.steps.coming, 0):
             tokens = window.longest + unseen  # at most: what the host has not seen yet may have left the window
@@ -354,22 +342,15 @@ class TieredLayer(CacheLayerMixin):
         else:
             if due and self.max_length is None:
                 self._compress_due()
-                due, slots = 0, window.longest + coming
+                slots = window.longest + coming
             elif due:
-                moved |= held.stores[0].reserve(due, due)
+                held.stores[0].reserve(due, due)
             if slots > window.capacity:
-                moved |= window.reserve(slots if keep or not held.packed else max(slots, ladder.threshold - 1 + coming))
-        self._room_left = not due
-        if moved:
+                window.reserve(slots if keep or not held.packed else max(slots, ladder.threshold - 1 + coming))
             self.steps.rewire()
 
     def finish_pending(self, padding: Tensor | None = None, statistics: Mapping[str, Tensor] | None = None) -> None:
-        """Take in what ``update`` left pending. Called right after attention.
-
-        Args:
-            padding: leading columns of the pending chunk that are padding, int64 ``[B]`` (CPU), for rows still empty.
-            statistics: what attention observed of the pending tokens, float32 ``[B, H_kv, Q]`` a name.
-        """
+        """Take in what ``update`` left pending, right after attention; ``padding, statistics``: as for ``place_prompt``."""
         if self.pending is None:
             return
         held = self.held
@@ -420,9 +401,8 @@ class TieredLayer(CacheLayerMixin):
             return
         rows = torch.ones(self._held.rows, dtype=torch.bool)
         if due:
-            if self.holding or self._before is not None:
-                return
-            if self._held.logical + self.steps.coming - int(self._held.ranked_at.min()) < self.plan.every:
+            came = self._held.logical + self.steps.coming - int(self._held.ranked_at.min())  # at most
+            if self.holding or self._before is not None or came < self.plan.every:
                 return
             rows = self.logical - self._held.ranked_at >= self.plan.every
             if not bool(rows.any()):
@@ -467,10 +447,6 @@ def _tell(layer: TieredLayer, moved: Mapping[str, int], before: int, started: fl
             layer.plan.emit(Event(kind, layer.index, tokens, before, after, seconds, detail))
 
 
-def _dense(layer: TieredLayer, side: str) -> Tensor:
-    return dense(layer.held, side, layer.pending)
-
-
 def _fits(new: Tensor, held: Tensor) -> bool:
     """Whether tokens ``[B, H_kv, T, D]`` fit buffers in all but their number."""
     (rows, heads, _, dim), like = new.shape, held.shape
@@ -492,33 +468,23 @@ class Handle(Tensor):
     """
 
     layer: TieredLayer
-    materialise: Callable[[], Tensor]
+    side: str
 
     @staticmethod
-    def __new__(
-        cls, layer: TieredLayer, shape: Sequence[int], like: Tensor, materialise: Callable[[], Tensor]
-    ) -> Handle:
-        """A handle on tokens of ``layer``.
-
-        Args:
-            layer: the layer that attention reads.
-            shape: ``[B, H_kv, T, D]``, whatever is stored.
-            like: gives dtype and device.
-            materialise: gives the dequantised tokens, a plain tensor of this shape.
-        """
-        handle: Handle = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
-        handle.layer, handle.materialise = layer, materialise
+    def __new__(cls, layer: TieredLayer, side: str, newest: Tensor) -> Handle:
+        """A handle on each "key" or "value" that ``layer`` has seen, whatever is stored; like the ``newest`` of them."""
+        shape = (*newest.shape[:2], layer.known.logical, newest.shape[3])
+        handle: Handle = Tensor._make_wrapper_subclass(cls, shape, dtype=newest.dtype, device=newest.device)
+        handle.layer, handle.side = layer, side
         return handle
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Handle({type(self.layer).__name__}, shape={tuple(self.shape)})"
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         def plain(value: Any) -> Any:
-            return value.materialise() if isinstance(value, Handle) else value
+            return dense(value.layer.held, value.side, value.layer.pending) if isinstance(value, Handle) else value
 
         return func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
 

@@ -100,7 +100,7 @@ class LayerPlan(EvictionPlan):
         )
         return StepPlan("", rule, ladder.tiers, self.append, self.kernel, self.mass_kernel, self.tracker, self.rope)
 
-    def allocate(self, keys: Tensor, values: Tensor, slots: int) -> tuple[Window, tuple[TierStore, ...]]:
+    def allocate(self, keys: Tensor, values: Tensor, slots: int) -> tuple[Window, *tuple[TierStore, ...]]:
         """An empty window and empty stores for tokens like these, ``[B, H_kv, T, D]``.
 
         Args:
@@ -115,11 +115,11 @@ class LayerPlan(EvictionPlan):
         layout = TokenLayout(heads, keys.dtype, keys.device, statistics, self.shifted)
         window = Window(batch, dim, values.shape[3], floor, layout, floor)
         most = max(1, slots // ladder.tile) if slots and self.allocates else 0
-        stores = tuple(
+        stores = (
             TierStore(tier, batch, layout, self.ranked, self.codec, fixed, most)
             for tier, fixed in zip(ladder.tiers, self.room(slots, max(1, batch)), strict=True)
         )
-        return window, stores
+        return window, *stores
 
     def room(self, slots: int, rows: int) -> list[int]:
         """Tiles of each tier that a row and head needs on average, for ``slots`` tokens in each of ``rows``.

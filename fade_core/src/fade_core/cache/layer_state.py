@@ -13,6 +13,7 @@ from fade_core.cache.layer import TieredLayer
 from fade_core.errors import CheckpointError, InputError
 from fade_core.interfaces import Quantizer
 from fade_core.storage.pool import numbered
+from fade_core.storage.slots import under
 from fade_core.storage.tier_store import TierStore
 from fade_core.storage.window import Window
 from fade_core.support.transfer import sent
@@ -57,7 +58,7 @@ def tiered_layer(like: TieredLayer, facts: Mapping[str, Any], tensors: Mapping[s
     if not facts["initialized"]:
         return layer
     dtype = getattr(torch, facts["dtype"])
-    window = _part(tensors, "window.")
+    window = under(tensors, "window.")
     keys, values = window["keys"], window["values"]
     _check(keys.dim() == values.dim() == 4 and keys.dtype == values.dtype == dtype, "keys and values of the window")
     try:
@@ -71,15 +72,14 @@ def tiered_layer(like: TieredLayer, facts: Mapping[str, Any], tensors: Mapping[s
     _check(held.padding.shape == (batch,) and _within(held.padding, 0, held.logical), "padding")
     _check(held.ranked_at.shape == (batch,), "steps since the last ranking")
     _check_window(held.window, window, held.logical)
-    observed = {name: window[name] for name in held.window.notes if name != "shift"}
-    tokens = {"keys": keys, "values": values, "positions": window["positions"][:, None], **observed}
-    held.window.assign(tokens, window["lengths"].cpu())
+    tokens = {name: window[name] for name in held.window.slots.tensors if name != "shift"}
+    held.window.assign(tokens | {"positions": window["positions"][:, None]}, window["lengths"].cpu())
     if held.queries is not None:
-        _check_queries(_part(tensors, "queries."), batch, keys.shape[3])
-        held.queries.load(_part(tensors, "queries."), keys.device)
+        _check_queries(under(tensors, "queries."), batch, keys.shape[3])
+        held.queries.load(under(tensors, "queries."), keys.device)
     _check(len(facts["explicit"]) == len(held.stores), "number of tiers")
     for i, (store, explicit) in enumerate(zip(held.stores, facts["explicit"], strict=True)):
-        own = _part(tensors, f"store{i}.")
+        own = under(tensors, f"store{i}.")
         if explicit:
             store.table.store_positions()
         _check_store(store, own, held.logical)
@@ -99,10 +99,10 @@ def store_state(store: TierStore) -> Tensors:
     state |= {"table": torch.full_like(ids, -1).masked_scatter(live, place), "counts": counts, "starts": starts}
     state["offsets"] = torch.empty((*ids.shape[:2], 0, store.tile), dtype=torch.int32, device=store.device)
     slack = sent(torch.arange(store.tile) >= counts[..., None], store.device)  # [B, H_kv, tiles, tile]
-    for name, note in table.notes.items():
+    for name, note in table.slots.tensors.items():
         if name == "positions":
             state["offsets"] = note[:, :, :tiles].masked_fill(slack, -1)
-        elif name != "shift":
+        elif name not in ("starts", "shift"):
             state[name] = note[:, :, :tiles].masked_fill(slack, 0)
     return state
 
@@ -145,7 +145,7 @@ def load_quantizers(layers: Iterable[tuple[TieredLayer, Mapping[str, Tensor]]]) 
             for i, store in enumerate(layer.held.stores if layer.is_initialized else ()):
                 for side, quantizer in _sides(store):
                     done.append((quantizer, dict(quantizer.state_dict())))
-                    quantizer.load_state_dict(_part(tensors, f"quantizer{i}.{side}."))
+                    quantizer.load_state_dict(under(tensors, f"quantizer{i}.{side}."))
     except CheckpointError:
         for quantizer, before in done:
             quantizer.load_state_dict(before)
@@ -176,7 +176,7 @@ def _check_store(store: TierStore, state: Mapping[str, Tensor], logical: int) ->
     _check(
         table.dim() == 3 and shape[:2] == (batch, heads) and counts.shape == starts.shape == shape, f"table of {what}"
     )
-    capacity = next(iter(_part(state, "pool.").values())).shape[0]
+    capacity = next(iter(under(state, "pool.").values())).shape[0]
     for name, field in store.pool.fields.items():
         saved = state[f"pool.{name}"]
         _check(saved.dtype == field.dtype and saved.shape == (capacity, *field.shape[1:]), f"field {name} of {what}")
@@ -206,10 +206,6 @@ def _within(numbers: Tensor, low: int, high: int) -> bool:
 def _check(fits: bool, what: str) -> None:
     if not fits:
         raise CheckpointError(f"the {what} cannot be right")
-
-
-def _part(tensors: Mapping[str, Tensor], prefix: str) -> Tensors:
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 # --- layers of transformers' own ---

@@ -12,7 +12,6 @@ from fade_core.errors import InputError, NonFiniteError
 from fade_core.eviction.contents import LayerContents
 from fade_core.ops.buffers import LOGICAL, NONFINITE, ODD_MASK, LayerBuffers, layer_buffers
 from fade_core.ops.step import plan_step, read_all, step_name, take_in
-from fade_core.storage.capacity import bucket
 from fade_core.support.transfer import sent
 
 
@@ -46,11 +45,6 @@ class LayerSteps:
         self.counters = self.first = torch.zeros(0, dtype=torch.long)
         self.forget()
 
-    def allocate(self, rows: int, device: torch.device) -> None:
-        """Numbers for so many rows."""
-        self.counters = torch.zeros(3, dtype=torch.long, device=device)
-        self.first = torch.zeros(rows, dtype=torch.long, device=device)
-
     def forget(self) -> None:
         """The layer holds nothing; numbers of fixed size stay where they are."""
         self.ready = self.behind = self.stale = self.assume_padding_mask = self.roomy = False
@@ -80,7 +74,7 @@ class LayerSteps:
     def start_from(self, held: LayerContents) -> None:
         """The host has moved tokens: steps go on from what is there now."""
         self.counters[LOGICAL].fill_(held.logical)  # an assignment would wait for the GPU
-        padding = sent(held.padding, self.first.device)
+        padding = sent(held.padding, held.device)
         if len(self.first) == len(padding):
             self.first.copy_(padding)
         else:
@@ -126,14 +120,9 @@ class LayerSteps:
         memory pool of a CUDA graph, where nothing may stay behind.
         """
         held.window.reserve(1)
-        (batch, heads, _, dim), keys = held.window.keys.shape, held.window.keys
-        take_in(
-            self.step_plan,
-            keys.new_zeros((batch, heads, 1, dim)),
-            held.window.values[:, :, :1].clone(),
-            self.wire(held),
-        )
-        query = keys.new_zeros((batch, max(self.plan.query_heads, heads), 1, dim))
+        keys, values = (torch.zeros_like(t[:, :, :1]) for t in (held.window.keys, held.window.values))
+        take_in(self.step_plan, keys, values, self.wire(held))
+        query = keys.new_zeros((held.rows, max(self.plan.query_heads, held.heads), 1, keys.shape[3]))
         read_all(self.step_plan, query, self.wire(held), None, None, 1.0, None)
         self.tell_refused()
         self.counters.zero_()
@@ -194,3 +183,11 @@ class LayerSteps:
         for op, kernel, reason in sorted(self.step_plan.refused):
             self.plan.emit_once({"op": op, "kernel": kernel, "reason": reason})
         self.step_plan.refused.clear()
+
+
+def bucket(tokens: int) -> int:
+    """The size of buffers for ``tokens``: 256 or one of four an octave, so that few sizes are ever compiled for."""
+    if tokens <= 256:
+        return 256
+    step = 1 << ((tokens - 1).bit_length() - 3)
+    return -(-tokens // step) * step

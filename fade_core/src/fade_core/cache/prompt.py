@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def place_prompt(
     lengths = run.counts[:, 0]
     due = torch.zeros_like(lengths) if kept is None else held.due(lengths - kept)
     evicted = _send_down(held, run, due, prompt=True)
-    _keep(window, run, due, ladder.n_sink)
+    keep(window, run, due, ladder.n_sink)
     if kept is not None and ladder.tiers:
         window.shrink(0)
     return int(due.sum()) * held.heads - evicted, evicted
@@ -56,11 +57,9 @@ def compress_due(held: LayerContents, prompt: bool) -> tuple[int, int]:
     window, ladder = held.window, held.plan.ladder
     due = held.due(window.lengths)
     counts = window.lengths[:, None].expand(-1, held.heads)
-    run = Tokens(
-        *window.live(), window.live_positions(), counts, {n: window.note(f"statistic.{n}") for n in window.statistics}
-    )
+    run = Tokens(window.decode(0), window.decode(1), window.live_positions(), counts, window.statistics)
     evicted = _send_down(held, run, due, prompt)
-    window.take_out(ladder.n_sink, due)
+    keep(window, run, due, ladder.n_sink)
     window.shrink(0 if prompt else ladder.threshold)
     return int(due.sum()) * held.heads - evicted, evicted
 
@@ -87,8 +86,8 @@ def _with_window(
         both[:, :, :longest] = torch.where(here, old, both[:, :, :longest])
         return both
 
-    keys, values = join(window.live()[0], chunk.pop(0)), join(window.live()[1], chunk.pop())
-    observed = {name: join(window.note(f"statistic.{name}"), t) for name, t in observed.items()}
+    keys, values = join(window.decode(0), chunk.pop(0)), join(window.decode(1), chunk.pop())
+    observed = {name: join(old, observed[name]) for name, old in window.statistics.items()}
     return Tokens(keys, values, join(window.live_positions(), positions), counts, observed), dropped
 
 
@@ -102,14 +101,8 @@ def _send_down(held: LayerContents, run: Tokens, due: Tensor, prompt: bool) -> i
     ladder, first = held.plan.ladder, held.plan.ladder.n_sink
     part = slice(first, first + int(due.max()))
     known = (held.logical - run.counts[:, :1] + first) if held.contiguous else None
-    moving = Tokens(
-        run.keys[:, :, part],
-        run.values[:, :, part],
-        run.positions[:, :, part],
-        due[:, None].expand(-1, held.heads).contiguous(),
-        {name: t[:, :, part] for name, t in run.statistics.items()},
-        known,
-    )
+    counts = due[:, None].expand(-1, held.heads).contiguous()
+    moving = replace(run.part(part, torch.arange(len(due)), None), counts=counts, first=known)
     if prompt and ladder.bounded and not held.packed:
         return place(held, run, moving, due)
     held.stores[0].append(moving)
@@ -118,8 +111,8 @@ def _send_down(held: LayerContents, run: Tokens, due: Tensor, prompt: bool) -> i
     return 0
 
 
-def _keep(window: Window, run: Tokens, due: Tensor, n_sink: int) -> None:
-    """Leave in ``window`` what stays of a ``run``: sinks, and those after the ``due`` ones."""
+def keep(window: Window, run: Tokens, due: Tensor, n_sink: int) -> None:
+    """Leave in ``window`` what stays of a ``run``: sinks, and those after the ``due[b]`` ones of each row."""
     kept = run.counts[:, 0] - due
     slots = torch.arange(int(kept.max()))
     source = torch.where(slots < n_sink, slots, slots + due[:, None]).clamp_max(run.keys.shape[2] - 1)
@@ -146,7 +139,8 @@ def dense_with_past(
     """
     stored = sum(part.longest for part in held.parts)
     both = tuple(t.new_empty((*t.shape[:2], stored + keys.shape[2], t.shape[3])) for t in (keys, values))
-    start, shifts = 0, past_shifts(held, rope, mask, held.logical - keys.shape[2])
+    noted = [None if rope is None else Shift(rope, part.note("shift")) for part in held.parts]
+    start, shifts = 0, past_shifts(held, rope, mask, held.logical - keys.shape[2]) or noted
     for part, shift in zip(held.parts, shifts, strict=True):
         here = [t[:, :, start : start + part.longest] for t in both]
         part.decode_into(*here)
@@ -158,21 +152,15 @@ def dense_with_past(
     return both[0], both[1]
 
 
-def past_shifts(held: LayerContents, rope: RopeScheme | None, mask: Tensor | None, end: int) -> list[Shift | None]:
-    """How far each part of what is stored moves: as noted, unless ``mask`` (as above) hides more of it than padding."""
-    if rope is None:
-        return [None for _ in held.parts]
-    shown = None if mask is None else hides_stored(held, mask, end)
-    if shown is None:
-        return [Shift(rope, part.note("shift")) for part in held.parts]
-    return shown_shifts(rope, held.window, held.stores, end, shown)
-
-
-def hides_stored(held: LayerContents, mask: Tensor, end: int) -> Tensor | None:
-    """``mask`` (bool ``[B or 1, T]``) of the positions below ``end``, if it hides more of them than padding."""
+def past_shifts(
+    held: LayerContents, rope: RopeScheme | None, mask: Tensor | None, end: int
+) -> list[Shift | None] | None:
+    """How far each part of what is stored moves, where ``mask`` (as above) hides more than padding; ``None``: as noted."""
+    if rope is None or mask is None:
+        return None
     shown = mask[:, :end]
     padded = torch.arange(end, device=mask.device) < sent(held.padding, mask.device)[:, None]
-    return None if bool((shown | padded).all()) else shown
+    return None if bool((shown | padded).all()) else shown_shifts(rope, held.window, held.stores, end, shown)
 
 
 def past_masks(held: LayerContents, mask: Tensor) -> list[Tensor]:

@@ -43,16 +43,18 @@ def _wanted(held: LayerContents, tiers: Tensor) -> Tensor:
     """``tiers`` on this device with the evicted last, ``len(stores) + 1``. Raises ``InputError``."""
     shape = (held.rows, held.heads, held.logical)
     if tuple(tiers.shape) != shape:
-        raise InputError(f"layer {held.index}: tiers have shape {tuple(tiers.shape)}; [B, H_kv, T] = {shape} is needed")
+        raise InputError(
+            f"layer {held.plan.index}: tiers have shape {tuple(tiers.shape)}; [B, H_kv, T] = {shape} is needed"
+        )
     if bool((tiers < -1).any()) or bool((tiers > len(held.stores)).any()):
         raise InputError(
-            f"layer {held.index}: tiers must be -1 (evicted), 0 (full precision) or 1..{len(held.stores)} "
+            f"layer {held.plan.index}: tiers must be -1 (evicted), 0 (full precision) or 1..{len(held.stores)} "
             f"({', '.join(s.tier.name for s in held.stores)}); found {int(tiers.min())}..{int(tiers.max())}"
         )
     now, wanted = (t.masked_fill(t < 0, len(held.stores) + 1) for t in (held.tier_map(), tiers.to(held.device)))
     if bool((wanted < now).any()):
         raise InputError(
-            f"layer {held.index}: {int((wanted < now).sum())} tokens were asked back up the ladder; "
+            f"layer {held.plan.index}: {int((wanted < now).sum())} tokens were asked back up the ladder; "
             "what was dropped cannot be restored, tokens only move down"
         )
     return wanted
@@ -67,10 +69,9 @@ def _leaving_window(held: LayerContents, wanted: Tensor) -> _Leaving | None:
     if not bool(leaving.any()):
         return None
     if not bool((leaving == leaving[:, :1]).all()):
-        raise InputError(f"layer {held.index}: the heads of a row disagree on which tokens leave full precision")
-    keys, values = window.live()
-    stats = {n: t[:, :, : window.longest] for n, t in window.statistics.items()}
-    return _Leaving(keys, values, where, stats, target.masked_fill(~leaving, 0))
+        raise InputError(f"layer {held.plan.index}: the heads of a row disagree on which tokens leave full precision")
+    target = target.masked_fill(~leaving, 0)
+    return _Leaving(window.decode(0), window.decode(1), where, window.statistics, target)
 
 
 def _check_tiles(held: LayerContents, wanted: Tensor) -> None:
@@ -84,7 +85,7 @@ def _check_tiles(held: LayerContents, wanted: Tensor) -> None:
         if bool(apart.any()):
             tile = positions[apart][0]
             raise InputError(
-                f"layer {held.index}: tier {store.tier.name!r} shares scales between the tokens of a tile, so that they "
+                f"layer {held.plan.index}: tier {store.tier.name!r} shares scales between the tokens of a tile, so that they "
                 f"move together; those at positions {int(tile[0])} to {int(tile.max())} were sent to different tiers. "
                 "Send whole tiles, or use quantizers with axis = 'token'."
             )

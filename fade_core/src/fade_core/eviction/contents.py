@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,24 +14,6 @@ from fade_core.eviction.plan import EvictionPlan
 from fade_core.eviction.query_moments import QueryMoments
 from fade_core.storage.tier_store import TierStore
 from fade_core.storage.window import Window
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """Where a layer stood before a forward pass.
-
-    Attributes:
-        step: whether the pass takes its tokens straight into the window: then only they are dropped again, since a tile that
-            it encodes holds the same tokens.
-        facts: ``logical``, ``padding``, ``ranked_at`` and ``contiguous`` as they were.
-        parts: what the window and each store remember; for a step the statistics of each part, and what they were.
-        queries: what the statistics of the queries were.
-    """
-
-    step: bool
-    facts: dict[str, Any]
-    parts: list[Any]
-    queries: dict[str, Tensor]
 
 
 @dataclass(eq=False)
@@ -57,11 +40,6 @@ class LayerContents:
     ranked_at: Tensor
     logical: int = 0
     contiguous: bool = True
-
-    @property
-    def index(self) -> int:
-        """Layer index."""
-        return self.plan.index
 
     @property
     def rows(self) -> int:
@@ -105,12 +83,7 @@ class LayerContents:
 
     def statistics(self) -> list[dict[str, Tensor]]:
         """Statistics of each part's tokens, float32 ``[B, H_kv, longest]`` a name: views, updated in place."""
-        names = self.window.statistics
-        return [{name: part.note(f"statistic.{name}") for name in names} for part in self.parts]
-
-    def query_statistics(self) -> dict[str, Tensor]:
-        """By name; empty if none are kept."""
-        return {} if self.queries is None else self.queries.statistics()
+        return [part.statistics for part in self.parts]
 
     def due(self, lengths: Tensor) -> Tensor:
         """Tokens that rows of ``lengths`` full-precision tokens send down, int64 ``[B]``, whole tiles."""
@@ -168,24 +141,33 @@ class LayerContents:
         self.contiguous = torch.equal(self.window.live_positions()[:, 0].cpu()[behind], run[behind])
 
     # --- a pass ---
-    def snapshot(self, step: bool) -> Snapshot:
-        """What ``restore`` needs to take a pass back."""
+    def drop_newest(self, logical: int) -> None:
+        """Forget what a step has brought since the length was ``logical``."""
+        self.window.set_lengths((self.window.lengths - (self.logical - logical)).clamp_min(0))
+        self.logical = logical
+
+    def snapshot(self, step: bool) -> Callable[[], None]:
+        """What takes a pass back: called, it makes everything as it is now.
+
+        Args:
+            step: the pass takes its tokens straight into the window: then only they are dropped again, since a tile that it
+                encodes holds the same tokens.
+        """
         facts = {name: getattr(self, name) for name in ("logical", "padding", "ranked_at", "contiguous")}
         queries = {} if self.queries is None else {name: t.clone() for name, t in self.queries.tensors().items()}
-        if step:
-            tracked = self.statistics() if self.plan.tracker.statistics else []
-            return Snapshot(True, facts, [(t, t.clone()) for held in tracked for t in held.values()], queries)
-        return Snapshot(False, facts, [part.snapshot() for part in self.everything], queries)
+        tracked = self.statistics() if step and self.plan.tracker.active else []
+        noted = [(t, t.clone()) for held in tracked for t in held.values()]
+        parts = [] if step else [part.snapshot() for part in self.everything]
 
-    def restore(self, before: Snapshot) -> None:
-        """Be again as ``snapshot`` found it."""
-        if before.step:
-            self.window.drop_newest(self.logical - before.facts["logical"])
-            for held, was in before.parts:
+        def restore() -> None:
+            if step:
+                self.drop_newest(facts["logical"])
+            for held, was in noted:
                 held.copy_(was)
-        else:
-            for part, was in zip(self.everything, before.parts, strict=True):
-                part.restore(was)
-        if self.queries is not None:
-            self.queries.restore(before.queries)
-        vars(self).update(before.facts)
+            for part in parts:
+                part()
+            if self.queries is not None:
+                self.queries.restore(queries)
+            vars(self).update(facts)
+
+        return restore

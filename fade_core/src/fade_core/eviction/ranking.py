@@ -104,8 +104,9 @@ def _view(
     values: Callable[[], Tensor],
 ) -> LayerView:
     """What the policy sees of tokens at ``positions`` ``[B, H_kv, T]``."""
-    where = held.logical, held.index, held.plan.num_layers
-    return LayerView(positions, *where, dict(statistics), keys, values, held.lengths, held.query_statistics())
+    where = held.logical, held.plan.index, held.plan.num_layers
+    queries = {} if held.queries is None else held.queries.statistics()
+    return LayerView(positions, *where, dict(statistics), keys, values, held.lengths, queries)
 
 
 def _rooms(held: LayerContents) -> tuple[list[Tensor] | None, Tensor | None]:
@@ -136,13 +137,13 @@ def _allocated(held: LayerContents, view: LayerView, competing: Tensor, budget: 
     wanted = even if found is None else found.cpu()
     if wanted.shape != packed.shape or wanted.is_floating_point() or bool((wanted < 0).any()):
         raise InputError(
-            f"policy {policy.kind!r} allocated {wanted.dtype} {tuple(wanted.shape)} in layer {held.index}; int64 "
+            f"policy {policy.kind!r} allocated {wanted.dtype} {tuple(wanted.shape)} in layer {held.plan.index}; int64 "
             f"[B, H_kv] = {tuple(packed.shape)}, none of it negative, is needed"
         )
     if bool((wanted.sum(1) > even.sum(1)).any()):
         raise InputError(
             f"policy {policy.kind!r} allocated {int(wanted.sum(1).max())} tokens to the heads of a row in layer "
-            f"{held.index}; the budget is {int(even.sum(1).min())}"
+            f"{held.plan.index}; the budget is {int(even.sum(1).min())}"
         )
     within = packed.sum(1, True) <= even.sum(1, True)
     return torch.where(within, packed, in_tiles(wanted, packed, held.plan.ladder.tile))
@@ -152,7 +153,7 @@ def _scores(held: LayerContents) -> tuple[list[Tensor], LayerView]:
     """The policy's scores of every tier's slots, ``[B, H_kv, tiles * tile]`` each, and what it saw."""
     window, parts = held.window, held.everything
     positions = [part.live_positions().expand(-1, held.heads, -1) for part in parts]
-    statistics = {n: torch.cat([part.note(f"statistic.{n}") for part in parts], 2) for n in window.statistics}
+    statistics = {n: torch.cat([part.statistics[n] for part in parts], 2) for n in window.statistics}
 
     def decoded(side: int) -> Tensor:
         return torch.cat([window.decode(side), *(store.decode(side) for store in held.packed)], 2).float()
@@ -165,7 +166,7 @@ def _scores(held: LayerContents) -> tuple[list[Tensor], LayerView]:
 def _checked(held: LayerContents, scores: Tensor, shape: torch.Size) -> Tensor:
     if scores.shape != shape:
         raise InputError(
-            f"policy {held.plan.policy.kind!r} scored layer {held.index} with shape {tuple(scores.shape)}; "
+            f"policy {held.plan.policy.kind!r} scored layer {held.plan.index} with shape {tuple(scores.shape)}; "
             f"[B, H_kv, T] = {tuple(shape)} is needed"
         )
     return scores.float().nan_to_num(nan=-torch.inf)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fade_core.errors import InputError
@@ -122,29 +121,6 @@ class StepBuffers:
         return StepBuffers(**{name: copy(value) for name, value in vars(self).items()})
 
 
-@dataclass(frozen=True)
-class TierBuffers:
-    """One packed tier of ``LayerBuffers``.
-
-    Attributes:
-        view: all tiles that buffers have room for.
-        starts: as in ``StepBuffers``.
-        notes: numbers a token, ``[B, H_kv, T, tile]``: "statistic.NAME", "shift", and, without starts, "positions".
-    """
-
-    view: TileView
-    starts: Tensor | None
-    notes: Mapping[str, Tensor]
-
-    def positions(self, tiles: int) -> Tensor:
-        """Positions of the tokens of the first ``tiles``, int64 ``[B, H_kv, tiles * tile]``."""
-        if self.starts is None:
-            return self.notes["positions"][:, :, :tiles].flatten(2).long()
-        return (
-            self.starts[:, :, :tiles, None].long() + torch.arange(self.view.tile, device=self.starts.device)
-        ).flatten(2)
-
-
 class LayerBuffers:
     """What a step reads and writes of a layer, in place.
 
@@ -153,7 +129,8 @@ class LayerBuffers:
             "positions", "lengths", "counters" (as in ``StepBuffers``), "statistic.NAME" and "shift" ``[B, H_kv, capacity]``;
             of its queries "moments.NAME"; of tier ``n`` "n.ids", "n.used", "n.reserved", "n.starts" (as in
             ``StepBuffers``), "n.counts", int32 ``[B, H_kv, T]``, live tokens of each tile, "n.k.NAME" and "n.v.NAME"
-            ``[N, *tile_shape]``, and the notes of ``TierBuffers``.
+            ``[N, *tile_shape]``, and numbers a token, ``[B, H_kv, T, tile]``: "n.statistic.NAME", "n.shift", and, without
+            starts, "n.positions".
         tiers: name and quantizers of each packed tier, finest first.
         flags: of each whether ids are in runs (as in ``StepBuffers``), and whether all tiles in use are full.
     """
@@ -164,17 +141,17 @@ class LayerBuffers:
         self.tensors, self.flags = tensors, flags
         self.keys, self.values, self.positions = tensors["keys"], tensors["values"], tensors["positions"]
         self.lengths, self.counters = tensors["lengths"], tensors["counters"]
-        self.notes, self.moments = _notes(tensors), under(tensors, "moments.")
+        self.notes, self.moments = _matching(_NOTE, tensors), under(tensors, "moments.")
         given = [
             n for n in range(len(tiers)) if f"{n}.ids" in tensors
         ]  # an op is not told of tiers that it does not touch
         self.tiers = [self._tier(under(tensors, f"{n}."), tiers[n], *flags[n]) for n in given]
 
-    def _tier(self, of: Mapping[str, Tensor], tier: Tier, runs: bool, whole: bool) -> TierBuffers:
-        fields = {name: held for name, held in of.items() if name[:2] in ("k.", "v.")}
-        counts, width = None if whole else of.get("counts"), of["ids"].shape[2]
-        view = TileView(tier, fields, of["ids"], of["used"], counts, runs, self.keys.dtype, width)
-        return TierBuffers(view, of.get("starts"), _notes(of))
+    def _tier(self, of: Mapping[str, Tensor], tier: Tier, runs: bool, whole: bool) -> TileView:
+        """All tiles that buffers have room for."""
+        fields, slots = _matching(r"[kv]\..+", of), _matching(rf"starts|positions|{_NOTE}", of)
+        where = of["ids"], of["used"], None if whole else of.get("counts"), runs
+        return TileView(tier, fields, *where, self.keys.dtype, of["ids"].shape[2], slots=slots)
 
     @cached_property
     def step(self) -> StepBuffers:
@@ -183,7 +160,7 @@ class LayerBuffers:
         if not self.tiers:
             none = self.lengths.new_zeros((*self.lengths.shape, 0))
             return StepBuffers(*window, {}, {}, none, self.lengths, self.lengths, window_notes=notes)
-        tier, view = self.tiers[0], self.tiers[0].view
+        view = self.tiers[0]
         return StepBuffers(
             *window,
             view.pool_fields("k"),
@@ -191,10 +168,10 @@ class LayerBuffers:
             view.ids,
             view.used,
             self.tensors["0.reserved"],
-            tier.starts,
-            tier.notes.get("positions"),
+            view.slots.get("starts"),
+            view.slots.get("positions"),
             notes,
-            [tier.notes[name] for name in self.notes],
+            [view.slots[name] for name in self.notes],
             view.runs,
         )
 
@@ -224,10 +201,9 @@ def layer_buffers(
     return LayerBuffers(tensors, [store.tier for store in stores], flags)
 
 
-def _notes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of ``tensors`` that are numbers a token; for the window without its positions, which rows share."""
-    packed = "ids" in tensors
-    return {n: held for n, held in tensors.items() if re.fullmatch(_NOTE, n) or (packed and n == "positions")}
+def _matching(pattern: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of ``tensors`` whose whole name is as ``pattern`` says."""
+    return {name: held for name, held in tensors.items() if re.fullmatch(pattern, name)}
 
 
 @cache

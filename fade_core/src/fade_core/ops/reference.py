@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -46,24 +47,18 @@ def append(keys: Tensor, values: Tensor, buffers: StepBuffers, rule: AppendRule,
         _encode_oldest(buffers, rule, on_host)
         lengths = buffers.lengths[:, 0].tolist() if on_host else []
     count, capacity = keys.shape[2], buffers.keys.shape[2]
-    fresh = buffers.counters[LOGICAL]  # []
-    if count > 1:
-        fresh = fresh + torch.arange(count, device=keys.device)  # [Q]
+    new = torch.arange(count, device=keys.device)  # [Q]
+    at: tuple[Any, Any]
     if lengths and min(lengths) == max(lengths) <= capacity - count:  # the same slots in all rows
-        start = lengths[0]
-        buffers.keys.narrow(2, start, count).copy_(keys)
-        buffers.values.narrow(2, start, count).copy_(values)
-        buffers.positions.narrow(1, start, count).copy_(fresh)
-        for note in buffers.window_notes:
-            note.narrow(2, start, count).zero_()
+        at = slice(None), slice(lengths[0], lengths[0] + count)
     else:
-        slots = buffers.lengths[:, :1] + torch.arange(count, device=keys.device)  # [B, Q]
-        at = torch.arange(len(keys), device=keys.device)[:, None], slots.clamp_max(capacity - 1).long()
-        buffers.keys.transpose(1, 2)[at] = keys.transpose(1, 2)  # [B, Q, H_kv, D]
-        buffers.values.transpose(1, 2)[at] = values.transpose(1, 2)
-        buffers.positions[at] = fresh.int()
-        for note in buffers.window_notes:
-            note.transpose(1, 2)[at] = note.new_zeros(())  # a number of Python's would come from the host
+        slots = (buffers.lengths[:, :1] + new).clamp_max(capacity - 1).long()  # [B, Q]
+        at = torch.arange(len(keys), device=keys.device)[:, None], slots
+    buffers.keys.transpose(1, 2)[at] = keys.transpose(1, 2)  # [B, Q, H_kv, D]
+    buffers.values.transpose(1, 2)[at] = values.transpose(1, 2)
+    buffers.positions[at] = (buffers.counters[LOGICAL] + new).int()
+    for note in buffers.window_notes:
+        note.transpose(1, 2)[at] = note.new_zeros(())  # a number of Python's would come from the host
     buffers.lengths.add_(count)
     buffers.counters[LOGICAL] += count
 
@@ -84,39 +79,31 @@ def _finite(
     return keys, values
 
 
-def _most_due(buffers: StepBuffers, rule: AppendRule) -> int:
-    """Most tiles that can leave any row's window, known from shapes alone; 0 where there is no tile."""
-    pools = *buffers.key_fields.values(), *buffers.value_fields.values()
-    if rule.tier is None or not all(map(len, pools)):
-        return 0
-    capacity = buffers.keys.shape[2]
-    over, inside = (capacity - rule.threshold) // rule.tile + 1, (capacity - rule.n_sink) // rule.tile
-    return max(0, min(over, inside, buffers.ids.shape[2]))
-
-
 def _encode_oldest(buffers: StepBuffers, rule: AppendRule, on_host: bool) -> None:
     """Encode the oldest tiles of full windows into the pool, and close the gaps that they leave.
 
     On the host these are the tiles that are due, and no more. Elsewhere as many are encoded as can be due at all: what is
     not due repeats a tile that is, so that no two write different things to one place; if none is, all write what was there.
     """
-    most = _most_due(buffers, rule)
-    if not most:
+    pools = *buffers.key_fields.values(), *buffers.value_fields.values()
+    if rule.tier is None or not all(map(len, pools)):
         return
-    tier, first, tile, capacity = rule.packed, rule.n_sink, rule.tile, buffers.keys.shape[2]
+    tier, first, tile, capacity = rule.tier, rule.n_sink, rule.tile, buffers.keys.shape[2]
+    # most tiles that can leave any row's window, known from shapes alone
+    most = min((capacity - rule.threshold) // tile + 1, (capacity - first) // tile, buffers.ids.shape[2])
+    if most <= 0:
+        return
     over = (buffers.lengths[:, 0].long() - rule.threshold).div(tile, rounding_mode="floor") + 1
     due = over.minimum((buffers.reserved - buffers.used)[:, 0]).clamp(0, most)  # [B]
-    leaves = torch.arange(most, device=due.device) < due[:, None]  # [B, most]
+    leaves = (torch.arange(most, device=due.device) < due[:, None]).flatten()  # [B * most]
     if on_host:
-        wanted, rows = None, due.nonzero().flatten()
-        row, number = leaves.nonzero(as_tuple=True)  # [P]
-        if not len(row):
+        chosen, rows, wanted = leaves.nonzero().flatten(), due.nonzero().flatten(), None
+        if not len(chosen):
             return
     else:
-        wanted, rows = leaves.any(), torch.arange(len(due), device=due.device)
-        flat = leaves.flatten()  # [P], P = B * most
-        chosen = torch.where(flat, torch.arange(len(flat), device=due.device), flat.int().argmax())
-        row, number = chosen // most, chosen % most
+        numbers = torch.arange(len(leaves), device=due.device)
+        chosen, rows, wanted = torch.where(leaves, numbers, leaves.int().argmax()), numbers[: len(due)], leaves.any()
+    row, number = chosen // most, chosen % most  # [P]
     pairs, heads = row[:, None], torch.arange(buffers.ids.shape[1], device=due.device)
     at = (buffers.used[row] + number[:, None]).clamp_max(buffers.ids.shape[2] - 1).long()  # [P, H_kv]
     place = (pairs, heads, at)
@@ -171,8 +158,6 @@ class FullSegment:
             ``lengths`` do: an implementation that knows these need not read it.
         lengths: leading tokens of each row that are meant, int64 ``[B]`` on the CPU, or int32 ``[B, H_kv]`` where the
             tokens are (then no one has to read them back); ``None`` for all ``T``.
-
-    A ``plain`` segment need not have a mask: ``seen`` makes one for those that read masks.
     """
 
     keys: Tensor
@@ -180,6 +165,7 @@ class FullSegment:
     mask: Tensor | None = None
     plain: bool = False
     lengths: Tensor | None = None
+    shift: ClassVar[None] = None  # its keys have been moved
 
     def seen(self, queries: int) -> Tensor | None:
         """``mask``, or what a ``plain`` segment says without one; ``None`` if all is seen."""
@@ -226,13 +212,8 @@ class PackedSegment:
     def scores(self, query: Tensor) -> Tensor:
         """``[B, H_kv, N, T]`` float32."""
         parts = self._parts(self.store.packed_keys())
-        if len(parts) == 1:
-            return self._scores(query, parts[0], 0)
-        found, start = query.new_empty((*query.shape[:3], sum(part.length for part in parts))), 0
-        for out, part in zip(found.split([part.length for part in parts], dim=-1), parts, strict=True):
-            out.copy_(self._scores(query, part, start))
-            start += part.length
-        return found
+        found = [self._scores(query, part, number * parts[0].length) for number, part in enumerate(parts)]
+        return found[0] if len(found) == 1 else torch.cat(found, -1)
 
     def _scores(self, query: Tensor, part: Packed, start: int) -> Tensor:
         """Scores of the tokens of slots ``start`` and on."""
@@ -293,25 +274,18 @@ def decode_attention(
         sinks: one extra logit a query head ``[H_q]`` that takes mass and gives nothing (gpt-oss).
         probabilities: also return the attention probabilities.
     """
-    batch, heads, queries, _ = query.shape
-    kv_heads = _kv_heads(segments[0])
-    grouped = (_wide(query) * scaling).reshape(batch, kv_heads, -1, query.shape[-1])
     parts = []
     for segment in segments:
-        logits = _masked(_capped(segment.scores(grouped), softcap), segment.seen(queries), queries)
+        logits = _logits(query, segment, scaling, softcap)
         top = logits.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
         weights = torch.exp_(logits.sub_(top))
         parts.append((segment.combine(weights), top, weights.sum(-1, keepdim=True), weights))
-    peak = parts[0][1]
-    for _, top, _, _ in parts[1:]:
-        peak = torch.maximum(peak, top)
-    if sinks is not None:
-        extra = sinks.to(grouped.dtype).view(1, kv_heads, -1, 1).repeat_interleave(queries, 2)
-        peak = torch.maximum(peak, extra)
+    (batch, heads, queries, _), kv_heads = query.shape, logits.shape[1]
+    extra = [] if sinks is None else [sinks.to(logits.dtype).view(1, kv_heads, -1, 1).repeat_interleave(queries, 2)]
+    peak = functools.reduce(torch.maximum, [*(top for _, top, _, _ in parts), *extra])
     shares = [torch.exp(top - peak) for _, top, _, _ in parts]
     total = sum((mass * share for (_, _, mass, _), share in zip(parts, shares, strict=True)), torch.zeros_like(peak))
-    if sinks is not None:
-        total = total + torch.exp(extra - peak)
+    total = sum((torch.exp(sink - peak) for sink in extra), total)
     safe = total.clamp_min(torch.finfo(torch.float32).tiny)
     output = torch.stack([part * (share / safe) for (part, _, _, _), share in zip(parts, shares, strict=True)]).sum(0)
     lse = (peak + total.log()).view(batch, heads, queries)
@@ -328,32 +302,23 @@ def attention_mass(
     query: Tensor, segment: Segment, lse: Tensor, scaling: float, softcap: float | None = None
 ) -> Tensor:
     """Probabilities ``[B, H_kv, Q, T]`` of one segment's tokens, given the ``lse`` ``[B, H_q, Q]`` over all of them."""
-    batch, _, queries, _ = query.shape
-    kv_heads = _kv_heads(segment)
-    grouped = (_wide(query) * scaling).reshape(batch, kv_heads, -1, query.shape[-1])
-    logits = _masked(_capped(segment.scores(grouped), softcap), segment.seen(queries), queries)
-    shifted = logits - lse.reshape(batch, kv_heads, -1, 1).clamp_min(torch.finfo(torch.float32).min)
-    return shifted.exp().view(batch, kv_heads, -1, queries, logits.shape[-1]).mean(2)
+    logits = _logits(query, segment, scaling, softcap)
+    shifted = logits - lse.reshape(*logits.shape[:3], 1).clamp_min(torch.finfo(torch.float32).min)
+    grouped: Tensor = shifted.exp().unflatten(2, (-1, query.shape[2]))  # [B, H_kv, G, Q, T]
+    return grouped.mean(2)
 
 
-def _wide(query: Tensor) -> Tensor:
-    """The query in float32, or in float64 if it already is."""
-    return query.to(torch.promote_types(query.dtype, torch.float32))
-
-
-def _kv_heads(segment: Segment) -> int:
-    return segment.keys.shape[1] if isinstance(segment, FullSegment) else segment.store.heads
-
-
-def _capped(logits: Tensor, softcap: float | None) -> Tensor:
-    return logits if not softcap else softcap * torch.tanh(logits / softcap)
-
-
-def _masked(logits: Tensor, mask: Tensor | None, queries: int) -> Tensor:
+def _logits(query: Tensor, segment: Segment, scaling: float, softcap: float | None) -> Tensor:
+    """Capped and masked logits ``[B, H_kv, G * Q, T]`` in float32, or in float64 if the query already is."""
+    (batch, _, queries, dim), wide = query.shape, torch.promote_types(query.dtype, torch.float32)
+    kv_heads = segment.keys.shape[1] if isinstance(segment, FullSegment) else segment.store.heads
+    logits = segment.scores((query.to(wide) * scaling).reshape(batch, kv_heads, -1, dim))
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    mask = segment.seen(queries)
     if mask is None:
         return logits
-    batch, kv_heads, rows, tokens = logits.shape
-    split = logits.view(batch, kv_heads, rows // queries, queries, tokens)
+    split: Tensor = logits.unflatten(2, (-1, queries))  # [B, H_kv, G, Q, T]
     return split.masked_fill(~mask[:, :, None], -torch.inf).view(logits.shape)
 
 
@@ -364,35 +329,39 @@ class _Reference(Kernel):
     """Runs everywhere, with every quantizer."""
 
     name: ClassVar[str] = "torch"
+    run: ClassVar[Callable[..., Any]]
 
     def supports(self, format: PackedFormat | None, head_dim: int, device: torch.device, dtype: torch.dtype) -> Support:
         return Support(True)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self).run(*args, **kwargs)
+
 
 class TorchAppend(_Reference):
-    """``append`` in torch: runs everywhere, with every quantizer."""
+    """``append`` in torch."""
 
     op: ClassVar[Op] = "append"
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        append(*args, **kwargs)
+    run = append
 
 
 class TorchDecodeAttention(_Reference):
-    """``decode_attention`` in torch: runs everywhere."""
+    """``decode_attention`` in torch."""
 
     op: ClassVar[Op] = "decode_attention"
     shifts: ClassVar[bool] = True
-
-    def __call__(self, *args: Any, **kwargs: Any) -> AttentionOutput:
-        return decode_attention(*args, **kwargs)
+    run = decode_attention
 
 
 class TorchAttentionMass(_Reference):
-    """``attention_mass`` in torch: runs everywhere."""
+    """``attention_mass`` in torch."""
 
     op: ClassVar[Op] = "attention_mass"
     shifts: ClassVar[bool] = True
+    run = attention_mass
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        return attention_mass(*args, **kwargs)
+
+REFERENCES: dict[str, Kernel] = {
+    kernel.op: kernel for kernel in (TorchAppend(), TorchDecodeAttention(), TorchAttentionMass())
+}
+"""By op."""

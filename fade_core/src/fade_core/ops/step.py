@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,19 +21,10 @@ from fade_core.eviction.attention_tracker import AttentionTracker
 from fade_core.eviction.query_moments import QueryMoments
 from fade_core.interfaces import Kernel, RopeScheme, Support, Tier
 from fade_core.ops.buffers import LOGICAL, ODD_MASK, AppendRule, LayerBuffers, operands
-from fade_core.ops.reference import (
-    AttentionOutput,
-    FullSegment,
-    PackedSegment,
-    Segment,
-    TorchAppend,
-    TorchAttentionMass,
-    TorchDecodeAttention,
-)
+from fade_core.ops.reference import REFERENCES, AttentionOutput, FullSegment, PackedSegment, Segment
 from fade_core.storage.repositioning import Shift
 from fade_core.storage.slots import under
 
-_REFERENCES: dict[str, Kernel] = {k.op: k for k in (TorchAppend(), TorchDecodeAttention(), TorchAttentionMass())}
 _WITHOUT_SHIFTS = Support(False, "packed keys that are read at other positions (reposition = 'contiguous')")
 _plans: weakref.WeakValueDictionary[str, StepPlan] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
@@ -72,13 +63,13 @@ class StepPlan:
 
     def choose(self, kernel: Kernel, *args: object, shifted: bool = False, **options: object) -> Kernel:
         """``kernel`` if it accepts this very call, else the reference."""
-        if type(kernel) is type(_REFERENCES[kernel.op]):
+        if type(kernel) is type(REFERENCES[kernel.op]):
             return kernel
         support = kernel.accepts(*args, **options) if kernel.shifts or not shifted else _WITHOUT_SHIFTS
         if support:
             return kernel
         self.refused.add((kernel.op, kernel.name, support.reason))
-        return _REFERENCES[kernel.op]
+        return REFERENCES[kernel.op]
 
 
 def plan_step(plan: StepPlan, compatibility_key: str, fresh: bool = False) -> StepPlan:
@@ -91,20 +82,11 @@ def plan_step(plan: StepPlan, compatibility_key: str, fresh: bool = False) -> St
         compatibility_key: what the quantizers were made from: their configuration and the model's layers and heads.
         fresh: give it a name that no other has: its quantizers learn, and belong to it alone.
     """
-    rule, tracker, contents = plan.rule, plan.tracker, "" if fresh else _contents(plan.tiers)
+    rule, tracker, contents = replace(plan.rule, tier=None), plan.tracker, "" if fresh else _contents(plan.tiers)
     kernels = plan.append.name, plan.attention.name, plan.mass.name
     noted = tracker.statistics, tracker.query_statistics, tracker.decay, tracker.observation_window
-    facts = (
-        rule.layer,
-        rule.n_sink,
-        rule.threshold,
-        rule.on_nonfinite,
-        kernels,
-        noted,
-        compatibility_key,
-        type(plan.rope),
-    )
-    plan.name = hashlib.sha256(repr((*facts, contents)).encode()).hexdigest()[:16]
+    facts = rule, kernels, noted, compatibility_key, type(plan.rope), contents
+    plan.name = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     shared = _plans.get(plan.name)
     if shared is not None and _contents(shared.tiers) == contents:
         return shared
@@ -172,34 +154,24 @@ def read_all(
     segments, statistics = segments_of(plan, held, mask, on_host, shifts)
     tracker, call = plan.tracker, (query, segments, scaling, softcap, sinks)
     tracked = tracker.active and any(statistics)
-    kernel = plan.choose(plan.attention, *call, shifted=any(map(_moved, segments)), probabilities=tracked)
+    shifted = any(segment.shift is not None for segment in segments)
+    kernel = plan.choose(plan.attention, *call, shifted=shifted, probabilities=tracked)
     result: AttentionOutput = kernel(*call, probabilities=tracked)
-
-    if tracked:
-        for number, (segment, noted) in enumerate(zip(segments, statistics, strict=True)):
-            if result.probabilities is None:
-                probabilities = _mass(plan, noted, query, segment, result.lse, scaling, softcap)
-            else:
-                probabilities = result.probabilities[number]
-            if probabilities is not None:
-                tracker.age(noted, query.shape[2])
-                tracker.observe(noted, probabilities, segment.seen(query.shape[2]))
+    for number, (segment, noted) in enumerate(zip(segments, statistics, strict=True) if tracked else ()):
+        if result.probabilities:
+            probabilities = result.probabilities[number]
+        else:
+            given, shifted = (query, segment, result.lse, scaling, softcap), segment.shift is not None
+            observation = tracker.observation(noted, query.shape[2])
+            if plan.mass.observes and not shifted and plan.mass.accepts(*given, noted=observation):
+                plan.mass(*given, noted=observation)
+                continue
+            probabilities = plan.choose(plan.mass, *given, shifted=shifted)(*given)
+        tracker.age(noted, query.shape[2])
+        tracker.observe(noted, probabilities, segment.seen(query.shape[2]))
     if held.moments:
         QueryMoments.over(held.moments).observe(query * scaling, tracker.keeps(query.shape[2]))
     return result.output
-
-
-def _mass(
-    plan: StepPlan, noted: dict[str, Tensor], query: Tensor, segment: Segment, *call: Tensor | float | None
-) -> Tensor | None:
-    """What the queries gave to a part's tokens; ``None`` if the kernel has let the statistics follow."""
-    kernel, observation = plan.mass, plan.tracker.observation(noted, query.shape[2])
-    shifted = _moved(segment)
-    if kernel.observes and not shifted and kernel.accepts(query, segment, *call, noted=observation):
-        kernel(query, segment, *call, noted=observation)
-        return None
-    probabilities: Tensor = plan.choose(kernel, query, segment, *call, shifted=shifted)(query, segment, *call)
-    return probabilities
 
 
 def segments_of(
@@ -207,22 +179,29 @@ def segments_of(
 ) -> tuple[list[Segment], list[dict[str, Tensor]]]:
     """Packed tiers and window as attention reads them, and the statistics of each one's tokens, views.
 
-    Args:
-        plan: the layer's.
-        held: what the layer holds.
-        mask: bool ``[B or 1, 1, Q, T]`` over positions, or ``None`` if it hides padding alone.
-        on_host: whether lengths may be read on the host, so that no more than is in use is read.
-        shifts: as for ``read_all``.
+    Arguments are those of ``read_all``; ``on_host``: lengths may be read on the host, so that no more than is in use is read.
     """
     segments: list[Segment] = []
     statistics: list[dict[str, Tensor]] = []
-    for tier in held.tiers:
-        view = tier.view.in_use() if on_host else tier.view
+
+    def shift_of(notes: Mapping[str, Tensor]) -> Shift | None:
+        """``None`` if no token of the part is moved, as far as the host may read it."""
+        if shifts is not None:
+            return shifts[len(segments)]
+        if plan.rope is None:
+            return None
+        moving = notes["shift"].amax((0, 1)).nonzero() if on_host else None  # [n, 1]
+        if moving is None:
+            return Shift(plan.rope, notes["shift"])
+        return Shift(plan.rope, notes["shift"][:, :, : int(moving[-1]) + 1]) if len(moving) else None
+
+    for every in held.tiers:
+        view = every.in_use() if on_host else every
         if not view.tiles:
             continue
-        notes = {n: note[:, :, : view.tiles].flatten(2) for n, note in tier.notes.items()}  # [B, H_kv, tiles * tile]
-        seen = None if mask is None else gathered(mask, tier.positions(view.tiles), view.valid())
-        shift = _noted_shift(plan, notes, on_host) if shifts is None else shifts[len(segments)]
+        notes = {n: view.slots[n][:, :, : view.tiles].flatten(2) for n in held.notes}  # [B, H_kv, tiles * tile]
+        seen = None if mask is None else gathered(mask, view.positions(), view.valid())
+        shift = shift_of(notes)
         segments.append(PackedSegment(view, seen, mask is None, shift))
         statistics.append(under(notes, "statistic.") if notes else {})
     longest, even, seen = held.keys.shape[2], False, None
@@ -233,28 +212,11 @@ def segments_of(
     if mask is not None:
         live = None if even else torch.arange(longest, device=mask.device) < held.lengths[:, :1, None]
         seen = gathered(mask, held.positions[:, None, :longest].long(), live)
-    shift = _noted_shift(plan, notes, on_host) if shifts is None else shifts[len(segments)]
+    shift = shift_of(notes)
     keys = held.keys[:, :, :longest] if shift is None else shift.moved(held.keys[:, :, :longest])
     segments.append(FullSegment(keys, held.values[:, :, :longest], seen, mask is None, None if even else held.lengths))
     statistics.append(under(notes, "statistic.") if notes else {})
     return segments, statistics
-
-
-def _noted_shift(plan: StepPlan, notes: Mapping[str, Tensor], on_host: bool) -> Shift | None:
-    """How far the tokens of one part are moved; ``None`` if none is, as far as the host may read it."""
-    if plan.rope is None or "shift" not in notes:
-        return None
-    by = notes["shift"]
-    if on_host:
-        moving = by.amax((0, 1)).nonzero()
-        if not len(moving):
-            return None
-        by = by[:, :, : int(moving[-1]) + 1]
-    return Shift(plan.rope, by)
-
-
-def _moved(segment: Segment) -> bool:
-    return isinstance(segment, PackedSegment) and segment.shift is not None
 
 
 def gathered(mask: Tensor, positions: Tensor, live: Tensor | None) -> Tensor:
@@ -297,8 +259,10 @@ def attend(
         stored = (where >= first[:, None]) & (where < held.counters[LOGICAL])
         held.counters[ODD_MASK] += (stored & ~mask[:, 0, 0]).any()
         mask = None
-    if mask is not None and query.device.type == "cpu" and _hides_padding_alone(mask, plan, held):
-        mask = None
+    if mask is not None and query.device.type == "cpu":
+        hidden, _ = segments_of(plan, held, ~mask, True, [None] * (len(held.tiers) + 1))
+        if not any(bool(segment.mask.any()) for segment in hidden if segment.mask is not None):
+            mask = None  # every stored token is seen
     return read_all(plan, query, held, mask, sinks, scaling, softcap).contiguous()
 
 
@@ -316,9 +280,3 @@ def _step(op: str, name: str, written: Sequence[Tensor], read: Sequence[Tensor])
     writes, reads = operands(op, names)
     tensors = dict(zip((*writes, *reads), (*written, *read), strict=True))
     return plan, LayerBuffers(tensors, plan.tiers, flags)
-
-
-def _hides_padding_alone(mask: Tensor, plan: StepPlan, held: LayerBuffers) -> bool:
-    """Whether every stored token is seen. Reads the mask: for a CPU."""
-    hidden, _ = segments_of(plan, held, ~mask, True, [None] * (len(held.tiers) + 1))
-    return not any(bool(segment.mask.any()) for segment in hidden if segment.mask is not None)

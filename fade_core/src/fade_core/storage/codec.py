@@ -43,8 +43,8 @@ class TorchDequantize(Kernel):
     def __call__(self, quantizer: Quantizer, packed: Packed, ids: Tensor | None = None) -> Tensor:
         if ids is None:
             return quantizer.decode(packed)
-        known = ids.clamp_min(0).long()
-        tiles = {name: field[known] for name, field in packed.fields.items()}  # [B, H_kv, n, *tile_shape]
+        known, shape = ids.clamp_min(0).long().flatten(), ids.shape
+        tiles = {n: field.index_select(0, known).unflatten(0, shape) for n, field in packed.fields.items()}
         tokens = quantizer.decode(Packed(tiles, packed.length, packed.dtype))
         if ids.device.type == "cpu" and bool((ids >= 0).all()):
             return tokens

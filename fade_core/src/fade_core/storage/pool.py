@@ -30,34 +30,27 @@ class TilePool:
         self.device = device
 
     def write(self, tiles: Mapping[str, Tensor], alive: Tensor, wish: Tensor | None = None) -> Tensor:
-        """Store ``[n, ...]`` tiles and return their ids (int64, CPU); ``alive`` and ``wish`` as for ``take``."""
-        ids = self.take(next(iter(tiles.values())).shape[0], alive, wish)
+        """Store ``[n, ...]`` tiles and return their ids (int64, CPU); ``alive`` and ``wish`` (the first) as for ``take``."""
+        ids = self.take(torch.arange(len(next(iter(tiles.values())))) if wish is None else wish, alive)
         target = sent(ids, self.device)
         for name, field in self.fields.items():
             field[target] = tiles[name].to(field.device, field.dtype)
         return ids
 
-    def take(self, count: int, alive: Tensor, wish: Tensor | None = None) -> Tensor:
-        """Ids (int64 ``[count]``, CPU) of tiles that are not ``alive``; the pool grows if there are too few.
+    def take(self, wish: Tensor, alive: Tensor) -> Tensor:
+        """Ids (int64 ``[n]``, CPU) of tiles that are not ``alive``; the pool grows if there are too few.
 
         Args:
-            count: tiles wanted.
+            wish: ids ``[n]``, all different, that are given where they are free.
             alive: ids in use; -1 is no id.
-            wish: ids ``[count]``, all different, that are given where they are free.
         """
-        self.reserve(count, alive)
+        missing = len(wish) - len(self.free(alive))
+        if missing > 0:
+            self.grow(self.capacity + max(missing, self.capacity // _GROWTH))
         free = self.free(alive)
-        if wish is None:
-            return free[:count]
         granted = torch.isin(wish, free)
         others = free[~torch.isin(free, wish[granted])]
         return wish.masked_scatter(~granted, others)
-
-    def reserve(self, count: int, alive: Tensor) -> None:
-        """Make room for ``count`` more tiles beside those ``alive``."""
-        missing = count - len(self.free(alive))
-        if missing > 0:
-            self.grow(self.capacity + max(missing, self.capacity // _GROWTH))
 
     def read(self, ids: Tensor) -> dict[str, Tensor]:
         """Fields ``[n, ...]`` of the tiles ``ids`` (int64 ``[n]``, CPU)."""
@@ -82,12 +75,10 @@ class TilePool:
             source: ids (int64, CPU) of the tiles that are kept; ``None`` for all, at their ids.
             target: their ids in the new fields.
         """
+        old, new = (slice(self.capacity) if ids is None else sent(ids, self.device) for ids in (source, target))
         for name, field in self.fields.items():
             grown = torch.zeros((capacity, *field.shape[1:]), dtype=field.dtype, device=field.device)
-            if source is None or target is None:
-                grown[: self.capacity] = field
-            else:
-                grown[sent(target, self.device)] = field.index_select(0, sent(source, self.device))
+            grown[new] = field[old]
             self.fields[name] = grown
         self.capacity = capacity
 

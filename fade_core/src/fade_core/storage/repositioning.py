@@ -63,16 +63,16 @@ def note_shifts(window: Window, stores: Sequence[TierStore], end: int) -> None:
     """
     held = [store for store in stores if store.tiles]
     for store in stores:
-        store.table.notes["shift"].zero_()
-    window.notes["shift"].zero_()
+        store.table.slots["shift"].zero_()
+    window.slots["shift"].zero_()
     parts = [store.live_positions() for store in held] + ([window.live_positions()] if window.longest else [])
     if not parts:
         return
     found = holes_after(parts, end)
     for store, part in zip(held, found, strict=False):  # the window's comes after them
-        store.table.notes["shift"][:, :, : store.tiles] = part.unflatten(2, (-1, store.tile)).int()
+        store.table.slots["shift"][:, :, : store.tiles] = part.unflatten(2, (-1, store.tile)).int()
     if window.longest:
-        window.notes["shift"][:, :, : window.longest] = found[-1].int()
+        window.slots["shift"][:, :, : window.longest] = found[-1].int()
 
 
 def shown_shifts(

@@ -88,8 +88,8 @@ class Slots:
         return self.tensors[name]
 
     def statistics(self, slots: int | None = None) -> dict[str, Tensor]:
-        """The tracked statistics of the first ``slots`` slots, by name; views."""
-        return {name: held[:, :, :slots] for name, held in under(self.tensors, _STATISTIC).items()}
+        """The tracked statistics ``[B, H, tokens]`` of the first ``slots`` slots, by name; views."""
+        return {name: held[:, :, :slots].flatten(2) for name, held in under(self.tensors, _STATISTIC).items()}
 
     def select_rows(self, index: Tensor) -> None:
         """Row ``i`` becomes what row ``index[i]`` was; ``index`` lies where the tensors do."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fade_core.interfaces import Tier
-from fade_core.packed import Tiles
+from fade_core.packed import Packed, Tiles
 from fade_core.storage.codec import Codec, put
 from fade_core.storage.pool import TilePool, numbered
 from fade_core.storage.slots import TokenLayout, by_position, left_pack, picked, under
@@ -87,19 +87,18 @@ class TierStore:
         self.codec = codec if codec is not None else Codec()
         self.tier, self.layout, self.device, self.fixed = tier, layout, layout.device, fixed
         self.tile, self.heads = tier.keys.tile, layout.heads
-        self.moves_tokens = tier.keys.moves_tokens and tier.values.moves_tokens
+        self._sides = {"k.": tier.keys, "v.": tier.values}
+        self.moves_tokens = all(quantizer.moves_tokens for quantizer in self._sides.values())
         shapes = {
-            f"{side}.{name}": (shape, layout.dtype if name == "raw" else dtype)
-            for side, quantizer in (("k", tier.keys), ("v", tier.values))
+            side + name: (shape, layout.dtype if name == "raw" else dtype)
+            for side, quantizer in self._sides.items()
             for name, (shape, dtype) in quantizer.field_shapes().items()
         }
         self.pool = TilePool(shapes, self.device)
-        shared = tier.keys.heads_together or tier.values.heads_together
+        shared = any(quantizer.heads_together for quantizer in self._sides.values())
         self.table = TileTable(batch, max(fixed, width), self.tile, layout, stores_positions, shared)
-        self.runs, self.heads_aligned = True, not stores_positions
-        if fixed:
-            self.pool.grow(batch * self.heads * fixed)
-            self.clear()
+        self.pool.grow(batch * self.heads * fixed)
+        self.clear()
 
     def clear(self) -> None:
         """Hold no token; a store of fixed size stays where it is, with all of its tiles reserved."""
@@ -121,21 +120,13 @@ class TierStore:
 
     @property
     def statistics(self) -> dict[str, Tensor]:
-        """Tracked statistics, float32 ``[B, H_kv, tiles, tile]`` a name; views."""
+        """Tracked statistics, float32 ``[B, H_kv, longest]`` a name; views."""
         return self.table.slots.statistics(self.tiles)
-
-    def valid(self) -> Tensor | None:
-        """bool ``[B, H_kv, tiles * tile]`` of live tokens, or ``None`` if every slot is live."""
-        return self.view().valid()
 
     def live_positions(self) -> Tensor:
         """int64 ``[B, H_kv, tiles * tile]``, -1 where there is no token."""
-        starts, valid = self.table.starts, self.valid()
-        if starts is None:
-            positions = self.table.slots["positions"][:, :, : self.tiles].flatten(2).long()
-        else:
-            slots = torch.arange(self.tile, device=self.device)
-            positions = (starts[:, :, : self.tiles, None].long() + slots).flatten(2)
+        view = self.view()
+        positions, valid = view.positions(), view.valid()
         return positions if valid is None else positions.masked_fill(~valid, -1)
 
     def view(self) -> TileView:
@@ -143,7 +134,7 @@ class TierStore:
         table = self.table
         counts = None if table.whole() else table.counts.device
         where = self.pool.fields, table.ids.device, table.used.device, counts, self.runs
-        return TileView(self.tier, *where, self.layout.dtype, self.tiles, table.even())
+        return TileView(self.tier, *where, self.layout.dtype, self.tiles, table.even(), table.slots.tensors)
 
     @property
     def longest(self) -> int:
@@ -156,18 +147,24 @@ class TierStore:
 
     def decode(self, side: int) -> Tensor:
         """Keys (0) or values (1) in full precision, ``[B, H_kv, longest, D]``."""
-        view = self.view()
-        if side:
-            return self.codec.decode(self.tier.values, view.packed_values())
-        return self.codec.decode(self.tier.keys, view.packed_keys())
+        return self._decoded(("k.", "v.")[side], self.view().pool_ids())
 
     def decode_into(self, keys: Tensor, values: Tensor) -> None:
         """Write all tokens in full precision into buffers ``[B, H_kv, tiles * tile, D]``, in pieces."""
-        view, tier = self.view(), self.tier
+        ids = self.view().pool_ids()
         for part in _pieces(self.tiles):
-            slots = slice(part.start * self.tile, part.stop * self.tile)
-            keys[:, :, slots] = self.codec.decode(tier.keys, view.packed_keys(part))
-            values[:, :, slots] = self.codec.decode(tier.values, view.packed_values(part))
+            for side, out in zip(self._sides, (keys, values), strict=True):
+                out[:, :, part.start * self.tile : part.stop * self.tile] = self._decoded(side, ids[:, :, part])
+
+    def _decoded(self, side: str, ids: Tensor) -> Tensor:
+        """Keys ("k.") or values ("v.") ``[b, H_kv, n * tile, D]`` of the pool tiles ``ids`` ``[b, H_kv, n]``."""
+        return self.codec.decode_from(self._sides[side], under(self.pool.fields, side), ids, self.layout.dtype)
+
+    def _selected(self, index: Tensor, rows: Tensor | None = None) -> list[Packed]:
+        """Codes of the keys and values of the slots ``index`` ``[b, H_kv, K]`` of ``rows`` (int64 ``[b]``; all by default)."""
+        view = self.view()
+        packed = view.packed(None if rows is None else view.pool_ids()[rows])
+        return [quantizer.select(held, index) for quantizer, held in zip(self._sides.values(), packed, strict=True)]
 
     # --- room ---
     def ahead(self) -> int:
@@ -175,28 +172,26 @@ class TierStore:
         spare = self.table.reserved.host - self.table.used.host
         return int(spare.min()) if spare.numel() else 0
 
-    def reserve(self, need: int, want: int) -> bool:
-        """Reserve tiles for every row and head; says whether steps have to be told.
+    def reserve(self, need: int, want: int) -> None:
+        """Reserve tiles for every row and head; steps have to be told.
 
         Args:
             need: tiles that each must have ahead.
             want: tiles that each gets, if ``need`` is not met; a store of fixed size gives what it has.
         """
         if self.ahead() >= max(need, 1 if self.fixed else need):
-            return False
-        table = self.table
-        rows = table.used.host.numel()
+            return
+        table, rows = self.table, self.table.used.host.numel()
         if self.fixed and rows:
             spare = len(self.pool.free(table.alive())) + int((table.reserved.host - table.used.host).sum())
             want = min(want, spare // rows, table.width - self.tiles)
-        return self._make_room(torch.full_like(table.used.host, max(need, want)))
+        self._make_room(torch.full_like(table.used.host, max(need, want)))
 
-    def _make_room(self, wanted: Tensor) -> bool:
-        """Reserve ``wanted`` ``[B, H_kv]`` tiles behind those in use; says whether buffers or ``runs`` are others now."""
-        table, pool = self.table, self.pool
-        before, after = (table.width, pool.capacity, self.runs), table.used.host + wanted
+    def _make_room(self, wanted: Tensor) -> None:
+        """Reserve ``wanted`` ``[B, H_kv]`` tiles behind those in use."""
+        table, pool, after = self.table, self.pool, self.table.used.host + wanted
         if bool((after <= table.reserved.host).all()):
-            return False
+            return
         in_runs = self.runs and pool.capacity == table.ids.host.numel()
         source = table.alive()
         if int(after.max()) > table.width:
@@ -207,10 +202,9 @@ class TierStore:
                 table.ids.replace(laid.masked_fill(~held, -1))
         missing = ~table.held() & (torch.arange(table.width) < after[..., None])
         laid = table.in_runs()[missing]
-        table.ids.host[missing] = pool.take(len(laid), table.alive(), laid).int()
+        table.ids.host[missing] = pool.take(laid, table.alive()).int()
         table.reserved.replace(torch.maximum(table.reserved.host, after))
         self._changed()
-        return before != (table.width, pool.capacity, self.runs)
 
     def release(self, resized: bool = False) -> None:
         """Free tiles that nobody holds any more, if they are many; a store of fixed size keeps them for others.
@@ -253,12 +247,11 @@ class TierStore:
             index = at if index is None else index.gather(2, at)
         rows = tokens.counts.amax(1).nonzero().flatten()
         filled, ids = self._places(rows, tokens.counts[rows])
-        keys, values = (under(self.pool.fields, side) for side in ("k.", "v."))
         for tiles in _pieces(ids.shape[2]):
             slots = slice(tiles.start * self.tile, min(tiles.stop * self.tile, width))
             piece = tokens.part(slots, rows, index)
-            self.codec.encode_into(self.tier.keys, piece.keys, keys, ids[:, :, tiles])
-            self.codec.encode_into(self.tier.values, piece.values, values, ids[:, :, tiles])
+            for (side, quantizer), new in zip(self._sides.items(), (piece.keys, piece.values), strict=True):
+                self.codec.encode_into(quantizer, new, under(self.pool.fields, side), ids[:, :, tiles])
             self._enter(rows, filled[:, :, tiles], piece.positions, piece.statistics, piece.first)
         self._changed()
 
@@ -315,7 +308,7 @@ class TierStore:
         Returns:
             the tokens taken, in order of position, or ``None`` if ``decode`` is false (they are evicted) or none is.
         """
-        live = self.valid()
+        live = self.view().valid()
         moving = moving if live is None else moving & live
         staying = ~moving if live is None else live & ~moving
         gone = moving.sum(-1).cpu()
@@ -333,19 +326,19 @@ class TierStore:
 
     def _take(self, moving: Tensor, gone: Tensor) -> Tokens:
         """The tokens ``moving``, decoded; ``gone`` ``[B, H_kv]`` of each row and head."""
-        view, positions, most = self.view(), self.live_positions(), int(gone.max())
-        sides = (self.tier.keys, view.packed_keys), (self.tier.values, view.packed_values)
+        positions, most = self.live_positions(), int(gone.max())
         if self.moves_tokens:
             index = by_position(moving, positions)[..., : -(-most // self.tile) * self.tile]
-            keys, values = (self.codec.decode(side, side.select(packed(), index)) for side, packed in sides)
+            selected = zip(self._sides.values(), self._selected(index), strict=True)
+            keys, values = (self.codec.decode(quantizer, packed) for quantizer, packed in selected)
         else:
             touched = self.table.present(moving.unflatten(-1, (-1, self.tile)).any(-1))
             tiles = left_pack(touched)[..., : max(1, int(touched.sum(-1).max()))]
             index = (tiles[..., None] * self.tile + torch.arange(self.tile, device=self.device)).flatten(2)
             inner = by_position(moving.gather(2, index), positions.gather(2, index))[..., :most]
-            index, ids = index.gather(2, inner), view.pool_ids().gather(2, tiles)
-            keys, values = (picked(self.codec.decode(side, packed(ids)), inner) for side, packed in sides)
-        statistics = {name: held.flatten(2).gather(2, index) for name, held in self.statistics.items()}
+            index, ids = index.gather(2, inner), self.view().pool_ids().gather(2, tiles)
+            keys, values = (picked(self._decoded(side, ids), inner) for side in self._sides)
+        statistics = {name: held.gather(2, index) for name, held in self.statistics.items()}
         return Tokens(keys, values, positions.gather(2, index), gone, statistics)
 
     def _regroup(self, moving: Tensor, staying: Tensor) -> None:
@@ -355,22 +348,15 @@ class TierStore:
         rows = moving.any(-1).any(-1).cpu().nonzero().flatten()
         at = sent(rows, self.device)
         counts, positions = staying[at].sum(-1).cpu(), self.live_positions()[at]
-        width = -(-int(counts.max()) // self.tile) * self.tile
-        index = by_position(staying[at], positions)
-        index = pad(index, (0, max(0, width - index.shape[2])))[..., :width]
-        view = self.view()
-        ids = view.pool_ids()[at]
-        packed = (
-            self.tier.keys.select(view.packed_keys(ids), index),
-            self.tier.values.select(view.packed_values(ids), index),
-        )
-        statistics = {name: held[at].flatten(2).gather(2, index) for name, held in self.statistics.items()}
+        index = by_position(staying[at], positions)[..., : -(-int(counts.max()) // self.tile) * self.tile]
+        selected = self._selected(index, at)
+        statistics = {name: held[at].gather(2, index) for name, held in self.statistics.items()}
         # the codes are copied: the rows' own tiles are free now, and the first to be taken again
         used = table.used.host.clone()
         used[rows] = 0
         table.use(used)
         filled, places = self._places(rows, counts)
-        for side, tokens in zip(("k.", "v."), packed, strict=True):
+        for side, tokens in zip(self._sides, selected, strict=True):
             put(tokens, Tiles(under(self.pool.fields, side), places))
         self._enter(rows, filled, positions.gather(2, index), statistics, None)
 
@@ -410,20 +396,21 @@ class TierStore:
 
     def shift(self, by: int) -> None:
         """Every token is ``by`` (either sign) logical positions further on; positions must stay at least 0."""
-        self.table.shift(by)
+        self.table.slots["positions" if self.table.stores_positions else "starts"].add_(by)
 
     # --- a pass ---
-    def snapshot(self) -> dict[str, Tensor]:
-        """What a pass may change, for ``restore``: tiles in use, and statistics."""
-        return {"used": self.table.used.host.clone(), **{n: held.clone() for n, held in self.statistics.items()}}
+    def snapshot(self) -> Callable[[], None]:
+        """What takes a pass back: tiles that came since are free then, or reserved, and statistics as they were."""
+        used, before = self.table.used.host.clone(), {name: held.clone() for name, held in self.statistics.items()}
 
-    def restore(self, snapshot: Mapping[str, Tensor]) -> None:
-        """Be again as ``snapshot`` found it: tiles that came since are free, or reserved."""
-        self.table.use(snapshot["used"])
-        for name, held in self.statistics.items():
-            held.copy_(snapshot[name])
-        self.release()
-        self.reserve(0, self.fixed)
+        def restore() -> None:
+            self.table.use(used)
+            for name, held in self.statistics.items():
+                held.copy_(before[name])
+            self.release()
+            self.reserve(0, self.fixed)
+
+        return restore
 
 
 def _pieces(tiles: int) -> list[slice]:

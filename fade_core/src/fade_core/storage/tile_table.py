@@ -57,11 +57,6 @@ class TileTable:
         return self.starts is None
 
     @property
-    def notes(self) -> dict[str, Tensor]:
-        """Numbers a token, ``[B, H_kv, T, tile]``: "positions", if each has its own, "statistic.NAME", "shift"."""
-        return {name: held for name, held in self.slots.tensors.items() if name != "starts"}
-
-    @property
     def width(self) -> int:
         """Tiles that a row and head has entries for."""
         return self.ids.host.shape[2]
@@ -85,12 +80,11 @@ class TileTable:
 
     def whole(self) -> bool:
         """Whether every tile in use is full."""
-        return bool(((self.counts.host[:, :, : self.tiles] == self.tile) | ~self.live()).all())
+        return bool((self.counts.host == self.tile).all())
 
     def even(self) -> bool:
         """Whether all rows and heads have as many tiles."""
-        used = self.used.host
-        return not used.numel() or bool((used == used[0, 0]).all())
+        return len(self.used.host.unique()) <= 1
 
     def runs(self) -> bool:
         """Whether tile ``n`` of row ``b`` and head ``h`` is ``(b * H_kv + h) * T + n``, so that nobody needs to read ids."""
@@ -153,15 +147,12 @@ class TileTable:
         for mirror in (self.used, self.reserved):
             mirror.replace(torch.cat([mirror.host, other.used.host]))
 
-    def shift(self, by: int) -> None:
-        """Every token is ``by`` (either sign) logical positions further on; positions must stay at least 0."""
-        self.slots["positions" if self.starts is None else "starts"].add_(by)
-
     def store_positions(self) -> None:
         """Keep a position for every token from here on: a tile no longer holds consecutive ones."""
         if self.starts is not None:
             slots = torch.arange(self.tile, device=self.device, dtype=torch.int32)
-            self.slots.tensors = {"positions": self.starts[..., None] + slots, **self.notes}
+            notes = {name: held for name, held in self.slots.tensors.items() if name != "starts"}
+            self.slots.tensors = {"positions": self.starts[..., None] + slots, **notes}
 
     def publish(self) -> None:
         """Write the host's numbers to the device."""

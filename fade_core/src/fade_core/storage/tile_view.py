@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ class TileView:
         dtype: dtype that decoding gives back.
         tiles: tiles of each row and head to read.
         even: whether every row and head is known to use that many.
+        slots: of tiles and tokens by name, as in ``TileTable``: "starts" or "positions", and the notes.
     """
 
     tier: Tier
@@ -37,6 +38,7 @@ class TileView:
     dtype: torch.dtype
     tiles: int
     even: bool = False
+    slots: Mapping[str, Tensor] = field(default_factory=dict)
 
     def in_use(self) -> TileView:
         """No more tiles than are in use; their number is read on the host."""
@@ -58,51 +60,47 @@ class TileView:
         """The ids, for kernels to read; ``None`` where tiles lie in runs."""
         return None if self.runs else self.ids
 
-    def packed_keys(self, at: slice | Tensor | None = None) -> Packed:
-        """Keys of tiles, fields ``[B, H_kv, n, ...]``.
+    def packed_keys(self) -> Packed:
+        """Keys of all tiles."""
+        return self._side("k")
 
-        Args:
-            at: a slice of the tiles of every row and head, with both ends, or pool ids, int64 ``[b, H_kv, n]``; all tiles
-                by default.
-        """
-        return self._side("k", at)
+    def packed_values(self) -> Packed:
+        """Values of all tiles."""
+        return self._side("v")
 
-    def packed_values(self, at: slice | Tensor | None = None) -> Packed:
-        """Values, as ``packed_keys``."""
-        return self._side("v", at)
+    def packed(self, ids: Tensor | None = None) -> tuple[Packed, Packed]:
+        """Keys and values of all tiles, or of the pool tiles ``ids`` (int64 ``[b, H_kv, n]``)."""
+        return self._side("k", ids), self._side("v", ids)
 
-    def packed(self) -> tuple[Packed, Packed]:
-        """Keys and values of all tiles."""
-        return self.packed_keys(), self.packed_values()
-
-    def _side(self, side: str, at: slice | Tensor | None) -> Packed:
-        at = slice(0, self.tiles) if at is None else at
-        if isinstance(at, slice) and self.runs and self.even:
-            found = {name: field[:, :, at] for name, field in self.kernel_fields(side).items()}
+    def _side(self, side: str, ids: Tensor | None = None) -> Packed:
+        if ids is None and self.runs and self.even:
+            found = {name: held[:, :, : self.tiles] for name, held in self.kernel_fields(side).items()}
         else:
-            ids = self.pool_ids()[:, :, at] if isinstance(at, slice) else at
-            pool, flat = self.pool_fields(side), ids.flatten()
-            found = {name: field.index_select(0, flat).unflatten(0, ids.shape) for name, field in pool.items()}
-        tiles = at.stop - at.start if isinstance(at, slice) else at.shape[2]
-        return Packed(found, tiles * self.tile, self.dtype)
+            ids = self.pool_ids() if ids is None else ids
+            pool = self.pool_fields(side)
+            found = {n: held.index_select(0, ids.flatten()).unflatten(0, ids.shape) for n, held in pool.items()}
+        return Packed(found, (self.tiles if ids is None else ids.shape[2]) * self.tile, self.dtype)
 
     def pool_ids(self) -> Tensor:
-        """Pool ids, int64 ``[B, H_kv, tiles]``; a row's and head's first one in place of what it does not use.
-
-        That may hold anything. Where a row and head uses none at all, any tile in use.
-        """
+        """Pool ids, int64 ``[B, H_kv, tiles]``; for those not in use the row's and head's first, or else any that is."""
         live = torch.arange(self.tiles, device=self.ids.device) < self.used[..., None]
         spare = self.ids[:, :, :1].where(self.used[..., None] > 0, self.ids.new_full((), -1))
         spare = spare.where(spare >= 0, spare.amax()).clamp_min(0).long()
         return self.ids[:, :, : self.tiles].long().where(live, spare)
 
+    def positions(self) -> Tensor:
+        """Positions of the tokens of all tiles, int64 ``[B, H_kv, tiles * tile]``."""
+        if "positions" in self.slots:
+            return self.slots["positions"][:, :, : self.tiles].flatten(2).long()
+        starts = self.slots["starts"][:, :, : self.tiles, None].long()
+        return (starts + torch.arange(self.tile, device=starts.device)).flatten(2)
+
     def valid(self) -> Tensor | None:
         """bool ``[B, H_kv, tiles * tile]`` of live tokens; ``None`` if every slot is known to be live."""
         if self.even and self.counts is None:
             return None
-        numbers = torch.arange(self.tiles, device=self.used.device)
-        counts = self.tile if self.counts is None else self.counts[:, :, : self.tiles]
-        live = (numbers < self.used[..., None]) * counts  # [B, H_kv, tiles]
+        live = torch.arange(self.tiles, device=self.used.device) < self.used[..., None]  # [B, H_kv, tiles]
+        live = live * (self.tile if self.counts is None else self.counts[:, :, : self.tiles])
         slots = torch.arange(self.tile, device=self.used.device)
         valid = (slots < live[..., None]).flatten(2)
         return None if valid.device.type == "cpu" and bool(valid.all()) else valid
@@ -110,7 +108,7 @@ class TileView:
     def kernel_fields(self, side: str) -> dict[str, Tensor]:
         """Fields of "k" or "v": the pool ``[N, ...]`` if there is a ``table``, else ``[B, H_kv, T, ...]``."""
         pool, lead = self.pool_fields(side), self.ids.shape
-        return {n: f[: lead.numel()].unflatten(0, lead) for n, f in pool.items()} if self.runs else pool
+        return {n: held[: lead.numel()].unflatten(0, lead) for n, held in pool.items()} if self.runs else pool
 
     def pool_fields(self, side: str) -> dict[str, Tensor]:
         """Pool fields ``[N, ...]`` of "k" or "v"."""

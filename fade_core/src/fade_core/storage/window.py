@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -66,14 +67,9 @@ class Window:
         return self.slots["positions"][:, 0]
 
     @property
-    def notes(self) -> dict[str, Tensor]:
-        """Further numbers a token, ``[B, H_kv, capacity]``: float32 "statistic.NAME", int32 "shift"."""
-        return {name: held for name, held in self.slots.tensors.items() if name not in ("keys", "values", "positions")}
-
-    @property
     def statistics(self) -> dict[str, Tensor]:
-        """Tracked statistics, float32 ``[B, H_kv, capacity]`` a name."""
-        return self.slots.statistics()
+        """Tracked statistics, float32 ``[B, H_kv, longest]`` a name; views."""
+        return self.slots.statistics(self.longest)
 
     @property
     def capacity(self) -> int:
@@ -91,33 +87,22 @@ class Window:
         return int(self.numbers.host.max()) if self.numbers.host.numel() else 0
 
     def note(self, name: str) -> Tensor:
-        """A number that each token carries, ``[B, H_kv, longest]``; a view."""
+        """What each token carries by the names in ``slots``, ``[B, H_kv or 1, longest, ...]``; a view."""
         return self.slots[name][:, :, : self.longest]
 
     def decode(self, side: int) -> Tensor:
-        """Keys (0) or values (1) ``[B, H_kv, longest, D]``; a view."""
-        return self.live()[side]
+        """Keys (0) or values (1) ``[B, H_kv, longest, D]``, a view; slots past a row's length are finite but meaningless."""
+        return (self.keys, self.values)[side][:, :, : self.longest]
 
     def decode_into(self, keys: Tensor, values: Tensor) -> None:
-        """Write ``live()`` into buffers ``[B, H_kv, longest, D]``."""
-        for out, held in zip((keys, values), self.live(), strict=True):
-            out.copy_(held)
-
-    def live(self) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[B, H_kv, longest, D]``, views; slots past a row's length are finite but meaningless."""
-        longest = self.longest
-        return self.keys[:, :, :longest], self.values[:, :, :longest]
+        """Write all tokens into buffers ``[B, H_kv, longest, D]``."""
+        keys.copy_(self.decode(0))
+        values.copy_(self.decode(1))
 
     def live_positions(self) -> Tensor:
         """int64 ``[B, 1, longest]``, -1 past a row's length."""
-        positions, valid = self.slots["positions"][:, :, : self.longest].long(), self.valid()
-        return positions if valid is None else positions.masked_fill(~valid, -1)
-
-    def valid(self) -> Tensor | None:
-        """bool ``[B, 1, longest]``, or ``None`` if every row is full."""
-        lengths, longest = self.lengths[:, None], self.longest
-        even = bool((lengths == longest).all())
-        return None if even else sent(torch.arange(longest) < lengths, self.keys.device)[:, None]
+        positions, past = self.note("positions").long(), torch.arange(self.longest) >= self.lengths[:, None]
+        return positions.masked_fill(sent(past, self.keys.device)[:, None], -1) if bool(past.any()) else positions
 
     # --- moving tokens ---
     def assign(self, tokens: Mapping[str, Tensor], lengths: Tensor) -> None:
@@ -132,24 +117,10 @@ class Window:
             self.slots[name][:, :, :count] = new[:, :, :count]
         self.set_lengths(lengths)
 
-    def take_out(self, start: int, counts: Tensor) -> None:
-        """Remove ``counts[b]`` tokens of each row from slot ``start`` on and close the gap."""
-        if not bool(counts.any()):
-            return
-        kept = self.lengths - counts
-        slots = torch.arange(int(kept.max()))
-        source = torch.where(slots < start, slots, slots + counts[:, None]).clamp_max(self.longest - 1)
-        self.slots.move(sent(source, self.keys.device)[:, None])  # [B, 1, kept]
-        self.set_lengths(kept)
-
     def crop(self, end: int) -> None:
         """Forget every token at logical position ``end`` or later."""
         positions = self.live_positions()
         self.set_lengths(((positions >= 0) & (positions < end))[:, 0].sum(-1).cpu())
-
-    def drop_newest(self, count: int) -> None:
-        """Forget the ``count`` newest tokens of each row."""
-        self.set_lengths((self.lengths - count).clamp_min(0))
 
     def select_rows(self, index: Tensor) -> None:
         """Row ``i`` becomes what row ``index[i]`` was; in place if their number stays."""
@@ -180,12 +151,10 @@ class Window:
         self.positions.masked_fill_(past, -1)
 
     # --- room ---
-    def reserve(self, slots: int) -> bool:
-        """Make room for ``slots`` tokens a row, and a little more; says whether buffers were replaced."""
-        if slots <= self.capacity:
-            return False
-        self.slots.resize(max(slots, self.capacity + self.capacity // _GROWTH), self.longest)
-        return True
+    def reserve(self, slots: int) -> None:
+        """Make room for ``slots`` tokens a row, and a little more."""
+        if slots > self.capacity:
+            self.slots.resize(max(slots, self.capacity + self.capacity // _GROWTH), self.longest)
 
     def shrink(self, slots: int) -> None:
         """Give back room above ``slots`` that no token needs."""
@@ -194,14 +163,9 @@ class Window:
             self.slots.resize(slots, self.longest)
 
     # --- what is held ---
-    def snapshot(self) -> tuple[dict[str, Tensor], Tensor]:
-        """What ``restore`` needs to take a pass back: tokens and lengths."""
-        longest = self.longest
-        return {name: held[:, :, :longest].clone() for name, held in self.slots.tensors.items()}, self.lengths
-
-    def restore(self, snapshot: tuple[dict[str, Tensor], Tensor]) -> None:
-        """Be again as ``snapshot`` found it."""
-        self.assign(*snapshot)
+    def snapshot(self) -> Callable[[], None]:
+        """What takes a pass back: tokens and lengths are as they were then."""
+        return partial(self.assign, {name: self.note(name).clone() for name in self.slots.tensors}, self.lengths)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor held, by what it is for."""
@@ -209,7 +173,7 @@ class Window:
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps: live tokens, zeros past a row's length, positions ``[B, longest]`` and lengths."""
-        longest, slack = self.longest, self.live_positions()[..., None] < 0  # [B, 1, longest, 1]
-        kept = {name: held[:, :, :longest] for name, held in self.slots.tensors.items() if name != "shift"}
+        slack = self.live_positions()[..., None] < 0  # [B, 1, longest, 1]
+        kept = {name: self.note(name) for name in self.slots.tensors if name != "shift"}
         state = {name: t.masked_fill(slack if t.dim() == 4 else slack[..., 0], 0) for name, t in kept.items()}
         return state | {"positions": self.live_positions()[:, 0].int(), "lengths": self.lengths}

@@ -98,7 +98,7 @@ class KernelCase:
             counts[-1] -= tile + 5  # the last row holds less, and its last tile is cut short
         positions = torch.arange(length, device=self.device).expand(shape.batch, 1, -1)
         store.append(Tokens(keys, values, positions, counts, {}))
-        live = store.valid()
+        live = store.view().valid()
         mask = None if live is None else live[:, :, None].expand(-1, -1, shape.queries, -1)
         window = shape.window
         seen = torch.arange(window) <= torch.arange(window - shape.queries, window)[:, None]
