@@ -103,7 +103,7 @@ def test_every_mode_says_the_same(family: str, name: str, mode: str) -> None:
 
 
 @functools.cache
-def network(layers: int = 1) -> PreTrainedModel:
+def network(layers: int) -> PreTrainedModel:
     """One layer where a second would only do the same again."""
     return tiny("llama", fresh_seed(), num_hidden_layers=layers)
 
@@ -178,8 +178,8 @@ def test_rows_that_join_and_leave(name: str) -> None:
             Request(prompt(seed + i, n)[0], w) for i, (n, w) in enumerate([(90, 20), (23, 28), (160, 9), (64, 9)])
         ]
         logits: list[Tensor] = []
-        server = Server(network(), shallow(name), length)
-        hook = network().register_forward_hook(
+        server = Server(network(1), shallow(name), length)
+        hook = network(1).register_forward_hook(
             lambda module, inputs, output, logits=logits: logits.append(output.logits)
         )
         try:
@@ -202,10 +202,10 @@ def test_save_and_load(name: str, tmp_path: Path) -> None:
         states = growing.cache_state_dict(), reserved.cache_state_dict()
         go_on(growing, reserved, 9)
         with (
-            create_tiered_cache(network(), shallow(name)) as plain,
-            create_tiered_cache(network(), shallow(name), LENGTH) as roomy,
-            TieredKVCache.load(tmp_path / "growing.safetensors", network()) as first,
-            TieredKVCache.load(tmp_path / "reserved.safetensors", network()) as second,
+            create_tiered_cache(network(1), shallow(name)) as plain,
+            create_tiered_cache(network(1), shallow(name), LENGTH) as roomy,
+            TieredKVCache.load(tmp_path / "growing.safetensors", network(1)) as first,
+            TieredKVCache.load(tmp_path / "reserved.safetensors", network(1)) as second,
         ):
             assert (first.get_max_length(), second.get_max_length()) == (-1, LENGTH)
             plain.load_cache_state_dict(states[1])
