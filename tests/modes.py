@@ -127,7 +127,7 @@ def padded_chunked(task: Task, make: MakeCache) -> Result:
 def chat(task: Task, make: MakeCache) -> Result:
     """Three turns: the second adds a long message, the third a short one."""
     cache = make(None)
-    said = task.prompt(0, 90, 1)
+    said = task.prompt(0, 98, 1)
     results = []
     for message in (70, 9, 1):
         results.append(_generate(task, cache, {"input_ids": said}, new=task.new // 2))
