@@ -59,6 +59,10 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def pytest_sessionfinish() -> None:
+    gc.freeze()  # what is left goes with the process: pytest would look through all of it five times
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol() -> Generator[None, object, object]:
     """What a test leaves in cycles, as errors and their frames do, is gone before the next: a cache holds on to its model."""

@@ -49,6 +49,7 @@ def side(kind: str, **fields: Any) -> dict[str, Any]:
     return SHORT | {"keys": quantizer, "values": quantizer}
 
 
+@functools.cache
 def calibrated() -> FadeConfig:
     path = folder() / "calibration.safetensors"
     texts = [torch.randint(VOCABULARY, (300,), generator=torch.Generator().manual_seed(i)) for i in range(2)]
@@ -56,6 +57,7 @@ def calibrated() -> FadeConfig:
     return FadeConfig(**side("calibrated", file=str(path), side_bits=6.0))
 
 
+@functools.cache
 def learned() -> FadeConfig:
     path = folder() / "policy.safetensors"
     features = torch.rand(200, len(FEATURES), generator=torch.Generator().manual_seed(0))
@@ -88,12 +90,17 @@ CONFIGS: dict[str, Callable[[], FadeConfig]] = {
 EACH = pytest.mark.parametrize("name", CONFIGS)
 
 
+@functools.cache
+def codebooks() -> dict[str, Tensor]:
+    texts = [torch.randint(VOCABULARY, (300,), generator=torch.Generator().manual_seed(7))]
+    found = train_codebooks(model(), texts, num_centroids=16, seed=0)
+    return {f"{key}.centroids": book.centroids for key, book in found.items()}
+
+
 def cache_of(name: str, network: PreTrainedModel, max_cache_len: int | None) -> TieredKVCache:
     cache = create_tiered_cache(network, CONFIGS[name](), max_cache_len)
     if name == "pq":
-        texts = [torch.randint(VOCABULARY, (300,), generator=torch.Generator().manual_seed(7))]
-        books = train_codebooks(network, texts, num_centroids=16, seed=0)
-        cache.set_codebooks({f"{key}.centroids": book.centroids for key, book in books.items()})
+        cache.set_codebooks(codebooks())
     return cache
 
 

@@ -372,7 +372,7 @@ def greedy(model: PreTrainedModel, cache: TieredKVCache, inputs: dict[str, Tenso
 def test_padded_rows_equal_their_unpadded_runs(
     model: PreTrainedModel, rung: str, policy: str, max_cache_len: int | None
 ) -> None:
-    seed, new = fresh_seed(), 24
+    seed, new = fresh_seed(), 17  # of each row a tile fills, and tokens are ranked twice
     rows = [prompt(seed + i, length)[0] for i, length in enumerate((101, 164, 60))]
     batch = left_padded(rows)
     config = halved(policy, {"exact": {"ladder": EXACT}, "tiles": TILES, "tokens": TOKENS}[rung])

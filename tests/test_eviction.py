@@ -103,7 +103,7 @@ def check_budget(layer: TieredLayer, budget: float, slack: int = 0) -> None:
 def test_padded_rows_equal_their_unpadded_runs(
     model: PreTrainedModel, policy: str, rung: str, max_cache_len: int | None
 ) -> None:
-    seed, new = fresh_seed(), 24
+    seed, new = fresh_seed(), 17  # of each row a tile fills, and tokens are ranked twice
     rows = [prompt(seed + i, length)[0] for i, length in enumerate((101, 164, 60))]
     batch = left_padded(rows)
     with create_tiered_cache(model, halved(policy, rung), max_cache_len) as together:
@@ -146,13 +146,13 @@ def test_sinks_and_window_stay_and_budgets_hold(
     inputs = left_padded([prompt(seed, 140)[0], prompt(seed + 1, 90)[0]])
     with create_tiered_cache(model, halved(policy, rung), max_cache_len) as cache:
         watch = Watch(cache, 0.5)
-        greedy(model, cache, inputs, 50, logits_processor=LogitsProcessorList([watch]))
-        assert watch.seen == 50
+        greedy(model, cache, inputs, 34, logits_processor=LogitsProcessorList([watch]))
+        assert watch.seen == 34
         cache.rank()
         for layer in cache.tiered:
             check_sinks_and_window(layer)
             check_budget(layer, 0.5)
-            assert layer.get_seq_length() == 140 + 49
+            assert layer.get_seq_length() == 140 + 33
 
 
 @EACH

@@ -115,7 +115,7 @@ def shallow(name: str) -> FadeConfig:
 
 
 @contextlib.contextmanager
-def two(name: str, length: int = 158, steps: int = 9, layers: int = 1) -> Iterator[tuple[TieredKVCache, TieredKVCache]]:
+def two(name: str, length: int = 164, steps: int = 3, layers: int = 1) -> Iterator[tuple[TieredKVCache, TieredKVCache]]:
     """A cache that grows and one that is reserved, both fed two rows."""
     config = shallow(name) if layers == 1 else CONFIGS[name]
     with contextlib.ExitStack() as stack:
@@ -219,7 +219,7 @@ def test_save_and_load(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_step_that_fails_in_a_later_layer_never_happened(name: str) -> None:
     weight = network(2).model.layers[1].self_attn.k_proj.weight
-    with two(name, 150, 9, layers=2) as (growing, reserved):
+    with two(name, 156, 3, layers=2) as (growing, reserved):
         kept = weight.data.clone()
         for turn in range(6):  # one of them hands a tile down, one is ranked
             weight.data[0, 0] = math.nan

@@ -75,10 +75,10 @@ def test_a_loaded_cache_goes_on_with_the_same_tokens_and_the_same_bits(
     family: str, name: str, max_cache_len: int | None, request: Any, tmp_path: Path
 ) -> None:
     model = request.getfixturevalue(family)
-    ids, mask = left_padded((129, 91, 30))
+    ids, mask = left_padded((136, 98, 37))
     cache = create_tiered_cache(model, FadeConfig(**CONFIGS[name]), max_cache_len)
-    logits = greedy(model, feed(model, ids, cache, mask), cache, 11, mask)[1]
-    mask = torch.cat([mask, mask.new_ones(3, 11)], dim=1)
+    logits = greedy(model, feed(model, ids, cache, mask), cache, 4, mask)[1]
+    mask = torch.cat([mask, mask.new_ones(3, 4)], dim=1)
     cache.save(tmp_path / "cache.safetensors")
     state = cache.cache_state_dict()
     loaded = TieredKVCache.load(tmp_path / "cache.safetensors", model)
@@ -106,17 +106,17 @@ def test_a_loaded_cache_goes_on_with_the_same_tokens_and_the_same_bits(
 def test_a_cache_with_max_cache_len_goes_on_where_one_without_was_saved_and_the_other_way_round(
     llama: Any, name: str, first: int | None, second: int | None
 ) -> None:
-    ids, mask = left_padded((120, 91))
+    ids, mask = left_padded((127, 98))
     config = FadeConfig(**CONFIGS[name])
     cache, other = create_tiered_cache(llama, config, first), create_tiered_cache(llama, config, second)
-    logits = greedy(llama, feed(llama, ids, cache, mask), cache, 11, mask)[1]
-    mask = torch.cat([mask, mask.new_ones(2, 11)], dim=1)
+    logits = greedy(llama, feed(llama, ids, cache, mask), cache, 4, mask)[1]
+    mask = torch.cat([mask, mask.new_ones(2, 4)], dim=1)
     cache.crop(-9)  # through what has been packed
     mask = mask[:, :-9]
     other.load_cache_state_dict(cache.cache_state_dict())
     assert other.get_seq_length() == 122
-    expected, last = greedy(llama, logits, cache, 12, mask)
-    found, end = greedy(llama, logits, other, 12, mask)
+    expected, last = greedy(llama, logits, cache, 9, mask)  # the eighth fills a tile
+    found, end = greedy(llama, logits, other, 9, mask)
     assert torch.equal(found, expected)
     assert torch.equal(end, last)
 

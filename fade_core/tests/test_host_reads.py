@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 from collections.abc import Callable, Iterator
 from random import Random
@@ -126,16 +127,23 @@ class Side:
         model = tiny_llama(layers=1)
         self.layer: TieredLayer = create_tiered_cache(model, FadeConfig(**SHORT, **CONFIGS[name]), limit).tiered[0]
         self.device, self.reads = device, list[str]()
+        self.here = device or contextlib.nullcontext()
+        """Around all that is done with the layer: on the host nothing has to look at what is computed."""
 
     def take(self, keys: Tensor, values: Tensor, padding: Tensor | None = None) -> None:
         """Tokens ``[B, H_kv, Q, D]`` come: what follows attention is counted, the check for NaN before it is not."""
-        self.layer.update(*(Away.of(t.clone()) if self.device else t.clone() for t in (keys, values)))
-        before = len(self.device.reads) if self.device else 0
-        self.layer.finish_pending(padding)
-        self.reads += self.device.reads[before:] if self.device else []
+        with self.here:
+            self.layer.update(*(Away.of(t.clone()) if self.device else t.clone() for t in (keys, values)))
+            before = len(self.device.reads) if self.device else 0
+            self.layer.finish_pending(padding)
+            self.reads += self.device.reads[before:] if self.device else []
 
     def state(self) -> dict[str, Tensor]:
         """The window and every store, on the host."""
+        with self.here:
+            return self._state()
+
+    def _state(self) -> dict[str, Tensor]:
         window = self.layer.held.window
         found = {f"window.{n}": t for n, t in window.state().items()}
         for i, store in enumerate(self.layer.held.stores):
@@ -154,7 +162,8 @@ def test_a_prompt_and_steps_are_packed_without_reading_positions_back(
 ) -> None:
     generator = torch.Generator().manual_seed(fresh_seed())
     monkeypatch.setattr("fade_core.cache.layer.storage_bytes", lambda tensors: 0)  # a pretended tensor has no address
-    with Device() as device, torch.no_grad():
+    device = Device()
+    with torch.no_grad():
         sides = Side(name, None, limit), Side(name, device, limit)
         for count in CASES[name, limit]:
             keys, values = tokens(count, generator)
@@ -174,7 +183,8 @@ def test_steps_that_nobody_looks_at_leave_what_others_do(
     seed = fresh_seed()
     generator, random = torch.Generator().manual_seed(seed), Random(seed)
     monkeypatch.setattr("fade_core.cache.layer.storage_bytes", lambda tensors: 0)
-    with Device() as device, torch.no_grad():
+    device = Device()
+    with torch.no_grad():
         sides = Side(name, None, limit), Side(name, device, limit)
         for count in (random.randint(30, 60), *(random.choice((1, 1, 1, 1, 1, 7, 32)) for _ in range(60))):
             keys, values = tokens(count, generator)
@@ -183,9 +193,11 @@ def test_steps_that_nobody_looks_at_leave_what_others_do(
             windows = [_inner(side.layer.known.window.numbers.device) for side in sides]  # without telling the host
             assert torch.equal(*windows), "attention reads other tokens in full precision"
             for side in sides:
-                side.layer.rest()
+                with side.here:
+                    side.layer.rest()
         for side in sides:
-            side.layer.settle()
+            with side.here:
+                side.layer.settle()
         here, away = (side.state() for side in sides)
     assert_same(here, away)
 

@@ -42,6 +42,7 @@ def _quick_interpreter() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as here:
         _patch_once_a_launch(here)
         _know_types(here)
+        _know_constants(here)
         _broadcast_less(here)
         yield
 
@@ -136,6 +137,49 @@ def _know_types(here: pytest.MonkeyPatch) -> None:
     here.setattr(core.dtype, "is_floating", one_of(core.dtype.FP_TYPES))
 
 
+def _know_constants(here: pytest.MonkeyPatch) -> None:
+    """It works out anew what type an operation on two types has, and makes each number in a kernel a tensor, twice."""
+    from triton import language
+    from triton.language.semantic import TritonSemantic
+
+    core, check = language.core, TritonSemantic.binary_op_type_checking_impl
+    results: dict[tuple[Any, ...], Any] = {}
+    constants: dict[tuple[Any, ...], Any] = {}
+
+    def common(self: Any, left: Any, right: Any, division: bool) -> Any:
+        key = (id(left), id(right), division)  # types of scalars live as long as the language
+        if key not in results:
+            results[key] = self.computation_type_impl(left, False, right, False, division)
+        return results[key]
+
+    def checked(
+        self: Any, lhs: Any, rhs: Any, left_ptr: bool = False, right_ptr: bool = False, arithmetic: bool = True,
+        division: bool = False,
+    ) -> tuple[Any, Any]:  # fmt: skip
+        whole = (lhs, rhs, left_ptr, right_ptr, arithmetic, division)
+        left, right = (x.type.scalar if isinstance(x, core.tensor) else None for x in (lhs, rhs))
+        known = [kind for kind in (left, right) if kind is not None]
+        if not arithmetic or not known or any(kind.is_ptr() for kind in known):
+            return check(self, *whole)
+        if len(known) == 2:
+            of = common(self, left, right, division)
+            lhs = lhs if left is of else self.cast(lhs, of)
+            rhs = rhs if right is of else self.cast(rhs, of)
+        else:
+            number, other = (rhs, lhs) if left else (lhs, rhs)
+            key = (id(left), id(right), type(number), number, division)
+            if key not in constants:  # found as it is, of a tensor without a shape
+                one = self.scalar_constant(1, dtype=left or right)
+                pair = check(self, *((one, number) if left else (number, one)), *whole[2:])
+                constants[key] = pair[1] if left else pair[0]
+            constant = constants[key]
+            other = other if other.type.scalar is constant.type else self.cast(other, constant.type)
+            lhs, rhs = (other, constant) if left else (constant, other)
+        return self.broadcast_impl_value(lhs, rhs)
+
+    here.setattr(TritonSemantic, "binary_op_type_checking_impl", checked)
+
+
 def _broadcast_less(here: pytest.MonkeyPatch) -> None:
     """It broadcasts operands that are of one shape, and works out whether integers overflow, to then say nothing of it."""
     import numpy as np
@@ -146,7 +190,8 @@ def _broadcast_less(here: pytest.MonkeyPatch) -> None:
 
     def filled(self: Any, scalar: Any, like: Any) -> Any:
         handle = scalar.handle
-        data = np.full((*like.shape.values,), handle.data, interpreter._get_np_dtype(handle.dtype))
+        data = np.empty((*like.shape.values,), interpreter._get_np_dtype(handle.dtype))
+        data.fill(handle.data.item())
         return self.tensor(
             interpreter.TensorHandle(data, handle.dtype.scalar), like.with_element_ty(scalar.type.scalar)
         )

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 _NOT_FOLLOWED = (
-    *(str, bytes, int, float, complex, type, types.ModuleType, torch.dtype, torch.device),
+    *(types.NoneType, str, bytes, int, float, complex, type, types.ModuleType, torch.dtype, torch.device),
     *(weakref.ref, weakref.WeakSet, weakref.WeakKeyDictionary, weakref.WeakValueDictionary),
 )
 
@@ -71,44 +71,62 @@ def _storages(tensor: Tensor) -> Iterator[tuple[StorageKey, int]]:
 def _tensors(root: object) -> Iterator[Tensor]:
     seen: set[int] = set()
     kept: list[object] = []  # ids stay unique only while the objects live
+    known: dict[type, tuple[Callable[[Any], Iterable[object]], tuple[str, ...]] | None] = {}
     stack = [root]
     while stack:
         obj = stack.pop()
-        if obj is None or isinstance(obj, _NOT_FOLLOWED) or id(obj) in seen:
+        cls = type(obj)
+        if cls not in known:
+            known[cls] = None if issubclass(cls, _NOT_FOLLOWED) else (_contents_of(cls), _slots(cls))
+        found = known[cls]
+        if found is None or id(obj) in seen:
             continue
         seen.add(id(obj))
         kept.append(obj)
         if isinstance(obj, Tensor):
             yield obj
-        stack.extend(_children(obj))
+        contents, slots = found
+        stack.extend(contents(obj))
+        attributes = getattr(obj, "__dict__", None)
+        if isinstance(attributes, dict) and cls is not types.FunctionType:
+            stack.extend(attributes.values())
+        stack.extend(getattr(obj, slot, None) for slot in slots)
 
 
-def _children(obj: object) -> Iterator[object]:
-    if isinstance(obj, Mapping):
-        yield from obj.keys()
-        yield from obj.values()
-    elif isinstance(obj, (list, tuple, set, frozenset, deque)):
-        yield from obj
-    elif isinstance(obj, types.FunctionType):
-        for cell in obj.__closure__ or ():
-            try:
-                yield cell.cell_contents
-            except ValueError:  # an empty cell
-                continue
-        yield obj.__defaults__
-    elif isinstance(obj, types.MethodType):
-        yield obj.__self__
-        yield obj.__func__
-    elif isinstance(obj, functools.partial):
-        yield from (obj.func, obj.args, obj.keywords)
-    attributes = getattr(obj, "__dict__", None)
-    if isinstance(attributes, dict) and not isinstance(obj, types.FunctionType):
-        yield from attributes.values()
-    for cls in type(obj).__mro__:
-        slots = cls.__dict__.get("__slots__", ())
-        for slot in (slots,) if isinstance(slots, str) else tuple(slots):
-            if slot not in ("__dict__", "__weakref__"):
-                yield getattr(obj, _mangled(cls, slot), None)
+def _contents_of(cls: type) -> Callable[[Any], Iterable[object]]:
+    """What gives an object's contents, attributes and slots aside."""
+    if issubclass(cls, Mapping):
+        return lambda obj: [*obj.keys(), *obj.values()]
+    if issubclass(cls, (list, tuple, set, frozenset, deque)):
+        return lambda obj: obj
+    if issubclass(cls, types.FunctionType):
+        return _enclosed
+    if issubclass(cls, types.MethodType):
+        return lambda obj: (obj.__self__, obj.__func__)
+    if issubclass(cls, functools.partial):
+        return lambda obj: (obj.func, obj.args, obj.keywords)
+    return lambda obj: ()
+
+
+def _enclosed(function: types.FunctionType) -> Iterator[object]:
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # an empty cell
+            continue
+    yield function.__defaults__
+
+
+def _slots(cls: type) -> tuple[str, ...]:
+    found: list[str] = []
+    for base in cls.__mro__:
+        slots = base.__dict__.get("__slots__", ())
+        found += [
+            _mangled(base, slot)
+            for slot in ((slots,) if isinstance(slots, str) else slots)
+            if slot not in ("__dict__", "__weakref__")
+        ]
+    return tuple(found)
 
 
 def _mangled(cls: type, name: str) -> str:
