@@ -27,6 +27,7 @@ from transformers import (
 
 from fade_core import FadeConfig, TieredKVCache, create_tiered_cache
 from fade_core.builtin.telemetry import Collector, attach_telemetry
+from fade_core.cache import layer as layer_module
 from fade_core.errors import ConfigError, InputError, NonFiniteError, UnsupportedModelError
 from fade_core.support.checks import FiniteCheck
 from fade_core.support.memory import live_bytes
@@ -115,6 +116,31 @@ def test_a_decode_step_that_fails_in_a_deep_layer_never_happened(
         refuse_step(llama, tried, token, mask, layer=1 + step % 2)
         logits = feed(llama, token, tried, mask)
     assert_same_state(tried.cache_state_dict(), plain.cache_state_dict())
+
+
+def test_what_is_noted_of_tokens_that_a_failed_step_has_moved_goes_back_to_them(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Off a CPU a step hands tiles down itself, and they stay there: here two tokens of the window change places."""
+    _, cache = pair(llama, "h2o", None)
+    ids, mask = left_padded((60, 60))
+    feed(llama, ids, cache, mask)
+    take_in = layer_module.take_in
+
+    def moving(plan: Any, keys: Tensor, values: Tensor, held: Any, rule: Any) -> None:
+        for tensor in (held.keys, held.values, *held.notes.values()):
+            tensor[:, :, [5, 9]] = tensor[:, :, [9, 5]]
+        take_in(plan, keys, values, held, rule)
+
+    window = cache.tiered[0].held.window
+    before = {name: window.note(name).clone() for name in ("keys", "statistic.mass", "statistic.seen")}
+    monkeypatch.setattr(layer_module, "take_in", moving)
+    with spoiled(llama, 1, "keys", 1, 0, math.nan), pytest.raises(NonFiniteError):
+        feed(llama, ids[:, :1], cache, torch.cat([mask, mask.new_ones(2, 1)], dim=1))
+    order = list(range(window.longest))
+    order[5], order[9] = order[9], order[5]
+    for name, was in before.items():
+        assert torch.equal(window.note(name), was[:, :, order]), name
 
 
 @pytest.mark.parametrize(

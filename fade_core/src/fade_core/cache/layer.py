@@ -196,11 +196,13 @@ class TieredLayer(CacheLayerMixin):
                 quantizer.forget()
         step = self.steps.ready and before > 0 and keys.shape[2] <= MOST_TOKENS and not self.reading
         taken_back = before > 0 and not self.reading and (not step or self.plan.observes)
-        self._before = before, held.snapshot(step) if taken_back else partial(held.drop_newest, before)
+        self._before = before, held.snapshot(step) if taken_back and not step else partial(held.drop_newest, before)
         if step:
             # tokens that may be taken back, or are to stay, leave the window to nobody; most steps find it not full anyway
             rule = self.steps.rules[self.record_past or self.holding or self.steps.roomy]
             take_in(self.steps.step_plan, keys, values, self.steps.buffers or self.steps.wire(held), rule)
+            if taken_back:  # not before: what is noted of a token is where the token has gone
+                self._before = before, held.snapshot(step)
             if self.steps.step_plan.refused:
                 self.steps.tell_refused()
             if self.device.type == "cpu":
