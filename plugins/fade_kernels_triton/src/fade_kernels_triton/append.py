@@ -11,8 +11,9 @@ from torch import Tensor
 from fade_core import MOST_TOKENS, AppendRule, StepBuffers
 from fade_core.errors import InputError
 from fade_core.interfaces import Kernel, Op, Quantizer, Support
-from fade_core.packed import PackedFormat, planes_of
+from fade_core.packed import PackedFormat
 from fade_kernels_triton.device import interpreted, unusable
+from fade_kernels_triton.encode import unplain
 from fade_kernels_triton.operands import HEAD_DIMS, TOKEN_DTYPES, planes, unsupported_format, unsupported_pair
 from fade_kernels_triton.planes import encoding_of, gains_of, unencodable
 
@@ -167,13 +168,7 @@ def _unwritable(buffers: StepBuffers, rule: AppendRule) -> str:
         return next(filter(None, (unencodable(quantizer, side, window) for side, quantizer, window in sides)), "")
     if reason := unsupported_pair(rule.packed.keys.format, rule.packed.values.format, buffers.keys.shape[3]):
         return reason
-    for _, quantizer, window in sides:
-        plain, fmt = quantizer.plain_encoding(window.device), quantizer.format
-        if plain is None or fmt is None:
-            return f"quantizer {quantizer.kind!r} has a way of its own to encode"
-        if plain.rotation is not None and (fmt.axis != "token" or fmt.tile * planes_of(fmt.bits)[0] < 256):
-            return f"a rotation before {fmt.bits}-bit codes with a scale a {fmt.axis}, tile {fmt.tile}"
-    return ""
+    return next(filter(None, (unplain(quantizer, window.device) for _, quantizer, window in sides)), "")
 
 
 def _refusal(keys: Tensor, values: Tensor, buffers: StepBuffers, rule: AppendRule) -> str:

@@ -148,6 +148,16 @@ def unsupported(fmt: PackedFormat | None) -> str:
     return ""
 
 
+def unplain(quantizer: Quantizer, device: torch.device) -> str:
+    """Why tokens are not encoded as ``encode_tile`` does it; empty if they are."""
+    plain, fmt = quantizer.plain_encoding(device), quantizer.format
+    if plain is None or fmt is None:
+        return f"quantizer {quantizer.kind!r} has a way of its own to encode"
+    if plain.rotation is not None and (fmt.axis != "token" or fmt.tile * planes_of(fmt.bits)[0] < 256):
+        return f"a rotation before {fmt.bits}-bit codes with a scale a {fmt.axis}, tile {fmt.tile}"
+    return ""
+
+
 def off_table(fields: Mapping[str, Tensor], ids: Tensor, length: int, tile: int) -> str:
     """Why kernels cannot go through a table to ``length`` tokens in these fields of a pool; empty if they can."""
     if any(not field.is_contiguous() for field in fields.values()):
@@ -165,15 +175,13 @@ def _refusal(quantizer: Quantizer, tokens: Tensor, into: Tiles | None = None) ->
         return f"{tokens.dtype} {tuple(tokens.shape)} (it takes [B, H_kv, T >= 1, D])"
     if into is not None and (reason := off_table(into.fields, into.ids, tokens.shape[2], quantizer.tile)):
         return reason
-    fmt, plain = quantizer.format, quantizer.plain_encoding(tokens.device)
+    fmt = quantizer.format
     if fmt is None and (layout := quantizer.planes()) is not None:
         return unencodable(quantizer, "key" if layout.layout == "token" else "value", tokens)
     if reason := unsupported(fmt):
         return reason
-    if fmt is None or plain is None:
-        return f"quantizer {quantizer.kind!r} has a way of its own to encode"
-    if plain.rotation is not None and (fmt.axis != "token" or fmt.tile * planes_of(fmt.bits)[0] < 256):
-        return f"a rotation before {fmt.bits}-bit codes with a scale a {fmt.axis}, tile {fmt.tile}"
-    if tokens.shape[3] != fmt.head_dim:
+    if reason := unplain(quantizer, tokens.device):
+        return reason
+    if fmt is not None and tokens.shape[3] != fmt.head_dim:
         return f"{tokens.dtype} {tuple(tokens.shape)} (it takes [B, H_kv, T >= 1, {fmt.head_dim}])"
     return ""
