@@ -13,7 +13,7 @@ import torch
 from pages import DOCS, blocks, first_column
 from tiny import fresh_seed, tiny_llama
 
-from fade_core import FadeConfig
+from fade_core import FadeConfig, create_tiered_cache
 from fade_core.config import LayerOverride, flat_spelling
 from fade_core.config.kernel_selection import OPS
 from fade_core.plugins import Registry, hookspecs, use_registry
@@ -76,8 +76,11 @@ def test_configuration_files_in_the_documentation_work(text: str, tmp_path: Path
 
 
 def test_python_in_the_documentation_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama(fresh_seed())
+    given = {"model": model, "inputs": {"input_ids": torch.randint(1, 255, (1, 60))}}
     for text in blocks(CONFIGURATION, "python"):
-        exec(compile(text, "configuration.md", "exec"), {})
+        with create_tiered_cache(model) as cache:
+            exec(compile(text, "configuration.md", "exec"), given | {"cache": cache})
     module = ModuleType("documented")
     monkeypatch.setitem(sys.modules, "documented", module)
     for text in blocks(PLUGINS, "python"):

@@ -14,6 +14,7 @@ from fade_core._version import __version__
 if TYPE_CHECKING:
     from fade_core.builtin.telemetry import JsonlExporter, attach_telemetry
     from fade_core.cache import TieredKVCache, create_tiered_cache
+    from fade_core.cache.decode_loop import decode_loop
     from fade_core.cache.manual import (
         apply_tier_assignment,
         apply_tier_assignment_per_sequence,
@@ -50,6 +51,7 @@ _HOME = {
     **dict.fromkeys(("TieredKVCache", "create_tiered_cache"), "cache"),
     **dict.fromkeys(("AnyPolicy", "get_policy", "get_quantizer"), "plugins.resolve"),
     "FadeConfig": "config",
+    "decode_loop": "cache.decode_loop",
     "rope_scheme_of": "cache.rope_schemes",
     "TileView": "storage.tile_view",
     "hookimpl": "plugins.hookspecs",
@@ -124,6 +126,7 @@ __all__ = [
     "attach_telemetry",
     "attention_mass",
     "create_tiered_cache",
+    "decode_loop",
     "forward_with_tracking",
     "get_policy",
     "get_quantizer",

@@ -29,6 +29,10 @@ from fade_core.ops.step import take_in
 from fade_core.storage.repositioning import note_shifts
 from fade_core.support.checks import check_room, check_tokens
 from fade_core.support.memory import storage_bytes
+from fade_core.support.recording import recording
+
+AHEAD = 16
+"""Where steps are compiled and buffers grow, a sixteenth of the tiles, four at least, is reserved ahead: growth costs time."""
 
 
 class TieredLayer(CacheLayerMixin):
@@ -166,7 +170,7 @@ class TieredLayer(CacheLayerMixin):
             NonFiniteError: NaN or infinity.
                 Nothing has changed in this layer then; the cache takes back the layers before it.
         """
-        if not torch.compiler.is_compiling():
+        if not recording():
             return self._update_eagerly(key_states, value_states)
         step = key_states.shape[2] == 1 and self.steps.ready and self.is_compileable
         if step:
@@ -219,7 +223,7 @@ class TieredLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> Any:
         """Logical length: tokens the model has seen, stored or not; a tensor inside a compiled graph."""
-        if torch.compiler.is_compiling() and self.steps.ready:
+        if recording() and self.steps.ready:
             return self.steps.counters[LOGICAL]
         return self.logical
 
@@ -230,7 +234,7 @@ class TieredLayer(CacheLayerMixin):
             InputError: if the tokens would pass ``max_length``. The model asks before its first layer runs, whose own
                 state (a convolution's, say) could not be taken back.
         """
-        if not torch.compiler.is_compiling():
+        if not recording():
             self._check_room(int(query_length))
         if query_length == 1 and self.steps.ready and self.is_compileable:
             return self.steps.slots, 0
@@ -241,6 +245,15 @@ class TieredLayer(CacheLayerMixin):
         known = 0 if self._held is None else self._held.logical
         if self.max_length is not None and known + self.steps.coming + tokens > self.max_length:
             check_room(self.index, self.logical, tokens, self.max_length)
+
+    def stop_compiling(self) -> None:
+        """Steps are eager from here on; nothing is reserved for others."""
+        self.steps.compiles = False
+        if self._held is not None and self.max_length is None:
+            for store in self.held.stores:
+                store.give_back()
+            self.changed()
+        self.steps.rewire()
 
     def get_max_length(self) -> int:
         """``max_length`` or -1."""
@@ -342,11 +355,12 @@ class TieredLayer(CacheLayerMixin):
                 break
             self.sync()
         else:
-            if due and self.max_length is None:
+            if due and self.max_length is None and not self.steps.compiles:
                 self._compress_due()
                 slots = window.longest + coming
-            elif due:
-                held.stores[0].reserve(due, due)
+            elif due:  # a step is compiled or recorded anew where buffers move: seldom
+                store = held.stores[0]
+                store.reserve(due, due if self.max_length is not None else max(due, 4, store.tiles // AHEAD))
             if slots > window.capacity:
                 window.reserve(slots if keep or not held.packed else max(slots, ladder.threshold - 1 + coming))
             self.steps.rewire()
@@ -372,7 +386,7 @@ class TieredLayer(CacheLayerMixin):
             prompt: what is due goes where a prompt's tokens would, on any tier.
         """
         self.finish_pending()
-        self._before = None
+        self._before, self._maintained = None, False
         if self._held is not None and not self.record_past:
             self._compress_due(prompt)
             self.rank(due=True)

@@ -97,6 +97,15 @@ class LayerSteps:
         on_host = held.device.type == "cpu"  # where the host packs as soon as it can
         self.quiet = max(0, quiet) if self.ready and (self.roomy or not on_host) else 0
 
+    def before_move(self, held: LayerContents) -> int:
+        """Tokens that may come, all of them known to come, before any token of the layer moves."""
+        if not held.stores:
+            return self.quiet
+        threshold, tile = self.plan.ladder.threshold, self.plan.ladder.tile
+        came = held.window.lengths + self.coming  # [B], as if none had left
+        inside = torch.where(came < threshold, came, threshold - tile + (came - threshold) % tile)
+        return min(self.quiet, threshold - 1 - int(inside.max()))
+
     def wire(self, held: LayerContents) -> LayerBuffers:
         """What a step reads and writes; the compiler is promised that it stays where it is."""
         if self.buffers is not None:
@@ -107,7 +116,7 @@ class LayerSteps:
         if self.compiles:
             self._appended, self._attended = self.buffers.operands("append"), self.buffers.operands("attend")
             self.name = step_name(self.step_plan, self.buffers)
-            for tensor in (*self._appended[0], *self._appended[1], *self._attended[0], *self._attended[1], self.first):
+            for tensor in (*(t for part in self.operands for t in part), self.first):
                 # unguarded: another cache of the same shapes runs the same graph, and CUDA graphs are recorded anew
                 torch._dynamo.mark_static_address(tensor, guard=False)
         return self.buffers
@@ -127,6 +136,11 @@ class LayerSteps:
         self.tell_refused()
         self.counters.zero_()
         held.window.clear()
+
+    @property
+    def operands(self) -> tuple[list[Tensor], ...]:
+        """Every tensor that the ops of a compiled step are given, in an order that stays; empty where none is wired."""
+        return *self._appended, *self._attended
 
     # --- the two ops, inside a graph ---
     def append_compiled(self, keys: Tensor, values: Tensor) -> None:

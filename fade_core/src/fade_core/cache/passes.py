@@ -17,6 +17,7 @@ from fade_core.errors import InputError, UnsupportedModelError
 from fade_core.interfaces import Event
 from fade_core.ops.buffers import LOGICAL
 from fade_core.support.checks import check_finite, check_room, check_tokens
+from fade_core.support.recording import recording
 
 
 class PassControl(Cache):
@@ -96,7 +97,7 @@ class PassControl(Cache):
         if not 0 <= layer_idx < len(self.layers):
             raise InputError(f"layer {layer_idx} does not exist: the cache was built for {len(self.layers)} layers")
         layer = self.layers[layer_idx]
-        if torch.compiler.is_compiling():
+        if recording():
             traced: tuple[Tensor, Tensor] = layer.update(key_states, value_states, *args, **kwargs)
             return traced
         if self._reading and not isinstance(layer, TieredLayer):
@@ -132,7 +133,7 @@ class PassControl(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Length and offset of the mask of the next pass. It is asked for before each: that is when tokens move."""
-        if not torch.compiler.is_compiling():
+        if not recording():
             self.conclude()
             for index in self._tiered:
                 self.layers[index].maintain(int(query_length))

@@ -321,6 +321,12 @@ class TieredKVCache(PassControl):
             layer.steps.compiles = True
             layer.steps.rewire()
 
+    def disable_compile(self) -> None:
+        """Take ``enable_compile`` back; what a cache that grows has reserved for compiled steps is freed."""
+        self.settle()
+        for layer in self.tiered:
+            layer.stop_compiling()
+
     def set_codebooks(self, codebooks: Mapping[str, Tensor]) -> None:
         """Give the quantizers of every layer tensors they need to decode (codebooks), as ``"layer.side.name"``.
 

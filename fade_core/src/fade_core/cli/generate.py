@@ -60,9 +60,12 @@ def run_generate(
     temperature: float = 0.0,
     seed: int | None = None,
 ) -> list[int]:
-    """Tokens that ``model.generate`` adds to ``ids`` ``[1, T]`` through ``cache``."""
+    """Tokens that ``model.generate`` adds to ``ids`` ``[1, T]`` through ``cache``; by FADE's own loop on a GPU."""
     import torch
 
+    from fade_core import TieredKVCache, decode_loop
+
+    own = ids.device.type == "cuda" and isinstance(cache, TieredKVCache)
     if seed is not None:
         torch.manual_seed(seed)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -74,6 +77,7 @@ def run_generate(
         max_new_tokens=max_new_tokens,
         pad_token_id=pad,
         streamer=watch,
+        custom_generate=decode_loop if own else None,
         **sampling,
     )
     return list(found[0, ids.shape[1] :].tolist())

@@ -206,15 +206,21 @@ class TierStore:
         table.reserved.replace(torch.maximum(table.reserved.host, after))
         self._changed()
 
-    def release(self, resized: bool = False) -> None:
+    def give_back(self) -> None:
+        """Free the tiles that are reserved; steps have to be told."""
+        self.table.use(self.table.used.host)
+        self.release(few=True)
+
+    def release(self, resized: bool = False, few: bool = False) -> None:
         """Free tiles that nobody holds any more, if they are many; a store of fixed size keeps them for others.
 
         Args:
             resized: there are more or fewer rows now, and a store of fixed size has room for those.
+            few: free them however few they are.
         """
         table = self.table
         used, place = numbered(table.alive())
-        if resized if self.fixed else len(used) < self.pool.capacity * 0.75:
+        if resized if self.fixed else len(used) < self.pool.capacity * (1 if few else 0.75):
             self.pool.keep(used)  # in the order of the table: they may be runs again
             table.ids.host.masked_scatter_(table.held(), place.int())
         needed = int(table.reserved.host.max()) if len(table.reserved.host) else 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,3 +18,25 @@ def sent(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None)
     if device.type == "cuda" and tensor.device.type == "cpu" and tensor.numel():
         return tensor.contiguous().pin_memory().to(device, non_blocking=True)
     return tensor.to(device, dtype)
+
+
+def fetched(tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+    """Copies of ``tensors`` as they are now, on the CPU: called, the result waits for them, and for nothing that comes later.
+
+    On a GPU they travel on a stream of their own, while the device goes on.
+    """
+    if all(tensor.device.type != "cuda" for tensor in tensors):
+        return lambda: [tensor.cpu() for tensor in tensors]
+    here, aside, there = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Event()
+    aside.wait_stream(here)
+    with torch.cuda.stream(aside):
+        copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
+        there.record()
+    for tensor in tensors:
+        tensor.record_stream(aside)
+
+    def arrived() -> list[Tensor]:
+        there.synchronize()
+        return copies
+
+    return arrived
