@@ -10,7 +10,7 @@ import typer
 from fade_core.cli.console import complain, errors, print_json, rows, say, show_figures, size, table, working
 from fade_core.cli.options import Caches, Device, Json, named_caches
 from fade_eval.cli.decoderecord import FILE, Record
-from fade_eval.shapes import SHAPES
+from fade_eval.shapes import SHAPES, dtype_of
 
 if TYPE_CHECKING:
     from fade_core import FadeConfig
@@ -167,7 +167,8 @@ def show(found: Comparison, settings: dict[str, Any]) -> None:
     best = min(time.ms for time in found.times.values())
     profiled = settings["profile"]
     columns = ["cache", ">ms", *([">GPU busy"] if profiled else []), ">to best", ">mean", ">longest", ">prefill"]
-    made = table(f"{where}: {describe(settings)}", *columns, ">warm-up s", ">held")
+    dtype = str(dtype_of(found.shape)).removeprefix("torch.")
+    made = table(f"{where}, {dtype}: {describe(settings)}", *columns, ">warm-up s", ">held")
     show_figures(rows(made, [_line(name, time, best, profiled) for name, time in labelled(found).items()]))
     if not profiled and settings["machine"] == CPU:
         say("GPU-busy time is left out: there is no GPU to profile")
