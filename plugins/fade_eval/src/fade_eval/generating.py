@@ -339,9 +339,8 @@ class Runs:
     @torch.no_grad()
     def start_up(self, names: Sequence[str], count: int, config: FadeConfig | None = None) -> None:
         """Read a short prompt eagerly with each cache, so that libraries and kernels are there when prompts are timed."""
-        self.model.get_compiled_call(
-            self.compiled
-        )  # as ``generate`` makes it before the prompt: imports alone take a second
+        # as ``generate`` makes it before it reads the prompt: what is imported for it alone takes a second
+        self.model.get_compiled_call(self.compiled)
         for name in names:
             cache = self.make(name, config)
             try:
@@ -396,7 +395,7 @@ class Runs:
                 kernels.busy_ms,
                 kernels.shares if ours else {},
             ),
-            torch.stack(kept.logits).cpu(),
+            torch.stack([step.cpu() for step in kept.logits]),  # [checked, B, vocabulary]
             clock.graphs[count] - clock.graphs[first],
         )
 

@@ -43,8 +43,8 @@ class Kernels:
 
     @property
     def busy_ms(self) -> float | None:
-        """Median over the steps of the time in which a kernel ran; ``None`` if none did."""
-        return statistics.median(self._busy) if any(self._busy) else None
+        """Median over the steps of the time in which a kernel ran; ``None`` if the profiler saw none in any of them."""
+        return statistics.median(self._busy) if self._busy else None
 
     @property
     def shares(self) -> dict[str, float]:
@@ -68,7 +68,8 @@ class Kernels:
                 spans.append((event.time_range.start, event.time_range.end))
                 op = next((op for op, names in OPS.items() if event.name.startswith(names)), "other")
                 self._ops[op] += event.time_range.end - event.time_range.start
-        self._busy.append(covered(spans) / 1e3)
+        if spans:  # every step runs kernels: a profile without one missed them
+            self._busy.append(covered(spans) / 1e3)
         self._running = None
 
 

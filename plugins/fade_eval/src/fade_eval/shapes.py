@@ -56,12 +56,12 @@ def check_shape(shape: str, device: torch.device) -> None:
     """Raises ``InputError`` for another name than those of ``SHAPES``, or a shape that this device is no place for."""
     if shape not in SHAPES:
         raise InputError(f"unknown shape {shape!r}; there are {', '.join(SHAPES)}")
-    if device.type == "cpu" and shape not in ON_CPU:
+    if device.type != "cuda" and shape not in ON_CPU:
         count, dtype = weights(shape), dtype_of(shape)
         raise InputError(
             f"shape {shape} needs a GPU: its {count / 1e9:.1f} billion weights take {count * dtype.itemsize / 1e9:.1f} GB in "
-            f"{str(dtype).removeprefix('torch.')}, without caches, and a CPU would take minutes for what is timed in "
-            f"milliseconds; found device {str(device)!r}. Without a GPU, --shape {' or '.join(ON_CPU)} works"
+            f"{str(dtype).removeprefix('torch.')}, without caches, and anything else would take minutes for what is timed in "
+            f"milliseconds; found device {str(device)!r}. Without one, --shape {' or '.join(ON_CPU)} works"
         )
 
 

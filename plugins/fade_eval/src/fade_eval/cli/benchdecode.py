@@ -121,7 +121,7 @@ def _finish(record: Record, json: bool) -> None:
 
 
 def _configs(names: list[str], kernel: str) -> dict[str, FadeConfig]:
-    """The configurations by name, with the kernels that are wanted. Raises ``InputError`` for the exact cache."""
+    """The configurations by name, with the kernels that are wanted. Errors as ``named_caches``."""
     from fade_core.cache.named_caches import configuration
 
     return {
