@@ -38,7 +38,7 @@ run() {
         kernels) step kernels 580 "${fade[@]}" bench kernels --budget 500 --output-dir "$out/kernels" ;;
         tune) step tune 900 "${fade[@]}" bench tune --budget 800 --output "$out/decode-gpu.json" ;;
         decode)
-            step decode-1 580 "${fade[@]}" bench decode --batch 1 --context 4096 --context 32768 --profile --output-dir "$out/decode-1"
+            step decode-1 580 "${fade[@]}" bench decode --batch 1 --context 4096 --context 32768 --output-dir "$out/decode-1"
             step decode-8 580 "${fade[@]}" bench decode --batch 8 --context 4096 --context 32768 --output-dir "$out/decode-8"
             ;;
         long) step long 580 "${fade[@]}" bench decode --batch 1 --context 4096 --steps 1000 --output-dir "$out/long" ;;

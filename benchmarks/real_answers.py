@@ -8,7 +8,6 @@ In float16 on a GPU and float32 on a CPU. Random weights hide errors in noise; t
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,16 +40,15 @@ def main() -> None:
     rows = torch.stack([ids[row * 5000 : row * 5000 + wanted.prompt] for row in range(wanted.rows)])
     dictated = ids[wanted.prompt : wanted.prompt + WARMUP + wanted.steps + 1]
 
-    def said(config: FadeConfig, cache: str) -> tuple[Tensor, Any]:
+    def said(config: FadeConfig | None, cache: str) -> tuple[Tensor, generating.GenerateTime]:
         """Log-probabilities ``[steps, rows, vocabulary]``, and what the steps took."""
-        runs = generating._Runs(model, config, wanted.rows, wanted.prompt, WARMUP, wanted.steps, None, 0)
+        work = generating.Work(wanted.rows, wanted.prompt, wanted.steps, WARMUP, checked=wanted.steps + WARMUP)
+        runs = generating.Runs(model, work)
         runs.prompt, runs.text = rows, dictated
-        clock, kept = generating.Clock(model.device), generating.Kept(wanted.steps, wanted.prompt)
-        torch._dynamo.reset()
-        took = runs.timed(cache, wanted.steps + WARMUP, clock, kept)
-        return torch.stack(kept.logits).float().log_softmax(-1), took
+        found = runs.measured(cache, config)
+        return found.logits[: wanted.steps].to(model.device).float().log_softmax(-1), found.time
 
-    exact, _ = said(FadeConfig.safe(), generating.DYNAMIC)
+    exact, _ = said(None, generating.DYNAMIC)
     for name in wanted.preset:
         for label, cache, kernel in WAYS:
             config = FadeConfig.model_validate(FadeConfig.preset(name).model_dump() | {"kernel": {"kind": kernel}})

@@ -23,7 +23,8 @@ from fade_core.cli.inspect import predict
 from fade_core.cli.prompts import chat_ids, document_ids
 from fade_core.cli.streaming import TokenWatch
 from fade_core.errors import ConfigError, InputError
-from fade_core.plugins import Registry, use_registry
+from fade_core.interfaces import Preset
+from fade_core.plugins import Registry, default_registry, use_registry
 from fade_core.plugins.hookspecs import hookimpl
 from fade_core.support.memory import live_bytes
 
@@ -176,14 +177,41 @@ def test_what_config_show_prints_is_a_configuration(tmp_path: Path, format: str,
 def test_config_list_tells_presets_apart() -> None:
     shown = json.loads(ok(run("config", "list", "--json")))["presets"]
     found = {preset["name"]: preset for preset in shown}
-    assert found["safe"]["bits"] == pytest.approx(
-        4 + 32 / 64 / 2 + 32 / 128 / 2
-    )  # keys a tile and channel, values a token
+    assert found["safe"]["bits"] == pytest.approx(4 + 32 / 64 / 2 + 32 / 128 / 2)  # scales of 128 channels too
     assert found["safe"]["keeps"] == "all"
     assert found["aggressive"]["keeps"] == "0.5 (h2o)"
     assert all(preset["summary"] and preset["speed"] and preset["measured"] for preset in shown)
+    kernels = {name.partition(":")[2] for name in default_registry().all("kernels")}
+    assert all(preset["kernel"] in kernels and not preset["refused"] for preset in shown)
     plain = " ".join(ok(run("config", "list")).split())
     assert all(name in plain for name in found)
+
+
+def test_config_list_tells_presets_of_several_tiers_and_those_that_cannot_be_used() -> None:
+    ladder = [{"tier": "int4", "capacity": 0.25}, {"tier": "int2", "capacity": "rest"}]
+    fields = {"ladder": ladder, "kernel": {"kind": "torch"}}
+
+    class Brings:
+        @staticmethod
+        @hookimpl
+        def fade_presets() -> list[Preset]:
+            return [
+                Preset("two-tiers", fields, "hot tokens at 4 bits", "in torch", "nowhere"),
+                Preset("broken", {"keys": {"kind": "no-such-codes"}}, "asks for what is not there"),
+            ]
+
+    with use_registry(Registry([Brings()], entry_points=False)):
+        found = {preset["name"]: preset for preset in data(run("config", "list", "--json"))["presets"]}
+        shown = run("config", "list")
+    assert found["two-tiers"]["bits"] is None
+    assert [tier["tier"] for tier in found["two-tiers"]["tiers"]] == ["int4", "int2"]
+    assert [tier["bits"] for tier in found["two-tiers"]["tiers"]] == [4.375, 2.375]  # scales of 128 channels too
+    assert found["two-tiers"]["kernel"] == "torch"
+    assert found["broken"]["bits"] is None
+    assert "no-such-codes" in found["broken"]["refused"]
+    assert "4.38, 2.38" in ok(shown)
+    assert "broken cannot be used here: " in shown.stderr
+    assert found["safe"]["bits"] is not None
 
 
 def test_a_name_that_is_no_preset_is_explained() -> None:

@@ -20,16 +20,16 @@ from tiny import save_tiny, tiny_llama
 import fade_eval
 from fade_core import FadeConfig
 from fade_core.cache.named_caches import configuration, tiered_factory
-from fade_core.config.kernel_selection import KernelSelection, choose_kernel
 from fade_core.errors import InputError
 from fade_core.models.loading import exact_cache
 from fade_core.plugins import Registry, use_registry
 from fade_core.plugins.hookspecs import hookimpl
-from fade_eval import contenders, generating, plugin
+from fade_eval import contenders, plugin
 from fade_eval.batches import _Runs
 from fade_eval.cli import demo as demo_module
 from fade_eval.cli.picture import TierPicture, draw
-from fade_eval.generating import FIXED, STATIC, random_model
+from fade_eval.generating import FIXED, STATIC
+from fade_eval.shapes import random_model
 from fade_eval.speed import step_times
 
 
@@ -195,55 +195,6 @@ def test_bench_times_the_peers_that_are_installed(folder: Path, small: Path, mon
     assert len(ran) == 2  # tried, then timed
 
 
-DECODE = ("bench", "decode", "--shape", "tiny", "--context", 90, "--steps", 4, "--warmup", 2, "--backend", "eager")
-
-
-@pytest.fixture
-def _shallow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiling a second layer takes as long again and says nothing more."""
-    monkeypatch.setitem(generating.SHAPES["tiny"], "num_hidden_layers", 1)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("_shallow")
-def test_bench_decode_times_what_is_the_same(tmp_path: Path) -> None:
-    found = data(run(*DECODE, "--batch", 1, "--batch", 2, "--output-dir", tmp_path, "--json"))
-    attention, _ = choose_kernel("decode_attention", KernelSelection(), None, 64, torch.device("cpu"), torch.float32)
-    assert [(r["batch"], r["context"], r["graphs"]) for r in found["results"]] == [(1, 90, 0), (2, 90, 0)]
-    for result in found["results"]:
-        assert result["ours"] < 1e-5
-        assert list(result["times"]) == ["DynamicCache", "StaticCache, compiled", "FADE", "FADE, compiled"]
-        assert all(time["ms"] > 0 and time["prefill_ms"] > 0 for time in result["times"].values())
-        assert result["times"]["FADE, compiled"]["kernels"] == f"torch, {attention.name}"
-    assert json.loads((tmp_path / "decode.json").read_text())["results"] == found["results"]
-    assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("_shallow")
-def test_bench_decode_prints_no_time_where_parity_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
-    gaps = iter([1.0, 0.1])
-    monkeypatch.setattr(generating, "distance", lambda found, wanted: next(gaps))
-    shown = run(*DECODE)
-    assert shown.exit_code == 1
-    assert "parity: compiled FADE 1.00e+00" in shown.stdout
-    assert "no time is worth printing" in shown.stderr
-    assert "DynamicCache │" not in shown.stdout
-
-
-def test_bench_decode_refuses_what_does_not_compile(tmp_path: Path) -> None:
-    stock = tmp_path / "stock.toml"
-    stock.write_text('attention = "stock"')
-    refused = run(*DECODE, "--config", stock).stderr
-    assert "cannot be compiled: layer 0: the model keeps its own attention" in refused
-    assert "unknown shape" in run(*DECODE[:3], "huge").stderr
-    large = run(*DECODE[:3], "llama-3.1-8b", "--device", "cpu")
-    assert large.exit_code == 2
-    assert "run it on a GPU, or give --shape tiny" in large.stderr
-    if not torch.cuda.is_available():
-        assert "on a GPU only" in run(*DECODE, "--profile").stderr
-
-
 @pytest.mark.parametrize("config", ["safe", "aggressive"])
 def test_bench_batch_finds_the_last_batch_that_fits(config: str) -> None:
     options = ("--shape", "tiny", "--context", 700, "--limit", 0.012, "--steps", 2, "--config", config)
@@ -251,7 +202,7 @@ def test_bench_batch_finds_the_last_batch_that_fits(config: str) -> None:
     assert [one["cache"] for one in found] == ["StaticCache", "FADE"]
     assert found[1]["rows"] > found[0]["rows"] > 0
     assert 2 * found[1]["row_bytes"] < found[0]["row_bytes"]  # a step of torch's unpacks as much as the cache holds
-    runs = _Runs(random_model("tiny", torch.device("cpu"), torch.float32), configuration(config), 700, 2)
+    runs = _Runs(random_model("tiny", torch.device("cpu")), configuration(config), 700, 2)
     for one, name in zip(found, (STATIC, FIXED), strict=True):
         total, held = runs._decoded(name, one["rows"], 12_000_000)
         assert total is not None

@@ -358,6 +358,7 @@ def test_the_command_prints_a_table_and_writes_csv_and_plot(folder: Path, tmp_pa
         lines = list(csv.DictReader(file))
     assert [line["name"] for line in lines] == [row["name"] for row in found["rows"]]
     assert float(lines[0]["kl_mean"]) == found["rows"][0]["kl_mean"] > 0
+    assert [float(line["kl_long_last"]) for line in lines] == [row["kl_long_last"] for row in found["rows"]]
     assert {line["texts"] for line in lines} == {"1"}
     assert [line["bits"] for line in lines] == ["6.0", "4.0", "6.0"]
     assert (tmp_path / "out" / "quality.png").read_bytes().startswith(b"\x89PNG")

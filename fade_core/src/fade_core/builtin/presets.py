@@ -14,8 +14,8 @@ SAFE = Preset(
         "policy": {"kind": "position"},
     },
     "K and V at 4 bits, nothing evicted: the defaults",
-    "kernels for CUDA and for CPUs",
-    "README",
+    "kernels; GPU 7.99 ms a step (StaticCache 26.81), CPU 1.04 times DynamicCache",
+    "KL 0.0019, SmolLM2-135M, 24 texts; H200, 8 x 8,192, and two cores, 2,048 tokens: README.md",
 )
 BALANCED = Preset(
     "balanced",
@@ -27,8 +27,8 @@ BALANCED = Preset(
         "policy": {"kind": "position"},
     },
     "K at 3 bits, V at 2, nothing evicted",
-    "kernels for CUDA and for CPUs",
-    "README",
+    "kernels; GPU 8.21 ms a step (StaticCache 25.90), CPU 1.04 times DynamicCache",
+    "KL 0.0191, SmolLM2-135M, 24 texts; H200, 8 x 8,192, and two cores, 2,048 tokens: README.md",
 )
 AGGRESSIVE = Preset(
     "aggressive",
@@ -40,7 +40,7 @@ AGGRESSIVE = Preset(
         "policy": {"kind": "h2o", "budget": 0.5},
     },
     "K at 3 bits, V at 2, half of the context evicted",
-    "kernels for CUDA and for CPUs",
-    "README",
+    "kernels; GPU 10.2 ms a step, rankings in (StaticCache 26.10), CPU 1.10 times DynamicCache",
+    "KL 0.058, SmolLM2-135M, 24 texts; H200, 8 x 8,192, and two cores, 2,048 tokens: README.md",
 )
 PRESETS = [SAFE, BALANCED, AGGRESSIVE]

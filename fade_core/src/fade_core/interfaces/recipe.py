@@ -31,7 +31,7 @@ class Preset:
         fields: fields of a ``FadeConfig``.
         summary: what it trades, in a line.
         speed: what reads it quickly: the kernels that were timed with it, and how fast.
-        measured: where its accuracy and speed were measured.
+        measured: where its accuracy and speed were measured: model, machine, document.
     """
 
     name: str

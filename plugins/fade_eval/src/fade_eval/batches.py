@@ -70,9 +70,16 @@ def largest_batches(
         progress: called as batches are tried.
 
     Raises:
-        InputError: for numbers below 1, a context that has no prompt, or a configuration that does not compile.
+        InputError: for numbers below 1, a context that has no prompt, a model with other layers than such of full attention,
+            or a configuration that does not compile.
     """
     check_counts(context=context, limit=limit, steps=steps)
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - {"full_attention"}
+    if kinds:
+        raise InputError(
+            f"{', '.join(sorted(kinds))} holds no whole context, so that rows cannot be counted by what one layer takes; give "
+            f"a model whose layers all have full attention"
+        )
     if context < steps + 2:
         raise InputError(f"context={context} holds no prompt before {steps} steps; take at least {steps + 2}")
     runs = _Runs(model, config, context, steps)

@@ -7,56 +7,32 @@ DynamicCache (twice that distance, and float32's rounding). Without it there are
 
 from __future__ import annotations
 
+import gc
 import itertools
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    CompileConfig,
-    DynamicCache,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LogitsProcessor,
-    StaticCache,
-    StoppingCriteria,
-)
+from transformers import CompileConfig, DynamicCache, LogitsProcessor, StaticCache, StoppingCriteria
 from transformers.cache_utils import Cache
 
 from fade_core import FadeConfig, TieredKVCache, create_tiered_cache
-from fade_core.errors import InputError
+from fade_core.errors import FadeError, InputError
 from fade_core.support.memory import live_bytes
+from fade_eval.profiling import PROFILED, Kernels, can_profile
 from fade_eval.progress import Progress, Units
 from fade_eval.results import EvalResult
 from fade_eval.tokens import check_counts
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3.1-8b": {
-        "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131_072,
-    },
-    "tiny": {
-        "vocab_size": 256, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 131_072,
-    },
-}  # fmt: skip
-"""Models with random weights: time does not depend on their values."""
-
-ON_CPU = ("tiny",)
-"""Those that a machine without a GPU runs too."""
-
 DYNAMIC, STATIC = "DynamicCache", "StaticCache, compiled"
 GROWING, FIXED = "FADE", "FADE, compiled"
-CACHES, COMPILED = (DYNAMIC, STATIC, GROWING, FIXED), (STATIC, FIXED)
-OPS = {
-    "append": ("append_kernel",),
-    "attention": ("decode_kernel", "merge_kernel", "turn_kernel", "planes_kernel", "finish_kernel"),
-}
-"""Names of kernels by what they are for."""
+COMPILED = (STATIC, FIXED)
+SHORT = 256
+"""Tokens of the prompt that transformers' caches read before they are timed."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +47,9 @@ class GenerateTime(EvalResult):
         warmup_ms: all steps of the warm-up together: compilation and the recording of CUDA graphs are in it.
         held_bytes: what the cache held at the end.
         kernels: implementations of ``append`` and ``decode_attention``; empty where no graph holds them.
+        busy_ms: milliseconds of a step in which the GPU ran a kernel, median of ``PROFILED`` steps after the timed ones;
+            kernels that overlap count once. ``None`` if they were not profiled, or the profiler saw none.
+        shares: share of the kernels' time by op in those steps, FADE's caches only.
     """
 
     ms: float
@@ -80,51 +59,83 @@ class GenerateTime(EvalResult):
     warmup_ms: float
     held_bytes: int
     kernels: str = ""
+    busy_ms: float | None = None
+    shares: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FadeTimes(EvalResult):
+    """FADE's caches of one configuration.
+
+    Attributes:
+        ours: relative distance of the compiled cache's logits from the growing one's.
+        green: whether that is close enough: ``ours <= 2 * theirs + 1e-5``.
+        graphs: graphs that were compiled while the timed steps ran; 0 if nothing was recompiled.
+        times: by cache; empty where parity is not green.
+    """
+
+    ours: float
+    green: bool
+    graphs: int
+    times: dict[str, GenerateTime]
 
 
 @dataclass(frozen=True)
 class Comparison(EvalResult):
-    """All caches at one batch size and context.
+    """All caches on one model, at one batch size and context; some of them, as long as it is being measured.
 
     Attributes:
+        shape: of the model.
         batch: rows.
         context: tokens of the prompt.
         steps: timed steps.
-        ours: relative distance of the compiled FADE cache's logits from the growing one's.
-        theirs: of StaticCache's from DynamicCache's.
-        graphs: graphs that were compiled while the timed steps ran; 0 if nothing was recompiled.
-        times: by cache; empty where parity is not green.
-        shares: share of a compiled FADE step's GPU time by op; empty if it was not profiled.
+        theirs: relative distance of StaticCache's logits from DynamicCache's; ``None`` before both are measured.
+        times: of transformers' caches, by cache.
+        configs: FADE's caches, by the name of their configuration.
+        left_out: why caches, or configurations, were not measured.
     """
 
+    shape: str
     batch: int
     context: int
     steps: int
-    ours: float
-    theirs: float
-    graphs: int
-    times: dict[str, GenerateTime]
-    shares: dict[str, float]
+    theirs: float | None = None
+    times: dict[str, GenerateTime] = field(default_factory=dict)
+    configs: dict[str, FadeTimes] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def green(self) -> bool:
-        """Whether the compiled cache computes what the growing one does."""
-        return self.ours <= 2 * self.theirs + 1e-5
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> Comparison:
+        """What ``to_dict`` gave. Raises ``TypeError`` or ``KeyError`` for anything else."""
+        configs = {
+            name: FadeTimes(**(config | {"times": _times(config["times"])}))
+            for name, config in found["configs"].items()
+        }
+        return cls(**(dict(found) | {"times": _times(found["times"]), "configs": configs}))
+
+    def missing(self, configs: Sequence[str]) -> list[str]:
+        """Caches and configurations that are still to be measured."""
+        theirs = [name for name in (DYNAMIC, STATIC) if name not in self.times]
+        return theirs + [name for name in configs if name not in self.configs]
+
+
+def _times(found: Mapping[str, Any]) -> dict[str, GenerateTime]:
+    return {name: GenerateTime(**time) for name, time in found.items()}
 
 
 class Clock(StoppingCriteria):  # type: ignore[misc]
-    """Notes when each token was there, and how many graphs had been compiled by then; calls ``at`` at some of them."""
+    """Notes when each token was there, and how many graphs had been compiled by then; then calls ``at`` at some of them."""
 
-    def __init__(self, device: torch.device, at: dict[int, Callable[[], None]] | None = None) -> None:
-        self.device, self.at = device, at or {}
+    def __init__(self, device: torch.device, at: Mapping[int, Callable[[], None]]) -> None:
+        self.device, self.at = device, at
         self.times, self.graphs = list[float](), list[int]()
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.at.get(len(self.times), lambda: None)()
         self.times.append(time.perf_counter())
         self.graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        self.at.get(len(self.times) - 1, lambda: None)()  # what it takes counts to the step after
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
@@ -156,24 +167,6 @@ class Kept(LogitsProcessor):  # type: ignore[misc]
         return scores
 
 
-def random_model(shape: str, device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
-    """A Llama of one of ``SHAPES`` with random weights.
-
-    Raises:
-        InputError: for another name, or a shape that is not ``ON_CPU`` where there is no GPU.
-    """
-    if shape not in SHAPES:
-        raise InputError(f"unknown shape {shape!r}; there are {', '.join(SHAPES)}")
-    if device.type == "cpu" and shape not in ON_CPU:
-        raise InputError(
-            f"{shape} on a CPU: its weights alone take minutes to make and tens of gigabytes to hold; run it on a GPU, or "
-            f"give --shape {' or '.join(ON_CPU)}"
-        )
-    with device:
-        config = LlamaConfig(**SHAPES[shape], eos_token_id=None, pad_token_id=0)
-        return LlamaForCausalLM._from_config(config, dtype=dtype).eval()
-
-
 def compile_config(device: torch.device, backend: str | None = None) -> CompileConfig:
     """Whole graphs; CUDA graphs on a GPU, any device allowed; on a CPU no compiler unless ``backend`` names one."""
     on_gpu = device.type == "cuda"
@@ -189,153 +182,250 @@ def compile_config(device: torch.device, backend: str | None = None) -> CompileC
 
 def generate_times(
     model: Any,
-    config: FadeConfig,
+    configs: Mapping[str, FadeConfig],
     *,
+    shape: str = "",
     batch: int = 1,
     context: int = 4096,
     steps: int = 160,
     warmup: int = 32,
     backend: str | None = None,
-    profile: bool = False,
+    profile: bool | None = None,
     seed: int = 0,
+    known: Comparison | None = None,
+    measured: Callable[[Comparison], None] | None = None,
     progress: Progress | None = None,
+    custom_generate: Callable[..., Any] | None = None,
 ) -> Comparison:
-    """Time ``generate`` with DynamicCache, StaticCache, and FADE's cache growing and compiled, in one run.
+    """Time ``generate`` with DynamicCache and StaticCache once, and with FADE's two caches of each configuration.
 
     Args:
         model: a causal language model in evaluation mode.
-        config: FADE's; it has to be one that compiles (``TieredKVCache.compile_refusal``).
+        configs: FADE's, by name. One that cannot be compiled on this model (``TieredKVCache.compile_refusal``) is left out;
+            if that is all of them, nothing is measured.
+        shape: what the result calls the model.
         batch: rows.
         context: tokens of the random prompt.
         steps: timed steps of the compiled caches; two tiles or more show what encoding costs. Eager ones take as many as parity
             needs, after their warm-up.
         warmup: steps before, which hold compilation and the recording of CUDA graphs.
         backend: of ``torch.compile``.
-        profile: run the compiled cache once more under torch's profiler, for ``shares``.
+        profile: profile a few more steps of each cache, for ``busy_ms``; ``None``: on a GPU.
         seed: of prompt and text.
+        known: what was measured before, with the same arguments: it is not measured again.
+        measured: called with what is known whenever that is more: after each of transformers' caches, and after a
+            configuration's two, of which no time is told without parity.
         progress: called as caches are done.
+        custom_generate: a decode loop that FADE's caches are run by (as ``generate`` takes it), in place of ``generate``'s own.
+            It has to call the stopping criteria after every token: they are the clock.
 
     Raises:
-        InputError: for numbers below 1, or a configuration that does not compile.
+        InputError: for numbers below 1, or a profile where there is no GPU.
     """
     check_counts(batch=batch, context=context, steps=steps, warmup=warmup)
-    if profile and model.device.type != "cuda":
+    if profile and not can_profile(model.device):
         raise InputError("GPU time can be profiled on a GPU only; leave profile out")
-    runs = _Runs(model, config, batch, context, warmup, steps, backend, seed)
-    checked = min(2 * config.tile + 8, warmup + steps)
-    advance = Units(len(CACHES) + 1 + profile, progress)
-    runs.start_up()
-    advance(1)
-    times, logits, graphs = dict[str, GenerateTime](), dict[str, Tensor](), 0
-    for name in CACHES:
-        clock, kept = Clock(model.device), Kept(checked, context)
-        times[name] = runs.timed(name, warmup + steps if name in COMPILED else checked, clock, kept)
-        logits[name] = torch.stack(kept.logits).cpu()
-        graphs = clock.graphs[-1] - clock.graphs[min(warmup, len(clock.graphs) - 1)]  # the last cache's: FIXED
-        advance(1)
-    ours, theirs = distance(logits[FIXED], logits[GROWING]), distance(logits[STATIC], logits[DYNAMIC])
-    found = Comparison(batch, context, steps, ours, theirs, graphs, times, {})
-    if not found.green:
-        return replace(found, times={})
-    if profile:
-        found = replace(found, shares=profiled(runs, min(2 * config.tile, steps - 1)))
-        advance(1)
+    checked = min(2 * max((config.tile for config in configs.values()), default=0) + 8, warmup + steps)
+    work = Work(batch, context, steps, warmup, checked, can_profile(model.device) if profile is None else profile)
+    runs = Runs(model, work, backend, seed, custom_generate)
+    found = replace(known, left_out={}) if known else Comparison(shape, batch, context, steps)
+    advance = Units(2 + 2 * len(configs), progress)
+
+    def told(more: Comparison) -> Comparison:
+        if measured is not None:
+            measured(more)
+        return more
+
+    refused = {name: reason for name, config in configs.items() if (reason := runs.refusal(config))}
+    found = replace(found, left_out=refused)
+    if configs and len(refused) == len(configs):
+        return told(found)
+    if found.theirs is None:
+        try:
+            for more in runs.theirs(found):
+                found = told(more)
+                advance(1)
+        except torch.OutOfMemoryError as error:
+            return told(_without(found, STATIC if DYNAMIC in found.times else DYNAMIC, error))
+    else:
+        advance(2)
+    for name, config in configs.items():
+        if name not in found.configs and name not in refused:
+            try:
+                found = told(runs.ours(found, name, config))
+            except torch.OutOfMemoryError as error:
+                found = told(_without(found, name, error))
+        advance(2)
     return found
 
 
-class _Runs:
+def _without(found: Comparison, name: str, error: torch.OutOfMemoryError) -> Comparison:
+    return replace(found, left_out=found.left_out | {name: str(error).partition(". ")[0]})
+
+
+@dataclass(frozen=True)
+class Work:
+    """What each cache does; arguments as ``generate_times``.
+
+    Attributes:
+        checked: steps whose logits are compared, and which eager caches take.
+    """
+
+    batch: int
+    context: int
+    steps: int
+    warmup: int
+    checked: int
+    profile: bool = False
+
+
+class Runs:
     """Calls of ``generate`` on one prompt and one dictated text; arguments as ``generate_times``."""
 
     def __init__(
         self,
         model: Any,
-        config: FadeConfig,
-        batch: int,
-        context: int,
-        warmup: int,
-        steps: int,
-        backend: str | None,
-        seed: int,
+        work: Work,
+        backend: str | None = None,
+        seed: int = 0,
+        custom_generate: Callable[..., Any] | None = None,
     ) -> None:
-        self.model, self.config, self.warmup, self.device = model, config, warmup, model.device
+        self.model, self.work, self.device, self.custom_generate = model, work, model.device, custom_generate
         generator = torch.Generator().manual_seed(seed)
         vocabulary = model.config.get_text_config().vocab_size
-        self.prompt = torch.randint(1, vocabulary, (batch, context), generator=generator).to(self.device)
-        self.text = torch.randint(1, vocabulary, (warmup + steps + 1,), generator=generator).to(self.device)
-        self.longest = context + warmup + steps + 2
+        count = work.warmup + work.steps + PROFILED * work.profile
+        self.prompt = torch.randint(1, vocabulary, (work.batch, work.context), generator=generator).to(self.device)
+        self.text = torch.randint(1, vocabulary, (count + 1,), generator=generator).to(self.device)
+        self.longest = work.context + count + 2
         self.compiled = compile_config(self.device, backend)
 
-    def make(self, name: str) -> Cache:
-        """A new cache. Raises ``InputError`` if the configuration's cannot be compiled."""
+    def make(self, name: str, config: FadeConfig | None = None) -> Cache:
+        """A new cache; ``config`` for FADE's."""
         if name == DYNAMIC:
             return DynamicCache(config=self.model.config)
         if name == STATIC:
             return StaticCache(config=self.model.config, max_cache_len=self.longest)
-        cache = create_tiered_cache(self.model, self.config, max_cache_len=self.longest if name == FIXED else None)
-        if name == FIXED and not cache.is_compileable:
-            raise InputError(f"this cache cannot be compiled: {cache.compile_refusal}")
-        return cache
+        return create_tiered_cache(self.model, config, max_cache_len=self.longest if name == FIXED else None)
+
+    def refusal(self, config: FadeConfig) -> str:
+        """Why a cache of this configuration cannot be made for the model, or not be compiled; empty if it can."""
+        try:
+            cache = self.make(FIXED, config)
+        except FadeError as error:
+            return str(error)
+        refusal = cache.compile_refusal
+        _detach(cache)
+        return f"this cache cannot be compiled: {refusal}" if refusal else ""
+
+    def theirs(self, found: Comparison) -> Iterator[Comparison]:
+        """``found`` with DynamicCache, and then with StaticCache too."""
+        self.start_up((DYNAMIC, STATIC), SHORT)
+        eager = self.measured(DYNAMIC)
+        yield (found := replace(found, times={DYNAMIC: eager.time}))
+        compiled = self.measured(STATIC)
+        yield replace(
+            found, theirs=distance(compiled.logits, eager.logits), times=found.times | {STATIC: compiled.time}
+        )
+
+    def ours(self, found: Comparison, name: str, config: FadeConfig) -> Comparison:
+        """``found`` with FADE's caches of ``config``, whose times are there if parity is green."""
+        self.start_up((GROWING, FIXED), 3 * config.tile + config.n_sink + config.recent_window, config)
+        eager, compiled = self.measured(GROWING, config), self.measured(FIXED, config)
+        gap = distance(compiled.logits, eager.logits)
+        green = found.theirs is not None and gap <= 2 * found.theirs + 1e-5
+        times = {GROWING: eager.time, FIXED: compiled.time} if green else {}
+        return replace(found, configs=found.configs | {name: FadeTimes(gap, green, compiled.graphs, times)})
 
     @torch.no_grad()
-    def start_up(self) -> None:
-        """Read a short prompt eagerly with every cache, so that libraries and kernels are there when prompts are timed."""
-        short = self.prompt[:, : 3 * self.config.tile + self.config.n_sink + self.config.recent_window]
-        for name in CACHES:
-            cache = self.make(name)
-            self.model(short, past_key_values=cache, logits_to_keep=1)
-            _detach(cache)
+    def start_up(self, names: Sequence[str], count: int, config: FadeConfig | None = None) -> None:
+        """Read a short prompt eagerly with each cache, so that libraries and kernels are there when prompts are timed."""
+        # as ``generate`` makes it before it reads the prompt: what is imported for it alone takes a second
+        self.model.get_compiled_call(self.compiled)
+        for name in names:
+            cache = self.make(name, config)
+            try:
+                self.model(self.prompt[:, :count], past_key_values=cache, logits_to_keep=1)
+            finally:
+                _detach(cache)
 
-    def generate(self, name: str, steps: int, clock: Clock, kept: Kept) -> tuple[float, Cache]:
-        """Milliseconds to the first token, and the cache."""
-        cache = self.make(name)
+    def measured(self, name: str, config: FadeConfig | None = None) -> Measured:
+        """One call of ``generate``."""
+        work, ours = self.work, name in (GROWING, FIXED)
+        count = work.warmup + work.steps if name in COMPILED else work.checked
+        kernels = Kernels(count if work.profile else None)
+        clock = Clock(self.device, kernels.at)
+        kept = Kept(work.checked, work.context)
+        how: dict[str, Any] = {"compile_config": self.compiled} if name in COMPILED else {"disable_compile": True}
+        if ours and self.custom_generate is not None:
+            how["custom_generate"] = self.custom_generate
+        cache = self.make(name, config)
         begun = time.perf_counter()
-        self.model.generate(
-            self.prompt,
-            attention_mask=torch.ones_like(self.prompt),
-            past_key_values=cache,
-            max_new_tokens=steps + 1,
-            do_sample=False,
-            stopping_criteria=[clock],
-            logits_processor=[kept, Dictate(self.text, self.prompt.shape[1])],
-            **({"compile_config": self.compiled} if name in COMPILED else {"disable_compile": True}),
+        try:
+            self.model.generate(
+                self.prompt,
+                attention_mask=torch.ones_like(self.prompt),
+                past_key_values=cache,
+                max_new_tokens=count + PROFILED * work.profile + 1,
+                do_sample=False,
+                stopping_criteria=[clock],
+                logits_processor=[kept, Dictate(self.text, work.context)],
+                **how,
+            )
+            held, implementations = live_bytes(cache), ""
+            if name == FIXED:
+                plan = cache.tiered[0].steps.step_plan
+                implementations = f"{plan.append.name}, {plan.attention.name}"
+        finally:
+            kernels.stop()
+            _detach(cache)
+            del cache
+            free(self.device)
+        took = [1e3 * (after - before) for before, after in itertools.pairwise(clock.times[: count + 1])]
+        first = min(work.warmup, len(took) - 1)
+        late = took[first:]
+        return Measured(
+            GenerateTime(
+                statistics.median(late),
+                statistics.mean(late),
+                max(late),
+                1e3 * (clock.times[0] - begun),
+                sum(took[: work.warmup]),
+                held,
+                implementations,
+                kernels.busy_ms,
+                kernels.shares if ours else {},
+            ),
+            torch.stack([step.cpu() for step in kept.logits]),  # [checked, B, vocabulary]
+            clock.graphs[count] - clock.graphs[first],
         )
-        return 1e3 * (clock.times[0] - begun), cache
 
-    def timed(self, name: str, steps: int, clock: Clock, kept: Kept) -> GenerateTime:
-        """One call, ``steps`` steps of it behind the prompt."""
-        prefill, cache = self.generate(name, steps, clock, kept)
-        kernels = ""
-        if isinstance(cache, TieredKVCache) and name == FIXED:
-            plan = cache.tiered[0].steps.step_plan
-            kernels = f"{plan.append.name}, {plan.attention.name}"
-        took = [1e3 * (after - before) for before, after in itertools.pairwise(clock.times)]
-        late = took[min(self.warmup, len(took) - 1) :]
-        middle, mean, held = statistics.median(late), statistics.mean(late), live_bytes(cache)
-        _detach(cache)
-        del cache
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return GenerateTime(middle, mean, max(late), prefill, sum(took[: self.warmup]), held, kernels)
+
+@dataclass(frozen=True)
+class Measured:
+    """What one call of ``generate`` told.
+
+    Attributes:
+        time: of its steps.
+        logits: ``[checked, B, vocabulary]``, on the CPU.
+        graphs: compiled while the timed steps ran.
+    """
+
+    time: GenerateTime
+    logits: Tensor
+    graphs: int
+
+
+def free(device: torch.device) -> None:
+    """Let go of what was compiled, recorded and dropped: compiled code would be guarded against in later calls, too."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _detach(cache: Cache) -> None:
     if isinstance(cache, TieredKVCache):
         cache.detach()
-
-
-def profiled(runs: _Runs, steps: int) -> dict[str, float]:
-    """Shares of the GPU's busy time over ``steps`` compiled steps after the warm-up, by the names of kernels in ``OPS``."""
-    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True)
-    clock = Clock(runs.device, {runs.warmup: profiler.start, runs.warmup + steps: profiler.stop})
-    _, cache = runs.generate(FIXED, runs.warmup + steps + 1, clock, Kept(0, 0))
-    _detach(cache)
-    busy = dict.fromkeys([*OPS, "other"], 0.0)
-    for event in profiler.key_averages():
-        if event.device_type.name == "CUDA":
-            op = next((op for op, names in OPS.items() if any(name in event.key for name in names)), "other")
-            busy[op] += event.self_device_time_total
-    whole = sum(busy.values())
-    return {op: part / whole for op, part in busy.items()} if whole else {}
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:

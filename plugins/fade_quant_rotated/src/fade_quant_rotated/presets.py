@@ -16,14 +16,14 @@ COMPACT = Preset(
     "compact",
     _self_calibrated(2.4, 1.8, [0, 2, 4]),
     "2.1 bits, learnt from each prompt: no file; nothing evicted",
-    "kernels for CUDA and for CPUs",
-    "README of fade-quant-rotated",
+    "kernels; GPU 7.8 ms a step (StaticCache 26.3), CPU 1.29 times DynamicCache",
+    "KL 0.0052, after 1,536 steps 0.0310, SmolLM2-135M: README.md of the plugin; H200, 8 x 8,192, and two cores: README.md",
 )
 FAITHFUL = Preset(
     "faithful",
     _self_calibrated(4.8, 4.2, [0, 2, 4, 6, 8]),
     "4.5 bits, learnt from each prompt: answers as without compression; nothing evicted",
-    "kernels for CUDA and for CPUs",
-    "README of fade-quant-rotated",
+    "kernels; not timed",
+    "KL 0.0002, after 1,536 steps 0.0014, SmolLM2-135M: README.md of the plugin",
 )
 PRESETS = [COMPACT, FAITHFUL]
