@@ -1,4 +1,4 @@
-"""Whether a cache says the same by torch, by kernels and compiled: the real model, one dictated text, KL to DynamicCache.
+"""Whether a cache says the same by torch, kernels, compiled and recorded: the real model, a dictated text, KL to DynamicCache.
 
     python benchmarks/real_answers.py [--device cuda] [--rows 4] [--prompt 1024] [--steps 96] [--preset balanced aggressive]
 
@@ -12,7 +12,7 @@ import argparse
 import torch
 from torch import Tensor
 
-from fade_core import FadeConfig, load_model
+from fade_core import FadeConfig, decode_loop, load_model
 from fade_eval import generating
 from fade_eval.texts import passages
 
@@ -21,6 +21,7 @@ WAYS = (
     ("torch, growing", generating.GROWING, "torch"),
     ("kernels, growing", generating.GROWING, "auto"),
     ("kernels, compiled", generating.FIXED, "auto"),
+    ("kernels, recorded", generating.RECORDED, "auto"),
 )
 
 
@@ -31,6 +32,7 @@ def main() -> None:
     arguments.add_argument("--prompt", type=int, default=1024)
     arguments.add_argument("--steps", type=int, default=96)
     arguments.add_argument("--preset", nargs="+", default=["balanced", "aggressive"])
+    arguments.add_argument("--ways", nargs="+", default=["torch", "kernels", "compiled", "recorded"])
     wanted = arguments.parse_args()
     dtype = torch.float16 if wanted.device.startswith("cuda") else torch.float32
     model, tokenizer = load_model("smollm2", dtype=dtype, device=wanted.device)
@@ -43,7 +45,7 @@ def main() -> None:
     def said(config: FadeConfig | None, cache: str) -> tuple[Tensor, generating.GenerateTime]:
         """Log-probabilities ``[steps, rows, vocabulary]``, and what the steps took."""
         work = generating.Work(wanted.rows, wanted.prompt, wanted.steps, WARMUP, checked=wanted.steps + WARMUP)
-        runs = generating.Runs(model, work)
+        runs = generating.Runs(model, work, custom_generate=decode_loop if cache == generating.RECORDED else None)
         runs.prompt, runs.text = rows, dictated
         found = runs.measured(cache, config)
         return found.logits[: wanted.steps].to(model.device).float().log_softmax(-1), found.time
@@ -51,6 +53,8 @@ def main() -> None:
     exact, _ = said(None, generating.DYNAMIC)
     for name in wanted.preset:
         for label, cache, kernel in WAYS:
+            if not any(label.startswith(f"{way}, g") or label.endswith(way) for way in wanted.ways):
+                continue
             config = FadeConfig.model_validate(FadeConfig.preset(name).model_dump() | {"kernel": {"kind": kernel}})
             found, took = said(config, cache)
             divergence = float((exact.exp() * (exact - found)).sum(-1).mean())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 from collections import Counter
@@ -14,12 +15,25 @@ import pytest
 import torch
 from commandline import data, ok, run
 
-from fade_core import FadeConfig
+from fade_core import FadeConfig, decode_loop
 from fade_core.config.kernel_selection import KernelSelection, choose_kernel
 from fade_core.errors import InputError
 from fade_eval import generating, profiling
 from fade_eval.cli import benchdecode
-from fade_eval.generating import DYNAMIC, FIXED, GROWING, STATIC, GenerateTime, Measured, Runs, Work, generate_times
+from fade_eval.generating import (
+    DYNAMIC,
+    FIXED,
+    GROWING,
+    GROWING_RECORDED,
+    RECORDED,
+    STATIC,
+    Comparison,
+    GenerateTime,
+    Measured,
+    Runs,
+    Work,
+    generate_times,
+)
 from fade_eval.profiling import PROFILED, Kernels, covered
 from fade_eval.shapes import SHAPES, check_shape, random_model, weights
 
@@ -131,7 +145,7 @@ def test_times_what_is_the_same(tmp_path: Path) -> None:
     assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
     shown = ok(run(*TINY, "--seed", seed, "--output-dir", tmp_path))  # nothing is left to be measured
     assert listed(shown) == ["DynamicCache", "StaticCache, compiled", "safe", "safe, compiled"]
-    assert "parity: compiled safe" in shown
+    assert "parity: safe, compiled," in shown
     assert "GPU-busy time is left out: there is no GPU" in shown
 
 
@@ -149,10 +163,19 @@ def test_sliding_layers_and_a_loop_of_ones_own(monkeypatch: pytest.MonkeyPatch) 
     model = random_model("tiny", CPU, random.randrange(2**31))
     runs = Runs(model, Work(batch=2, context=90, steps=6, warmup=2, checked=8), custom_generate=loop)
     assert runs.refusal(config) == ""
-    exact, ours = runs.measured(DYNAMIC), runs.measured(GROWING, config)
+    exact, ours = runs.measured(DYNAMIC), runs.measured(GROWING_RECORDED, config)
     assert ran == {"TieredKVCache": 1}
     assert 0 < generating.distance(ours.logits, exact.logits) < 0.05
     assert ours.time.held_bytes < exact.time.held_bytes
+
+
+def test_fades_own_loop_is_timed_growing_and_not() -> None:
+    model = random_model("tiny", CPU, random.randrange(2**31))
+    own = functools.partial(decode_loop, record=True)
+    runs = Runs(model, Work(batch=2, context=140, steps=6, warmup=3, checked=9), custom_generate=own)
+    found = runs.ours(Comparison("tiny", 2, 140, 6, theirs=0.0), "safe", FadeConfig.safe()).configs["safe"]
+    assert list(found.times) == [GROWING, RECORDED, GROWING_RECORDED]
+    assert found.green
 
 
 def test_what_does_not_compile_is_left_out_by_name(tmp_path: Path) -> None:
@@ -300,7 +323,7 @@ def test_no_time_is_told_where_parity_is_red(generated: Generated, tmp_path: Pat
     shown = run(*TINY, *TWO, "--output-dir", tmp_path)
     assert shown.exit_code == 1
     gap, theirs = (float(delta / torch.tensor(24.0).sqrt()) for delta in (torch.tensor(0.5), torch.tensor(0.01)))
-    parity = f"parity: compiled balanced {gap:.2e} from growing balanced, StaticCache {theirs:.2e} from DynamicCache"
+    parity = f"parity: balanced, compiled, {gap:.2e} from balanced as it is, StaticCache {theirs:.2e} from DynamicCache"
     assert parity in shown.stdout
     assert "balanced, compiled, computes something else: no time of it is worth printing" in shown.stderr
     assert listed(shown.stdout) == [DYNAMIC, STATIC, "safe", "safe, compiled"]

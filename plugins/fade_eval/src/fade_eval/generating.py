@@ -30,6 +30,8 @@ from fade_eval.tokens import check_counts
 
 DYNAMIC, STATIC = "DynamicCache", "StaticCache, compiled"
 GROWING, FIXED = "FADE", "FADE, compiled"
+RECORDED, GROWING_RECORDED = "FADE, recorded", "FADE, growing, recorded"
+"""Run by a decode loop that was given, with ``max_cache_len`` and without."""
 COMPILED = (STATIC, FIXED)
 SHORT = 256
 """Tokens of the prompt that transformers' caches read before they are timed."""
@@ -68,7 +70,7 @@ class FadeTimes(EvalResult):
     """FADE's caches of one configuration.
 
     Attributes:
-        ours: relative distance of the compiled cache's logits from the growing one's.
+        ours: relative distance of the compiled cache's logits from the growing one's; with a loop the larger one of its two.
         green: whether that is close enough: ``ours <= 2 * theirs + 1e-5``.
         graphs: graphs that were compiled while the timed steps ran; 0 if nothing was recompiled.
         times: by cache; empty where parity is not green.
@@ -216,8 +218,8 @@ def generate_times(
         measured: called with what is known whenever that is more: after each of transformers' caches, and after a
             configuration's two, of which no time is told without parity.
         progress: called as caches are done.
-        custom_generate: a decode loop that FADE's caches are run by (as ``generate`` takes it), in place of ``generate``'s own.
-            It has to call the stopping criteria after every token: they are the clock.
+        custom_generate: a decode loop (as ``generate`` takes it) that runs FADE's caches, growing and of fixed size, where else
+            a compiled one is measured. It has to call the stopping criteria after every token: they are the clock.
 
     Raises:
         InputError: for numbers below 1, or a profile where there is no GPU.
@@ -229,7 +231,7 @@ def generate_times(
     work = Work(batch, context, steps, warmup, checked, can_profile(model.device) if profile is None else profile)
     runs = Runs(model, work, backend, seed, custom_generate)
     found = replace(known, left_out={}) if known else Comparison(shape, batch, context, steps)
-    advance = Units(2 + 2 * len(configs), progress)
+    advance = Units(2 + (1 + len(runs.fast)) * len(configs), progress)
 
     def told(more: Comparison) -> Comparison:
         if measured is not None:
@@ -255,7 +257,7 @@ def generate_times(
                 found = told(runs.ours(found, name, config))
             except torch.OutOfMemoryError as error:
                 found = told(_without(found, name, error))
-        advance(2)
+        advance(1 + len(runs.fast))
     return found
 
 
@@ -305,7 +307,9 @@ class Runs:
             return DynamicCache(config=self.model.config)
         if name == STATIC:
             return StaticCache(config=self.model.config, max_cache_len=self.longest)
-        return create_tiered_cache(self.model, config, max_cache_len=self.longest if name == FIXED else None)
+        return create_tiered_cache(
+            self.model, config, max_cache_len=self.longest if name in (FIXED, RECORDED) else None
+        )
 
     def refusal(self, config: FadeConfig) -> str:
         """Why a cache of this configuration cannot be made for the model, or not be compiled; empty if it can."""
@@ -330,11 +334,18 @@ class Runs:
     def ours(self, found: Comparison, name: str, config: FadeConfig) -> Comparison:
         """``found`` with FADE's caches of ``config``, whose times are there if parity is green."""
         self.start_up((GROWING, FIXED), 3 * config.tile + config.n_sink + config.recent_window, config)
-        eager, compiled = self.measured(GROWING, config), self.measured(FIXED, config)
-        gap = distance(compiled.logits, eager.logits)
+        eager = self.measured(GROWING, config)
+        fast = {cache: self.measured(cache, config) for cache in self.fast}
+        gap = max(distance(one.logits, eager.logits) for one in fast.values())
         green = found.theirs is not None and gap <= 2 * found.theirs + 1e-5
-        times = {GROWING: eager.time, FIXED: compiled.time} if green else {}
-        return replace(found, configs=found.configs | {name: FadeTimes(gap, green, compiled.graphs, times)})
+        times = {cache: one.time for cache, one in {GROWING: eager, **fast}.items()} if green else {}
+        graphs = sum(one.graphs for one in fast.values())
+        return replace(found, configs=found.configs | {name: FadeTimes(gap, green, graphs, times)})
+
+    @property
+    def fast(self) -> tuple[str, ...]:
+        """FADE's caches that are measured beside the growing one, which runs every step as it is."""
+        return (FIXED,) if self.custom_generate is None else (RECORDED, GROWING_RECORDED)
 
     @torch.no_grad()
     def start_up(self, names: Sequence[str], count: int, config: FadeConfig | None = None) -> None:
@@ -350,13 +361,13 @@ class Runs:
 
     def measured(self, name: str, config: FadeConfig | None = None) -> Measured:
         """One call of ``generate``."""
-        work, ours = self.work, name in (GROWING, FIXED)
-        count = work.warmup + work.steps if name in COMPILED else work.checked
+        work, ours = self.work, name in (GROWING, *self.fast)
+        count = work.warmup + work.steps if name in (STATIC, *self.fast) else work.checked
         kernels = Kernels(count if work.profile else None)
         clock = Clock(self.device, kernels.at)
         kept = Kept(work.checked, work.context)
         how: dict[str, Any] = {"compile_config": self.compiled} if name in COMPILED else {"disable_compile": True}
-        if ours and self.custom_generate is not None:
+        if name in (RECORDED, GROWING_RECORDED):
             how["custom_generate"] = self.custom_generate
         cache = self.make(name, config)
         begun = time.perf_counter()
@@ -372,7 +383,7 @@ class Runs:
                 **how,
             )
             held, implementations = live_bytes(cache), ""
-            if name == FIXED:
+            if name in self.fast:
                 plan = cache.tiered[0].steps.step_plan
                 implementations = f"{plan.append.name}, {plan.attention.name}"
         finally:

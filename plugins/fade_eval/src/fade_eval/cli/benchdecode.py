@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -37,6 +38,10 @@ def decode(
     warmup: Annotated[int, typer.Option(min=1, help="Steps before them, in which graphs are compiled.")] = 32,
     config: Caches = ["safe"],  # noqa: B006
     kernel: Annotated[str, typer.Option(help="Implementation of every op: auto, torch, triton.")] = "auto",
+    loop: Annotated[
+        Literal["generate", "fade"],
+        typer.Option(help="Who runs FADE's caches: generate, compiled, or FADE's own loop, which records steps."),
+    ] = "generate",
     backend: Annotated[
         str | None, typer.Option(help="Of torch.compile; default: inductor on a GPU, aot_eager on a CPU.")
     ] = None,
@@ -57,6 +62,7 @@ def decode(
     Random weights do not change what a step costs. Exit code 1: something was left out, or parity failed, and no time of that
     configuration was printed.
     """
+    from fade_core import decode_loop
     from fade_core.models.loading import resolve_device
     from fade_eval.generating import free, generate_times
     from fade_eval.profiling import can_profile
@@ -68,9 +74,17 @@ def decode(
     configs = _configs(config, kernel)
     profiled = can_profile(where) if profile is None else profile
     options: dict[str, Any] = {"steps": steps, "warmup": warmup, "backend": backend, "profile": profiled, "seed": seed}
-    settings = {"shape": _each(shape), "batch": _each(batch), "context": _each(context), **options, "kernel": kernel}
+    settings = {
+        "shape": _each(shape),
+        "batch": _each(batch),
+        "context": _each(context),
+        **options,
+        "kernel": kernel,
+        "loop": loop,
+    }
     settings |= {"config": {name: one.to_dict() for name, one in configs.items()}, **_machine(where)}
     record = Record(settings, output_dir)
+    own = functools.partial(decode_loop, record=True) if loop == "fade" else None
     model, made = None, ""
     try:
         for point in record.points:
@@ -90,6 +104,7 @@ def decode(
                         known=record.found.get(point),
                         measured=record.add,
                         progress=advance,
+                        custom_generate=own,
                         **options,
                     )
             if not json:
@@ -153,13 +168,14 @@ def describe(settings: dict[str, Any]) -> str:
 def show(found: Comparison, settings: dict[str, Any]) -> None:
     """Print one comparison: parity of each configuration, then the times of those whose parity is green."""
     where = f"{found.shape}, {found.batch} x {found.context}"
+    how = "recorded" if settings["loop"] == "fade" else "compiled"
     for name, one in found.configs.items():
         say(
-            f"{where}: parity: compiled {name} {one.ours:.2e} from growing {name}, StaticCache {found.theirs:.2e} from "
+            f"{where}: parity: {name}, {how}, {one.ours:.2e} from {name} as it is, StaticCache {found.theirs:.2e} from "
             f"DynamicCache"
         )
         if not one.green:
-            errors.print(f"[red]{name}, compiled, computes something else: no time of it is worth printing[/]")
+            errors.print(f"[red]{name}, {how}, computes something else: no time of it is worth printing[/]")
         elif one.graphs:
             errors.print(f"[yellow]{name}: {one.graphs} graphs were compiled during the timed steps[/]")
     if not found.times:
@@ -183,11 +199,11 @@ def show(found: Comparison, settings: dict[str, Any]) -> None:
 
 def labelled(found: Comparison) -> dict[str, GenerateTime]:
     """All times by what tables and plots call them."""
-    from fade_eval.generating import FIXED, GROWING
+    from fade_eval.generating import GROWING
 
     times = dict(found.times)
     for name, one in found.configs.items():
-        times |= {f"{name}{cache.removeprefix(GROWING)}": one.times[cache] for cache in (GROWING, FIXED) if one.times}
+        times |= {f"{name}{cache.removeprefix(GROWING)}": time for cache, time in one.times.items()}
     return times
 
 
