@@ -142,10 +142,15 @@ class Calibration:
     def _in_planes(
         self, worth: Tensor, bits: float, widths: tuple[int, ...], group: int, levels: Levels, tile: int
     ) -> Tensor:
-        """Widths int64 ``[N, H, D]`` for ``worth`` ``[N, H, D]`` of ``N`` layers and sides: whole planes, the best first."""
+        """Widths int64 ``[N, H, D]`` for ``worth`` ``[N, H, D]`` of ``N`` layers and sides: whole planes, the best first.
+
+        Each has one before any has two: kernels read no layer whose keys or values have none.
+        """
         heads, dim = self.num_kv_heads, self.head_dim
         saved = [saved_by_planes(own, PLANE_CHANNELS * PLANE_BITS, widths, group, levels) for own in worth]
         owner = torch.cat([torch.full((len(own),), number) for number, own in enumerate(saved)])
+        for own in saved:
+            own[0] = torch.inf
         owner = owner[torch.cat(saved).argsort(descending=True, stable=True)]
         room = int(bits * tile * dim * len(worth) / WORD_BITS + 1e-9)  # words of a head
         most = min(len(owner), room * heads // plane_words(tile))

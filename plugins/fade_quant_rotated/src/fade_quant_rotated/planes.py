@@ -56,7 +56,7 @@ class PlaneStream(StreamLayout):
     """``StreamLayout`` of widths that ``fits_planes``, stored as planes that belong to one head or are shared.
 
     A head's slots follow one another 16 channels at a time, high bits of those first. They fill planes of its own; what is left
-    over shares planes with other heads' rests, and is in several of them only where that saves a plane.
+    over shares planes with other heads' rests, in several of them where the head with most slots reads as many in any case.
 
     Attributes:
         slots: int16 ``[planes, 16, 3]`` on the CPU: head, channel and shift of the two bits in each slot, in stream order. The
@@ -164,17 +164,22 @@ def _dealt(widths: Tensor) -> tuple[Tensor, list[list[int]]]:
     for planes in full:
         first = PLANE_CHANNELS * sum(full[: len(numbers)])
         numbers.append(list(range(first, first + PLANE_CHANNELS * planes)))
-    # Who has most planes comes first, so that a rest that must be divided is one of a head that has few.
+    # Who has most planes comes first, and has a rest in one piece. The others have planes to spare, up to as many as that one
+    # reads: their rests fill what is left of the shared ones, least room first, before a larger one takes what remains.
+    most = max(planes + (left > 0) for planes, left in zip(full, rest, strict=True))
     for head in sorted(range(len(own)), key=lambda head: (-full[head], -rest[head])):
-        left = rest[head]
+        left, pieces = rest[head], most - full[head]
         while left:
-            enough = [plane for plane in range(shared) if free[plane] >= left]
-            plane = min(enough, key=lambda p: free[p]) if enough else max(range(shared), key=lambda p: free[p])
-            taken = min(left, free[plane])
-            first = PLANE_CHANNELS * (sum(full) + plane + 1) - free[plane]
+            room = sorted((size, plane) for plane, size in enumerate(free) if size)
+            whole = [(size, plane) for size, plane in room if size >= left]
+            size, plane = (
+                whole[0] if whole and (pieces <= 1 or whole[0] == room[0]) else room[0] if pieces > 1 else room[-1]
+            )
+            taken = min(left, size)
+            first = PLANE_CHANNELS * (sum(full) + plane + 1) - size
             numbers[head] += range(first, first + taken)
             free[plane] -= taken
-            left -= taken
+            left, pieces = left - taken, pieces - 1
     slots = torch.tensor([0, 0, NOTHING], dtype=torch.int16).repeat(PLANE_CHANNELS * (sum(full) + shared), 1)
     for head, (places, order) in enumerate(zip(numbers, own, strict=True)):
         held = torch.stack([torch.full_like(order, head), channel[order], shift[order]], -1)
