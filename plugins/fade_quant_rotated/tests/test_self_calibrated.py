@@ -268,6 +268,9 @@ def test_configuration_refuses_and_says_why() -> None:
         get_quantizer("self-calibrated", head_dim=DIM, bits=0.2)
     with pytest.raises(ConfigError, match=r"widths \[0, 2\]"):
         get_quantizer("self-calibrated", head_dim=DIM, bits=3, widths=(0, 2))
+    with pytest.raises(ConfigError, match=r"no room for a plane.* of 2 heads; ask for 1\.25 or more"):
+        get_quantizer("self-calibrated", head_dim=DIM, bits=8 / DIM, widths=(0, 2), levels="uniform", num_kv_heads=2)
+    get_quantizer("self-calibrated", head_dim=DIM, bits=1.25, widths=(0, 2), levels="uniform", num_kv_heads=2)
     with pytest.raises(ConfigError, match="group=5 must divide"):
         get_quantizer("self-calibrated", head_dim=DIM, group=5)
     with pytest.raises(ConfigError, match="must hold 0"):

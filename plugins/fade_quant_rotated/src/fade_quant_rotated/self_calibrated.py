@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
@@ -85,6 +86,12 @@ class SelfCalibratedQuantizer(CalibratedQuantizer):
             raise ConfigError(
                 f"bits={bits:g} an element cannot be had: gains take {GAIN_BITS / head_dim:.3f}, and the codes have "
                 f"widths {list(self.choice)}"
+            )
+        if self._in_planes and not self.row:
+            least = (row_of(1, heads, tile) * WORD_BITS / tile + GAIN_BITS) / head_dim
+            raise ConfigError(
+                f"bits={bits:g} an element have no room for a plane of 32 bits a token beside the gains of {heads} heads; "
+                f"ask for {math.ceil(least * 100) / 100:g} or more"
             )
         water_fill(torch.ones(1, head_dim), 0, self.choice, group)  # refuses a group that does not divide D
         self.forget()
