@@ -27,7 +27,7 @@ def without_bits() -> dict[str, Any]:
 FORMATS: dict[str, Callable[[], FadeConfig]] = {
     "calibrated": calibrated,
     "self-calibrated": lambda: FadeConfig(**side("self-calibrated", bits=2.5)),
-    "planes": lambda: FadeConfig(**side("self-calibrated", bits=2.5, widths=(0, 2, 4), group=16, levels="uniform")),
+    "planes": lambda: FadeConfig(**side("self-calibrated", bits=2.5, widths=(0, 2, 4, 6, 8), levels="uniform")),
     "a side without bits": lambda: FadeConfig(**without_bits()),
     "rotated, 2 bits": lambda: FadeConfig(**side("rotated", bits=2)),
     "rotated, 3 bits": lambda: FadeConfig(**side("rotated", bits=3)),

@@ -27,12 +27,12 @@ calibration = pytest.importorskip("fade_quant_rotated.calibration")
 water_fill = pytest.importorskip("fade_quant_rotated.allocation").water_fill
 
 KERNEL = TritonDecodeAttention()
-KERNEL_WIDTHS = (0, 2, 4)
+KERNEL_WIDTHS = (0, 2, 4, 6, 8)
 
 
 def quantizer(
     heads: int, dim: int, side: str, bits: float, tile: int = 64, widths: tuple[int, ...] = KERNEL_WIDTHS,
-    group: int = 16, device: str = "cpu", levels: str = "uniform",
+    group: int = 1, device: str = "cpu", levels: str = "uniform",
 ) -> Any:  # fmt: skip
     """A calibrated quantizer of random statistics; heads are of different worth, so that they own different widths."""
     forward, _ = torch.linalg.qr(torch.randn(heads, dim, dim))
@@ -113,10 +113,12 @@ def test_parity(
     check(query, [packed(store)], dim**-0.5)
 
 
-@pytest.mark.parametrize(("widths", "bits"), [((0, 4), 2.0), ((0, 2), 1.5), ((0, 2), 2.0), ((0, 2, 6, 8), 3.0)])
-def test_other_even_widths(widths: tuple[int, ...], bits: float, device: str) -> None:
+@pytest.mark.parametrize(
+    ("widths", "bits", "group"), [((0, 4), 2.0, 4), ((0, 2), 2.0, 1), ((0, 2, 4), 1.8, 16), ((0, 2, 6, 8), 3.0, 1)]
+)
+def test_other_even_widths(widths: tuple[int, ...], bits: float, group: int, device: str) -> None:
     seed()
-    options: dict[str, Any] = {"widths": widths, "device": device}
+    options: dict[str, Any] = {"widths": widths, "group": group, "device": device}
     keys, values = (quantizer(2, 64, side, bits, **options) for side in ("key", "value"))
     store = store_of(keys, values, torch.full((1, 2), 256 if device == "cuda" else 128), device)
     check(torch.randn(1, 6, 1, 64, device=device).half(), [packed(store)], 0.125)
@@ -228,7 +230,7 @@ def tiny_llama(device: str) -> LlamaForCausalLM:
 
 
 def config_of(decode: str, file: str, **more: Any) -> FadeConfig:
-    options = {"widths": KERNEL_WIDTHS, "group": 16, "levels": "uniform"}
+    options = {"widths": KERNEL_WIDTHS, "levels": "uniform"}
     side = {"kind": "calibrated", "file": file, "side_bits": 2.3, **options}
     # Prompts are encoded by torch: through the interpreter that takes longest, and test_planes_encode.py looks at it.
     kernel = {"kind": "torch", "decode_attention": decode, "append": decode}
@@ -249,7 +251,7 @@ def file(tmp_path: Any) -> str:
             sides[side][layer] = calibration.SideCalibration(
                 torch.zeros(2, 64), forward.half(), torch.ones(2, 64), torch.ones(2, 64), worth
             )
-    made = calibration.Calibration(sides, 64, 2, 1, torch.zeros(1, 16), {"bits": 2.3, "widths": [0, 2, 4], "group": 16})
+    made = calibration.Calibration(sides, 64, 2, 1, torch.zeros(1, 16), {"bits": 2.3, "widths": [0, 2, 4], "group": 1})
     path = tmp_path / "calibration.safetensors"
     made.save(path)
     return str(path)
@@ -308,7 +310,7 @@ def test_what_is_learnt_from_a_prompt_is_read_where_its_levels_allow(levels: str
     seed()
     model = tiny_llama(device)
     ids = torch.randint(1, 97, (1, 101), device=device)
-    side = {"kind": "self-calibrated", "bits": 2.5, "widths": KERNEL_WIDTHS, "group": 16, "levels": levels}
+    side = {"kind": "self-calibrated", "bits": 2.5, "widths": KERNEL_WIDTHS, "levels": levels}
     wanted, _ = logits(model, config_of("torch", "", keys=side, values=side), ids, 100)
     found, reasons = logits(model, config_of("triton", "", keys=side, values=side), ids, 100)
     assert relative_error(found, wanted.double()) < 0.02
@@ -335,7 +337,6 @@ def test_it_refuses_and_says_why(device: str) -> None:
     assert not reason(*good)
     assert "mean" in reason(*good, softcap=5.0)
     for other in (
-        quantizer(2, 64, "key", 2.1, group=1, device=device),
         quantizer(2, 64, "key", 2.1, widths=(0, 2, 3), device=device),
         quantizer(2, 64, "key", 2.1, levels="gaussian", device=device),
     ):

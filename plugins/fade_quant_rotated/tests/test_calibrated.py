@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from fade_core.interfaces import QuantizerContext, RunLayout
 from fade_core.packed import Packed
 from fade_core.testing import check_quantizer
 from fade_quant_rotated import CalibratedConfig, CalibratedQuantizer, Calibration
-from fade_quant_rotated.allocation import WIDTHS, water_fill
+from fade_quant_rotated.allocation import WIDTHS, saved_by_planes, water_fill
 from fade_quant_rotated.calibration import FORMAT, SideCalibration, load_calibration
 from fade_quant_rotated.klt import weighted_klt
 from fade_quant_rotated.lloyd_max import LEVELS, gaussian_distortion, uniform_levels
@@ -143,19 +144,49 @@ def test_streams_return_every_code_of_every_width(layout: str, tile: int, seed: 
 
 
 @pytest.mark.parametrize("layout", ["token", "channel"])
-@pytest.mark.parametrize("tile", [64, 128, 16])
-def test_planes_return_every_code_of_every_width(layout: str, tile: int, seed: int) -> None:
-    groups = torch.tensor([0, 2, 4, 6, 8])[torch.randint(5, (HEADS, DIM // 16))].sort(-1, descending=True)[0]
-    groups[0, 0], groups[1, :] = 4, 0
-    widths = groups.repeat_interleave(16, -1)
-    assert fits_planes(widths) and not fits_planes(widths.roll(1, -1)) and not fits_planes(0 * widths)
+@pytest.mark.parametrize(("tile", "dim"), [(64, 64), (128, 40), (16, 16)])
+def test_planes_return_every_code_of_every_width(layout: str, tile: int, dim: int, seed: int) -> None:
+    widths = torch.tensor([0, 2, 4, 6, 8])[torch.randint(5, (HEADS, dim))].sort(-1, descending=True)[0]
+    widths[0, 0], widths[1, :] = 4, 0
+    assert fits_planes(widths, "uniform", tile) and not fits_planes(0 * widths, "uniform", tile)
     stream = PlaneStream(widths, tile, layout)
     top = torch.cat([torch.full((stop - start,), 2**width) for width, start, stop in stream.runs])
     codes = (torch.rand(2, 4, tile, len(stream.channels)) * top).to(torch.int32)
     rows = stream.pack(codes)
     assert rows.shape == (2, HEADS, 4, stream.row) and stream.row % 16 == 0
-    assert 0 <= stream.row * HEADS - int(widths.sum()) * tile // 16 < 16 * HEADS
+    planes = -(-int(widths.sum()) // 32)
+    assert 0 <= stream.row * HEADS - planes * 2 * tile < 16 * HEADS
     assert torch.equal(stream.unpack(rows), codes)
+
+
+def test_which_widths_are_planes(seed: int) -> None:
+    even = torch.tensor([[4] * 16 + [2] * 32 + [0] * 16, [8] * 16 + [6] * 16 + [0] * 32])
+    assert fits_planes(even, "gaussian", 64) and fits_planes(even, "uniform", 64)
+    assert fits_planes(even.roll(1, -1), "uniform", 64) and not fits_planes(even.roll(1, -1), "gaussian", 64)
+    assert not fits_planes(even + (even == 4).int(), "uniform", 64)
+    planes = 1 * 2 + 2 + 4 + 3
+    assert fits_planes(even, "uniform", 64, planes * 64) and not fits_planes(even, "uniform", 64, planes * 64 - 16)
+    assert not fits_planes(even, "uniform", 64, planes * 64 + 8)
+
+
+def test_heads_read_no_more_planes_than_they_must(seed: int) -> None:
+    """Rests share planes, of which there are as few as can be; hardly ever does a head read more than the fullest needs."""
+    beyond = []
+    for _ in range(20):
+        widths = (2 * torch.randint(5, (8, 40))).sort(-1, descending=True)[0] * (torch.rand(8, 1) < 0.9)
+        widths[0, 0] = 2
+        stream = PlaneStream(widths, 64, "token")
+        counts = widths.sum(-1) // 2
+        assert len(stream.slots) == -(-int(counts.sum()) // 16)
+        planes, slots, scales = stream.table()
+        held = [
+            len({int(p) for p, own in zip(planes[h], slots[h, :, :, 1], strict=True) if (own >= 0).any()})
+            for h in range(8)
+        ]
+        beyond.append(max(held) - -(-int(counts.max()) // 16))
+        assert torch.equal((slots[..., 1] >= 0).sum((1, 2)), counts)
+        assert torch.equal(scales > 0, slots[..., 1] >= 0)
+    assert max(beyond) <= 1 and beyond.count(0) > 15
 
 
 @pytest.mark.parametrize(("layout", "word"), [("token", 5 * 16 + 8), ("channel", 8 * 8 + 5)])
@@ -163,7 +194,7 @@ def test_planes_lie_in_memory_as_documented(layout: str, word: int) -> None:
     """docs/formats.md: widths 0, 2, 4 in groups of 16; channel 8 of head 1 has 4 bits, those of token 37 are found."""
     widths = torch.tensor([[4] * 32 + [2] * 16 + [0] * 16, [4] * 16 + [2] * 32 + [0] * 16])
     stream = PlaneStream(widths, 64, layout)
-    assert (stream.words, stream.row, len(stream.planes)) == (1152, 576, 9)
+    assert (stream.words, stream.row, len(stream.slots)) == (1152, 576, 9)
     codes = torch.zeros(1, 1, 64, 96, dtype=torch.int32)
     at = int((stream.channels == 1 * stream.kept + 8).nonzero())
     codes[0, 0, 37, at] = 0b1101
@@ -171,6 +202,18 @@ def test_planes_lie_in_memory_as_documented(layout: str, word: int) -> None:
     assert rows.count_nonzero() == 2
     high, low = 5 * 128 + word, 6 * 128 + word
     assert [int(rows[0, w // 576, 0, w % 576]) for w in (high, low)] == [3 << 8, 1 << 8]
+
+
+def test_rests_of_heads_share_a_plane_as_documented() -> None:
+    """docs/formats.md: 8 slots of head 0 and 4 of head 1 share the last plane."""
+    widths = torch.tensor([[8, 6, 4, 4] + [2] * 13 + [0] * 3, [4] * 4 + [2] * 12 + [0] * 4])
+    stream = PlaneStream(widths, 64, "token")
+    assert (stream.words, stream.row, len(stream.slots)) == (3 * 128, 192, 3)
+    head, channel, shift = stream.slots.unbind(-1)
+    assert head.tolist() == [[0] * 16, [1] * 16, [0] * 8 + [1] * 4 + [0] * 4]
+    assert channel[0].tolist() == [0, 0, 1, 0, 1, 2, 3, *range(9)]
+    assert shift[0].tolist() == [6, 4, 4, 2, 2, 2, 2] + [0] * 9
+    assert channel[2].tolist()[:12] == [*range(9, 17), *range(12, 16)] and shift[2].tolist() == [0] * 12 + [31] * 4
 
 
 class NothingIsRead(TorchDispatchMode):
@@ -290,11 +333,11 @@ def test_error_on_gaussian_tokens_is_what_water_filling_promised(
 
 
 @pytest.mark.parametrize("side", ["key", "value"])
-@pytest.mark.parametrize("widths", [(0, 2, 4), (0, 4), (0, 2, 6, 8)])
-def test_planes_tell_what_every_bit_is_worth(side: str, widths: tuple, seed: int) -> None:
+@pytest.mark.parametrize(("widths", "group"), [((0, 2, 4), 16), ((0, 2, 4, 6, 8), 1), ((0, 2, 6, 8), 4)])
+def test_planes_tell_what_every_bit_is_worth(side: str, widths: tuple, group: int, seed: int) -> None:
     """Tokens read word by word, by the layout alone, are those that the quantizer decodes."""
     found, mean, cov = side_calibration()
-    quantizer = CalibratedQuantizer(found, water_fill(found.worth, 1.7, widths, 16), side, levels="uniform")
+    quantizer = CalibratedQuantizer(found, water_fill(found.worth, 1.7, widths, group), side, levels="uniform")
     layout = quantizer.planes()
     assert layout is not None and layout is quantizer.planes()
     x = tokens(mean, cov, 1, 128)
@@ -306,12 +349,16 @@ def test_planes_tell_what_every_bit_is_worth(side: str, widths: tuple, seed: int
         low = packed.fields["gain"][0, head] & 15
         code = torch.cat([low, packed.fields["gain"][0, head] >> 4], -1).flatten()
         gain = torch.exp2((code.float() - layout.gain_zero) / layout.gain_steps + layout.usual[head])
-        for (word, channel, shift, width), scale in zip(layout.planes[head], layout.scales[head], strict=True):
-            assert 0 <= shift < width == quantizer.widths[head, channel]
+        for word, slots, scales in zip(layout.planes[head], layout.slots[head], layout.scales[head], strict=True):
             words = stream[:, word : word + rows * 16].int()
             block = words.unflatten(-1, (rows, 16)) if side == "key" else words.unflatten(-1, (16, rows)).mT
             fields = torch.stack([block >> 2 * j & 3 for j in range(8)], 1).flatten(0, 2)
-            y[head, :, channel : channel + 16] += (fields - 1.5) * scale * gain[:, None]
+            for column, ((channel, shift), scale) in enumerate(zip(slots, scales, strict=True)):
+                width = quantizer.widths[head, channel]
+                step = layout.steps[head, channel]
+                assert scale == step * 2.0**shift if shift >= 0 else scale == 0
+                assert shift < width == layout.widths[head, channel]
+                y[head, :, channel] += (fields[:, column] - 1.5) * scale * gain
     again = layout.mean[:, None] + (y * layout.deviation[:, None]) @ layout.inverse.float()
     torch.testing.assert_close(again[None], quantizer.decode(packed), atol=1e-5, rtol=1e-5)
 
@@ -328,6 +375,67 @@ def test_planes_are_of_one_state_of_uniform_levels_and_even_widths(seed: int) ->
     assert CalibratedQuantizer(found, even).planes() is None
     assert CalibratedQuantizer(found, water_fill(found.worth, 2.0), levels="uniform").planes() is None
     assert CalibratedQuantizer(found, torch.zeros(HEADS, DIM, dtype=torch.long), levels="uniform").planes() is None
+
+
+def test_a_state_says_where_slots_are_and_older_ones_are_refused(seed: int) -> None:
+    """Codes of even widths that were not alike over 16 channels used to lie in runs, and would be read wrongly."""
+    found, _, _ = side_calibration()
+    widths = water_fill(found.worth, 1.7, (0, 2, 4, 6, 8), levels="uniform")
+    quantizer = CalibratedQuantizer(found, widths, levels="uniform")
+    state = quantizer.state_dict()
+    quantizer.load_state_dict(state)
+    without = {name: held for name, held in state.items() if name != "slots"}
+    with pytest.raises(CheckpointError, match=r"older version.*'slots'"):
+        quantizer.load_state_dict(without)
+    with pytest.raises(CheckpointError, match=r"'slots'"):
+        quantizer.load_state_dict({**state, "slots": state["slots"].flip(0)})
+    assert "slots" not in CalibratedQuantizer(found, water_fill(found.worth, 1.7, (0, 2, 4), 16)).state_dict()
+
+
+@pytest.mark.parametrize(("widths", "group"), [((0, 2, 4, 6, 8), 1), ((0, 4, 8), 4), ((0, 2, 8), 16)])
+@pytest.mark.parametrize("levels", ["gaussian", "uniform"])
+def test_what_planes_save_is_what_their_widths_save(widths: tuple, group: int, levels: str, seed: int) -> None:
+    worth = torch.rand(HEADS, DIM).exp2().pow(12).sort(-1, descending=True)[0]
+    saved = saved_by_planes(worth, 32, widths, group, levels)
+    error = torch.tensor([gaussian_distortion(b, levels) for b in range(9)], dtype=torch.float64)
+    assert bool((saved.diff() <= 1e-12 * saved[0]).all())
+    assert float(saved.sum()) == pytest.approx(float(worth.double().sum() * (1 - error[widths[-1]])))
+    for planes in (1, 5, 12):
+        given = water_fill(worth, planes * 32 / worth.numel(), widths, group, levels)
+        held = float((worth.double() * (1 - error[given])).sum())
+        assert held <= float(saved[:planes].sum()) * (1 + 1e-9)
+        if int(given.sum()) == planes * 32:
+            assert held == pytest.approx(float(saved[:planes].sum()))
+
+
+def test_no_layer_is_left_without_planes(seed: int) -> None:
+    """Kernels read none whose keys or values have no bits at all."""
+    made = calibration()
+    poor = made.sides["value"][1]
+    made.sides["value"][1] = dataclasses.replace(poor, worth=poor.worth * 1e-9)  # type: ignore[index]
+    widths = made.plan(1.5, (0, 2, 4), levels="uniform").widths
+    assert int(widths["value"][1].sum()) == 32
+    assert int(made.plan(1.5, (0, 2, 4)).widths["value"][1].sum()) == 0
+
+
+@pytest.mark.parametrize("bits", [1.4, 2.1, 3.3])
+@pytest.mark.parametrize("tile", [64, 128])
+def test_a_plan_of_whole_planes_keeps_to_its_bits_and_loses_little(bits: float, tile: int, seed: int) -> None:
+    made = calibration()
+    widths = (0, 2, 4, 6, 8)
+    plan = made.plan(bits, widths, levels="uniform", tile=tile)
+    worth = torch.stack([side.worth for sides in made.sides.values() for side in sides.values()])
+    given = torch.stack([own for sides in plan.widths.values() for own in sides.values()])
+    assert bool((given.sum((1, 2)) % 32 == 0).all())
+    held = [
+        CalibratedQuantizer(made.sides[side][layer], own, side, tile, levels="uniform").bits_per_element
+        for side, sides in plan.widths.items()
+        for layer, own in sides.items()
+    ]
+    assert bits - 0.12 < sum(held) / len(held) <= bits
+    error = torch.tensor([gaussian_distortion(b, "uniform") for b in range(9)])
+    free = water_fill(worth, float(given.double().mean()), widths, levels="uniform")
+    assert float((worth * error[given]).sum()) < 1.1 * float((worth * error[free]).sum())
 
 
 def test_heads_share_their_bits_unevenly_and_all_are_counted(seed: int) -> None:

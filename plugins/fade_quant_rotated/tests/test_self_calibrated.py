@@ -101,7 +101,7 @@ def test_what_kernels_read_is_made_as_it_is_learnt(model: Any, monkeypatch: pyte
         return PlaneLayout(*args)
 
     monkeypatch.setattr("fade_quant_rotated.calibrated.PlaneLayout", counted)
-    side = {"kind": "self-calibrated", "bits": 2.5, "widths": (0, 2, 4), "group": 16, "levels": "uniform"}
+    side = {"kind": "self-calibrated", "bits": 2.5, "widths": (0, 2, 4, 6, 8), "levels": "uniform"}
     ids = torch.randint(1, VOCAB, (1, 300))
     with create_tiered_cache(model, FadeConfig(**FIELDS | {"tile": 64, "keys": side, "values": side})) as cache:
         model(ids[:, :200], past_key_values=cache)
@@ -268,6 +268,9 @@ def test_configuration_refuses_and_says_why() -> None:
         get_quantizer("self-calibrated", head_dim=DIM, bits=0.2)
     with pytest.raises(ConfigError, match=r"widths \[0, 2\]"):
         get_quantizer("self-calibrated", head_dim=DIM, bits=3, widths=(0, 2))
+    with pytest.raises(ConfigError, match=r"no room for a plane.* of 2 heads; ask for 1\.25 or more"):
+        get_quantizer("self-calibrated", head_dim=DIM, bits=8 / DIM, widths=(0, 2), levels="uniform", num_kv_heads=2)
+    get_quantizer("self-calibrated", head_dim=DIM, bits=1.25, widths=(0, 2), levels="uniform", num_kv_heads=2)
     with pytest.raises(ConfigError, match="group=5 must divide"):
         get_quantizer("self-calibrated", head_dim=DIM, group=5)
     with pytest.raises(ConfigError, match="must hold 0"):
@@ -416,9 +419,13 @@ def test_a_state_that_does_not_fit_is_refused(seed: int) -> None:
 
 
 @pytest.mark.parametrize(("bits", "dim", "tile"), [(2.1, 128, 64), (2.1, 64, 64), (1.7, 80, 128), (3.3, 256, 64)])
-def test_rows_of_whole_groups_are_what_kernels_read_at_once(bits: float, dim: int, tile: int) -> None:
-    kernels = SelfCalibratedQuantizer(dim, bits, widths=(0, 2, 4), group=16, tile=tile)
-    fine = SelfCalibratedQuantizer(dim, bits, widths=(0, 2, 4), group=1, tile=tile)
-    assert kernels.row % 16 == 0
-    assert fine.row - 16 < kernels.row <= fine.row
-    assert kernels.bits_per_element <= bits
+@pytest.mark.parametrize("heads", [1, 2, 3, 8])
+def test_rows_are_of_whole_planes(bits: float, dim: int, tile: int, heads: int) -> None:
+    planes = SelfCalibratedQuantizer(dim, bits, widths=(0, 2, 4, 6, 8), tile=tile, levels="uniform", heads=heads)
+    fine = SelfCalibratedQuantizer(dim, bits, tile=tile)
+    assert planes.row % 16 == 0
+    assert fine.row - 16 - 2 * tile / heads < planes.row <= fine.row
+    assert planes.bits_per_element <= bits
+    planes.encode(torch.randn(1, heads, tile, dim))
+    assert planes.layout.row == planes.row
+    assert int(planes.widths.sum()) == planes.row * heads // (2 * tile) * 32

@@ -29,13 +29,14 @@ class PlainEncoding:
 class PlaneLayout:
     """Codes at even distances about a mean, as planes of 2 bits, for kernels.
 
-    A plane holds two bits of each of 16 neighbouring transformed channels, for all tokens of a tile: ``R = tile / 8`` word
-    rows, field ``j`` of word row ``r`` is token ``j * R + r``, as in a ``PackedFormat`` of 2 bits. A channel of ``2 * n``
-    bits is in ``n`` planes. The planes of all heads of a row are one stream of words a tile: word ``w`` of it is word
-    ``w % row`` of field ``codes`` (int16 ``[row]``) of the tile that head ``w // row`` has (``Quantizer.heads_together``).
+    A plane has 16 slots; each holds two bits of some transformed channel of some head, for all tokens of a tile:
+    ``R = tile / 8`` word rows, field ``j`` of word row ``r`` is token ``j * R + r``, as in a ``PackedFormat`` of 2 bits. A
+    channel of ``2 * n`` bits has ``n`` slots, in any planes. The planes of all heads of a row are one stream of words a tile:
+    word ``w`` of it is word ``w % row`` of field ``codes`` (int16 ``[row]``) of the tile that head ``w // row`` has
+    (``Quantizer.heads_together``).
     In byte ``i`` of field ``gain`` (uint8 ``[tile // 2]``) token ``i`` has the low half, token ``i + tile // 2`` the high one.
 
-    Channel ``c`` of a token is ``y[c] = gain * sum((field - 1.5) * scale)`` over the planes that hold the channel, with
+    Channel ``c`` of a token is ``y[c] = gain * sum((field - 1.5) * scale)`` over the slots that hold the channel, with
     ``gain = 2 ** ((gain_code - gain_zero) / gain_steps + usual)``, and the token is ``mean + (y * deviation) @ inverse``.
 
     The way there: ``y = (token - mean) @ forward / deviation``. The gain code nearest to the root mean square of the stored
@@ -47,9 +48,13 @@ class PlaneLayout:
         tile: tokens a tile.
         row: words of the stream that a head's tile holds, a multiple of 16.
         layout: "token" for planes ``[R, 16]`` (keys), "channel" for ``[16, R]`` (values).
-        planes: int32 ``[H_kv, P, 4]``: where each plane of a head begins in the stream, its first channel, how far its bits
-            are shifted in the codes of its channels, and the width of those.
-        scales: float32 ``[H_kv, P]``, what one step of its fields is worth; 0 where a head has fewer than ``P`` planes.
+        planes: int32 ``[H_kv, P]``: where each plane that holds channels of a head begins in the stream, a multiple of 16. A
+            head with fewer than ``P`` has its first one, or another's, again.
+        slots: int32 ``[H_kv, P, 16, 2]``: the channel of each slot of those, and how far its bits are shifted in the channel's
+            code; 0 and -1 where the slot is another head's, or holds nothing, or its plane is there a second time.
+        scales: float32 ``[H_kv, P, 16]``, what one step of a slot's fields is worth: ``steps[channel] * 2 ** shift``, or 0.
+        widths: int32 ``[H_kv, kept]``, bits of each channel.
+        steps: float32 ``[H_kv, kept]``, distance of the levels of each channel; 0 where it is not stored.
         usual: float32 ``[H_kv]``, base-2 logarithm of the gain of code ``gain_zero``.
         gain_zero: as above.
         gain_steps: gain codes an octave.
@@ -59,7 +64,7 @@ class PlaneLayout:
         worth: float32 ``[H_kv, kept]``; 0 where a channel is not stored.
         forward: float16 ``[H_kv, D, kept]``.
         inverse: float16 ``[H_kv, kept, D]``.
-        longest: float32 ``[H_kv]``: length of the longest vector ``scale * deviation * inverse`` of any plane, so that a
+        longest: float32 ``[H_kv]``: length of the longest vector ``scale * deviation * inverse`` of any slot, so that a
             kernel knows how large a query's products with the stored channels can be.
     """
 
@@ -67,7 +72,10 @@ class PlaneLayout:
     row: int
     layout: Layout
     planes: Tensor
+    slots: Tensor
     scales: Tensor
+    widths: Tensor
+    steps: Tensor
     usual: Tensor
     gain_zero: int
     gain_steps: int

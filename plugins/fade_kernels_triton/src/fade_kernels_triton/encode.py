@@ -124,7 +124,7 @@ def _encode_planes(quantizer: Quantizer, tokens: Tensor, into: Tiles | None) -> 
         PLANES=layout.planes.shape[1],
         TRANSPOSED=layout.layout == "channel",
         ZERO=zero,
-        STEPS=steps,
+        OCTAVE=steps,
         FROM=first,
         TRIES=tries,
         TILE=layout.tile,

@@ -231,7 +231,7 @@ def _unreadable(keys: Quantizer, values: Quantizer, head_dim: int) -> str:
         if planes is None:
             return (
                 f"the {side} quantizer {quantizer.kind!r} has no packed format and no planes of 2 bits (calibrated codes have "
-                f"planes with widths = [0, 2, 4], group = 16 and levels = 'uniform')"
+                f"planes with widths = [0, 2, 4, 6, 8] and levels = 'uniform')"
             )
         if reason := unsupported_planes(planes, side):
             return reason

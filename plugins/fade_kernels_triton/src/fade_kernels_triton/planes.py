@@ -66,7 +66,9 @@ def encoding_of(layout: PlaneLayout) -> tuple[Tensor, ...]:
     """What kernels that encode read of ``layout``, in the order in which they take it."""
     return (
         layout.planes,
-        layout.scales,
+        layout.slots,
+        layout.widths,
+        layout.steps,
         layout.worth,
         layout.mean,
         layout.forward,
@@ -198,7 +200,7 @@ def planes_attention(
     out = torch.empty(rows, q_len, heads, dim, dtype=output_dtype or query.dtype, device=query.device).transpose(1, 2)
     turn_kernel[(key_planes, columns, groups)](
         query,
-        keys.planes,
+        keys.slots,
         keys.scales,
         keys.deviation,
         keys.inverse,
@@ -262,7 +264,7 @@ def planes_attention(
         part,
         part_lse,
         bias,
-        values.planes,
+        values.slots,
         values.scales,
         values.deviation,
         values.inverse,

@@ -16,7 +16,7 @@ from fade_quant_rotated.calibrate import sketch_of
 from fade_quant_rotated.calibration import GAIN_BITS, Calibration, SideCalibration, load_calibration, plan_of
 from fade_quant_rotated.levels import check_tokens, to_tiles
 from fade_quant_rotated.lloyd_max import Levels
-from fade_quant_rotated.planes import PLANE_CHANNELS, PlaneStream, fits_planes
+from fade_quant_rotated.planes import PlaneStream, fits_planes
 from fade_quant_rotated.streams import StreamLayout
 
 GAIN_STEPS = 3
@@ -86,8 +86,7 @@ class CalibratedQuantizer(Quantizer):
         self.heads, self.head_dim = widths.shape
         self.widths = widths.to(torch.int8)
         word_order: Layout = "token" if self.side == "key" else "channel"
-        planes = fits_planes(widths) and self.tile % 8 == 0 and self.row % PLANE_CHANNELS == 0
-        stream = PlaneStream if planes else StreamLayout
+        stream = PlaneStream if fits_planes(widths.long(), self.levels, self.tile, self.row) else StreamLayout
         self.layout = stream(widths.long(), self.tile, word_order, self.device, self.row, self.levels)
 
     @property
@@ -170,18 +169,22 @@ class CalibratedQuantizer(Quantizer):
         return self.transform_output(total, weights.sum(-1, keepdim=True))
 
     def planes(self) -> PlaneLayout | None:
-        """Where a kernel finds the codes, of even widths in groups of 16 channels and uniform levels; ``None`` for others."""
+        """Where a kernel finds the codes, of even widths and uniform levels; ``None`` for others."""
         if self._planes is None and isinstance(self.layout, PlaneStream) and self.levels == "uniform":
-            state, (planes, scales) = self._state, self.layout.table()
+            state, (planes, slots, scales) = self._state, self.layout.table()
             length = state["inverse"].float().norm(dim=-1) * state["deviation"].abs()  # [H, kept]
-            channels = planes[..., 1:2].long() + torch.arange(PLANE_CHANNELS, device=length.device)  # [H, P, 16]
-            longest = length.gather(1, channels.flatten(1)).view_as(channels) * scales[..., None]
+            channels = slots[..., 0].long().flatten(1)  # [H, P * 16]
+            longest = length.gather(1, channels) * scales.flatten(1)
+            device, kept = length.device, self.layout.kept
             self._planes = PlaneLayout(
                 self.tile,
                 self.layout.row,
                 self.layout.layout,
                 planes,
+                slots,
                 scales,
+                self.widths[:, :kept].to(device, torch.int32).contiguous(),
+                self.layout.steps().to(device).contiguous(),
                 state["usual"],
                 GAIN_ZERO,
                 GAIN_STEPS,
@@ -191,7 +194,7 @@ class CalibratedQuantizer(Quantizer):
                 state["worth"],
                 state["forward"],
                 state["inverse"],
-                longest.amax((1, 2)),
+                longest.amax(1),
             )
         return self._planes
 
@@ -230,17 +233,28 @@ class CalibratedQuantizer(Quantizer):
 
     # --- state ---
     def state_dict(self) -> dict[str, Tensor]:
-        """The transform in float16 and per-channel constants in float32; ``widths`` int8 ``[H_kv, D]``."""
-        return {**self._state, "widths": self.widths}
+        """The transform in float16 and per-channel constants in float32; ``widths`` int8 ``[H_kv, D]``.
+
+        With them ``slots`` int16 ``[planes, 16, 3]`` (``PlaneStream``) where planes hold whatever channels they have room for.
+        """
+        return {**self._state, "widths": self.widths, **self._places()}
+
+    def _places(self) -> dict[str, Tensor]:
+        """What of the state only says where codes lie: nothing where each 16 neighbours are alike, as it always was."""
+        if not isinstance(self.layout, PlaneStream) or self.layout.aligned:
+            return {}
+        return {"slots": self.layout.slots}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over ``state_dict``'s answer. Raises ``CheckpointError`` if bits lie elsewhere."""
         own = self.state_dict()
         missing = [name for name in own if name not in state or state[name].shape != own[name].shape]
-        if missing or not torch.equal(state["widths"].cpu(), self.widths.cpu()):
+        fixed = {"widths": self.widths, **self._places()}
+        differ = missing or [name for name, held in fixed.items() if not torch.equal(state[name].cpu(), held.cpu())]
+        if differ:
             raise CheckpointError(
-                f"the saved state was made with another calibration or other bits ({missing or ['widths']} differ); "
-                f"use the calibration file that the cache was made with"
+                f"the saved state was made with another calibration or other bits, or by an older version that laid codes out "
+                f"otherwise ({differ} differ); use what the cache was made with"
             )
         self._state = {name: state[name].to(own[name].dtype).to(own[name].device) for name in self._state}
         self._planes = self._runs = None
@@ -264,8 +278,8 @@ class CalibratedConfig(QuantizerConfig):
         file: the calibration file, or the name of one that is shipped ("smollm2").
         bits: average bits an element over keys and values of all layers, everything counted; default: the file's.
         side_bits: average bits of this side (keys or values) alone, instead of ``bits``.
-        widths: code widths to choose from, 0 included; default: the file's. ``[0, 2, 4]`` suits kernels.
-        group: neighbouring channels that share a width; default: the file's. 16 suits kernels.
+        widths: code widths to choose from, 0 included; default: the file's. Even ones suit kernels.
+        group: neighbouring channels that share a width; default: the file's.
         levels: "gaussian" levels have the least error (Lloyd-Max); "uniform" ones, at even distances, suit kernels.
     """
 
@@ -318,7 +332,7 @@ class CalibratedConfig(QuantizerConfig):
         bits = self.side_bits if own else self.bits if self.bits is not None else defaults["bits"]
         widths = tuple(self.widths if self.widths is not None else defaults["widths"])
         group = self.group if self.group is not None else defaults["group"]
-        plan = plan_of(calibration, bits, widths, group, context.side if own else None)
+        plan = plan_of(calibration, bits, widths, group, context.side if own else None, self.levels, context.tile)
         return CalibratedQuantizer(
             layers[context.layer],
             plan.widths[context.side][context.layer],

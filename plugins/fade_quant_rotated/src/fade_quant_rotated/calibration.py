@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -18,8 +17,9 @@ from torch import Tensor
 from fade_core.errors import CheckpointError, ConfigError
 from fade_core.interfaces import Side
 from fade_core.packed import WORD_BITS
-from fade_quant_rotated.allocation import check_widths, water_fill
-from fade_quant_rotated.planes import PLANE_BITS, PLANE_CHANNELS
+from fade_quant_rotated.allocation import check_widths, saved_by_planes, water_fill
+from fade_quant_rotated.lloyd_max import Levels
+from fade_quant_rotated.planes import PLANE_BITS, PLANE_CHANNELS, in_planes, plane_words, row_of
 
 FORMAT = 1
 """Written into files; raised when the meaning of a tensor changes."""
@@ -101,34 +101,70 @@ class Calibration:
         widths: Sequence[int],
         group: int = 1,
         side: Side | None = None,
+        levels: Levels = "gaussian",
+        tile: int = 64,
     ) -> Plan:
         """Spend ``bits`` an element, gains and padding counted, where they save most.
+
+        Where codes are planes (``in_planes``), each layer and side has whole ones.
 
         Args:
             bits: average over keys and values of all layers, or over one side if ``side`` is given.
             widths: widths to choose from.
             group: neighbouring channels that share a width.
             side: spend them on this side alone; the other gets none.
+            levels: which levels codes stand for.
+            tile: tokens a tile.
 
         Raises:
             ConfigError: if the widths cannot give that average.
         """
         widths = check_widths(widths)
         sides: tuple[Side, ...] = ("key", "value") if side is None else (side,)
-        heads = self.num_kv_heads
-        planes = group % PLANE_CHANNELS == 0 and not any(width % PLANE_BITS for width in widths)
-        lost = PLANE_CHANNELS * (heads - math.gcd(heads, 8)) if planes else heads - 1  # words of a tile of 64 at most
-        padding = WORD_BITS * lost / (64 * heads * self.head_dim)
-        left = bits - GAIN_BITS / self.head_dim - padding
+        heads, dim = self.num_kv_heads, self.head_dim
+        left = bits - GAIN_BITS / dim
+        planes = in_planes(widths, levels)
+        if not planes:
+            left -= WORD_BITS * (heads - 1) / (tile * heads * dim)  # words of padding, at most
         if not 0 <= left <= widths[-1]:
             raise ConfigError(
-                f"bits={bits:g} an element cannot be had: gains take {GAIN_BITS / self.head_dim:.3f}, and the codes "
+                f"bits={bits:g} an element cannot be had: gains take {GAIN_BITS / dim:.3f}, and the codes "
                 f"have widths {list(widths)}"
             )
         layers = sorted(self.sides["key"])
         worth = torch.stack([torch.stack([self.sides[s][layer].worth for layer in layers]) for s in sides])
-        found = water_fill(worth, left, widths, group)
+        if planes:
+            found = self._in_planes(worth.flatten(0, 1), left, widths, group, levels, tile).view(worth.shape)
+        else:
+            found = water_fill(worth, left, widths, group, levels)
         return Plan({s: dict(zip(layers, found[i], strict=True)) for i, s in enumerate(sides)}, bits)
+
+    def _in_planes(
+        self, worth: Tensor, bits: float, widths: tuple[int, ...], group: int, levels: Levels, tile: int
+    ) -> Tensor:
+        """Widths int64 ``[N, H, D]`` for ``worth`` ``[N, H, D]`` of ``N`` layers and sides: whole planes, the best first.
+
+        Each has one before any has two: kernels read no layer whose keys or values have none.
+        """
+        heads, dim = self.num_kv_heads, self.head_dim
+        saved = [saved_by_planes(own, PLANE_CHANNELS * PLANE_BITS, widths, group, levels) for own in worth]
+        owner = torch.cat([torch.full((len(own),), number) for number, own in enumerate(saved)])
+        for own in saved:
+            own[0] = torch.inf
+        owner = owner[torch.cat(saved).argsort(descending=True, stable=True)]
+        room = int(bits * tile * dim * len(worth) / WORD_BITS + 1e-9)  # words of a head
+        most = min(len(owner), room * heads // plane_words(tile))
+        while True:
+            counts = owner[:most].bincount(minlength=len(worth)).tolist()
+            if sum(row_of(count, heads, tile) for count in counts) <= room:
+                break
+            most -= 1
+        own_bits = [count * PLANE_CHANNELS * PLANE_BITS / (heads * dim) for count in counts]
+        filled = [
+            water_fill(own, min(part, widths[-1]), widths, group, levels)
+            for own, part in zip(worth, own_bits, strict=True)
+        ]
+        return torch.stack(filled)
 
     # --- files ---
     def save(self, path: str | Path) -> None:
@@ -226,7 +262,13 @@ def load_calibration(path: str | Path) -> Calibration:
 
 @lru_cache(maxsize=16)
 def plan_of(
-    calibration: Calibration, bits: float, widths: tuple[int, ...], group: int, side: Side | None = None
+    calibration: Calibration,
+    bits: float,
+    widths: tuple[int, ...],
+    group: int,
+    side: Side | None = None,
+    levels: Levels = "gaussian",
+    tile: int = 64,
 ) -> Plan:
     """``calibration.plan``, computed once for all layers."""
-    return calibration.plan(bits, widths, group, side)
+    return calibration.plan(bits, widths, group, side, levels, tile)

@@ -40,8 +40,8 @@ def recipes(calibration: str | None = None) -> list[Recipe]:
     ]
     if calibration:
         found += [Recipe(f"calibrated {bits}", calibrated(calibration, bits), "fade calibrate") for bits in BITS]
-        layout = calibrated(calibration, 2.2, widths=[0, 2, 4], group=16)
-        found.append(Recipe("calibrated 2.2, widths 0 2 4", layout, "groups of 16, as kernels like them"))
+        layout = calibrated(calibration, 2.1, widths=[0, 2, 4, 6, 8], levels="uniform")
+        found.append(Recipe("calibrated 2.1, even widths", layout | {"tile": 128}, "as kernels read them"))
     return found
 
 

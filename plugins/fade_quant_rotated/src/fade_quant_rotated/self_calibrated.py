@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
@@ -18,7 +19,7 @@ from fade_quant_rotated.calibrated import CalibratedQuantizer
 from fade_quant_rotated.calibration import GAIN_BITS, SideCalibration
 from fade_quant_rotated.levels import check_tokens
 from fade_quant_rotated.lloyd_max import Levels
-from fade_quant_rotated.planes import PLANE_CHANNELS
+from fade_quant_rotated.planes import PLANE_BITS, PLANE_CHANNELS, in_planes, plane_words, row_of
 from fade_quant_rotated.prompt import moments_of
 from fade_quant_rotated.reach import REACH
 from fade_quant_rotated.rotation import Rotation
@@ -49,6 +50,7 @@ class SelfCalibratedQuantizer(CalibratedQuantizer):
         device: where tokens will be.
         levels: which levels codes stand for; "uniform" ones take a kernel less work.
         reach: positions after the prompt's that the codes are to serve, where it is known how positions turn keys.
+        heads: KV heads of the layer: rows are as long as the whole planes of all of them that fit into ``bits``.
 
     Raises:
         ConfigError: bits that the widths cannot give, or a group that does not divide ``D``.
@@ -68,19 +70,28 @@ class SelfCalibratedQuantizer(CalibratedQuantizer):
         device: torch.device | None = None,
         levels: Levels = "gaussian",
         reach: int = REACH,
+        heads: int = 1,
     ) -> None:
         self.levels, self.reach = levels, reach
         self.head_dim, self.tile, self.side, self.device = head_dim, tile, side, device
         self.choice, self.group = check_widths(widths), group
         self.row = int((bits - GAIN_BITS / head_dim) * tile * head_dim / WORD_BITS + 1e-9)
-        if (
-            group % PLANE_CHANNELS == 0
-        ):  # whole groups leave the rest unused, and kernels read rows of whole ones at once
-            self.row -= self.row % PLANE_CHANNELS
+        self._in_planes = in_planes(self.choice, levels, group)
+        if self._in_planes:
+            planes = self.row * heads // plane_words(tile)
+            while row_of(planes, heads, tile) > self.row:  # kernels read rows of whole 16 words
+                planes -= 1
+            self.row = row_of(planes, heads, tile)
         if bits * head_dim < GAIN_BITS or self.channel_bits > self.choice[-1]:
             raise ConfigError(
                 f"bits={bits:g} an element cannot be had: gains take {GAIN_BITS / head_dim:.3f}, and the codes have "
                 f"widths {list(self.choice)}"
+            )
+        if self._in_planes and not self.row:
+            least = (row_of(1, heads, tile) * WORD_BITS / tile + GAIN_BITS) / head_dim
+            raise ConfigError(
+                f"bits={bits:g} an element have no room for a plane of 32 bits a token beside the gains of {heads} heads; "
+                f"ask for {math.ceil(least * 100) / 100:g} or more"
             )
         water_fill(torch.ones(1, head_dim), 0, self.choice, group)  # refuses a group that does not divide D
         self.forget()
@@ -120,7 +131,15 @@ class SelfCalibratedQuantizer(CalibratedQuantizer):
         return super().encode(x)
 
     def _learn(self, calibration: SideCalibration) -> None:
-        self._adopt(calibration, water_fill(calibration.worth, self.channel_bits, self.choice, self.group))
+        bits = self._bits_for(len(calibration.worth))
+        self._adopt(calibration, water_fill(calibration.worth, bits, self.choice, self.group, self.levels))
+
+    def _bits_for(self, heads: int) -> float:
+        """Average width of a channel that the rows of so many heads have room for: of whole planes where codes lie in those."""
+        if not self._in_planes:
+            return self.channel_bits
+        planes = self.row * heads // plane_words(self.tile)
+        return planes * PLANE_CHANNELS * PLANE_BITS / (heads * self.head_dim)
 
     def planes(self) -> PlaneLayout | None:
         """As ``CalibratedQuantizer``'s, of what was learnt; ``None`` before."""
@@ -161,7 +180,7 @@ class SelfCalibratedQuantizer(CalibratedQuantizer):
         if widths.dim() != 2 or widths.shape[1] != self.head_dim:
             return False
         allowed = bool(torch.isin(widths, torch.tensor(self.choice)).all())
-        return allowed and int(widths.sum()) * self.tile <= self.row * widths.shape[0] * WORD_BITS
+        return allowed and float(widths.double().mean()) <= self._bits_for(len(widths)) + 1e-9
 
 
 def _rotation_about_the_mean(x: Tensor) -> SideCalibration:
@@ -185,8 +204,8 @@ class SelfCalibratedConfig(QuantizerConfig):
 
     Attributes:
         bits: average bits an element of this side (keys or values), the same in all layers. Keys deserve more.
-        widths: code widths to choose from, 0 included. ``[0, 2, 4]`` suits kernels.
-        group: neighbouring channels that share a width. 16 suits kernels.
+        widths: code widths to choose from, 0 included. Even ones suit kernels.
+        group: neighbouring channels that share a width.
         levels: "gaussian" levels have the least error (Lloyd-Max); "uniform" ones, at even distances, suit kernels.
         reach: positions after the prompt that codes are to serve: what the prompt tells is averaged over them by the model's
             rotary embedding (with fade-rope installed). Smaller is closer for short answers.
@@ -211,6 +230,7 @@ class SelfCalibratedConfig(QuantizerConfig):
                 context.device,
                 self.levels,
                 self.reach,
+                context.num_kv_heads,
             )
         except ConfigError as error:
             raise ConfigError(f"{context.side} quantizer of layer {context.layer}: {error}") from error

@@ -77,9 +77,9 @@ def quantizer(case: Case, side: str, device: torch.device) -> Quantizer:
     """A quantizer of ``KIND`` in the widths that the kernel reads. Raises ``PluginError`` where none brings it."""
     options = {
         "bits": case.bits + EXTRA,
-        "widths": [0, 2, 4],
-        "group": 16,
+        "widths": [0, 2, 4, 6, 8],
         "tile": case.tile,
+        "num_kv_heads": case.kv_heads,
         "levels": "uniform",
     }
     found: Quantizer = get_quantizer(KIND, head_dim=case.dim, side=side, device=device, **options)

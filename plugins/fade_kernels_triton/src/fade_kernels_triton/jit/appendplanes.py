@@ -43,14 +43,18 @@ def append_planes_kernel(
     WINDOW_NOTES,
     TILE_NOTES,
     KEY_TABLE,
-    KEY_SCALES,
+    KEY_SLOTS,
+    KEY_WIDTHS,
+    KEY_STEPS,
     KEY_WORTH,
     KEY_MEAN,
     KEY_FORWARD,
     KEY_DEVIATION,
     KEY_USUAL,
     VALUE_TABLE,
-    VALUE_SCALES,
+    VALUE_SLOTS,
+    VALUE_WIDTHS,
+    VALUE_STEPS,
     VALUE_WORTH,
     VALUE_MEAN,
     VALUE_FORWARD,
@@ -105,14 +109,15 @@ def append_planes_kernel(
             of_row = row * heads * max_tiles + used + number  # head 0's place in the table
             first = n_sink + number * TILE
             encode_planes(
-                keys, KEY_CODES, KEY_GAIN + tile * (TILE // 2), IDS, of_row, max_tiles, KEY_TABLE, KEY_SCALES, KEY_WORTH,
-                KEY_MEAN, KEY_FORWARD, KEY_DEVIATION, KEY_USUAL, head, first, length - 1, D, key_kept, key_row, KEY_PLANES,
-                False, KEY_GAINS[0], KEY_GAINS[1], KEY_GAINS[2], KEY_GAINS[3], RUNS, TILE, D,
+                keys, KEY_CODES, KEY_GAIN + tile * (TILE // 2), IDS, of_row, max_tiles, KEY_TABLE, KEY_SLOTS, KEY_WIDTHS,
+                KEY_STEPS, KEY_WORTH, KEY_MEAN, KEY_FORWARD, KEY_DEVIATION, KEY_USUAL, head, first, length - 1, D, key_kept,
+                key_row, KEY_PLANES, False, KEY_GAINS[0], KEY_GAINS[1], KEY_GAINS[2], KEY_GAINS[3], RUNS, TILE, D,
             )  # fmt: skip
             encode_planes(
-                values, VALUE_CODES, VALUE_GAIN + tile * (TILE // 2), IDS, of_row, max_tiles, VALUE_TABLE, VALUE_SCALES,
-                VALUE_WORTH, VALUE_MEAN, VALUE_FORWARD, VALUE_DEVIATION, VALUE_USUAL, head, first, length - 1, D, value_kept,
-                value_row, VALUE_PLANES, True, VALUE_GAINS[0], VALUE_GAINS[1], VALUE_GAINS[2], VALUE_GAINS[3], RUNS, TILE, D,
+                values, VALUE_CODES, VALUE_GAIN + tile * (TILE // 2), IDS, of_row, max_tiles, VALUE_TABLE, VALUE_SLOTS,
+                VALUE_WIDTHS, VALUE_STEPS, VALUE_WORTH, VALUE_MEAN, VALUE_FORWARD, VALUE_DEVIATION, VALUE_USUAL, head, first,
+                length - 1, D, value_kept, value_row, VALUE_PLANES, True, VALUE_GAINS[0], VALUE_GAINS[1], VALUE_GAINS[2],
+                VALUE_GAINS[3], RUNS, TILE, D,
             )  # fmt: skip
         send_notes(WINDOW_NOTES, TILE_NOTES, bh, tiles, used, due, n_sink, length, capacity, TILE)
         if head == 0:

@@ -5,8 +5,8 @@ log-sum-exp, as ``decode_kernel`` does, and
 ``finish_kernel`` merges them. Queries come from ``turn_kernel`` (``jit/turn.py``).
 
 A step takes 128 tokens, one or two tiles. Row ``t * R + r`` of a plane's block of 16 word rows is word row ``r`` of the
-step's tile ``t``, ``R = tile / 8``; field ``j`` of it is token ``j * R + r``. All planes are alike: a channel of 4 bits has
-two, and its query four times as large meets the high one.
+step's tile ``t``, ``R = tile / 8``; field ``j`` of it is token ``j * R + r``. All slots of all planes are alike: a channel of 4
+bits has two, and its query four times as large meets the high one; a slot of another head meets a query of 0.
 
 The planes of a row lie in one stream of words a tile, which is cut into a row for each head: a word row may lie in any
 head's row. Where each lies does not change from step to step.
@@ -161,7 +161,7 @@ def planes_kernel(
     # where the words of each plane are
     key_place = ()
     for p in tl.static_range(KEY_PLANES):
-        lead = tl.multiple_of(tl.load(KEY_TABLE + (kv_head * KEY_PLANES + p) * 4) + word_row * 16, 16)
+        lead = tl.multiple_of(tl.load(KEY_TABLE + kv_head * KEY_PLANES + p) + word_row * 16, 16)
         head = lead // key_row
         offset = tl.multiple_of(lead % key_row, 16)
         if TABLE is None:
@@ -171,7 +171,7 @@ def planes_kernel(
             key_place = key_place + ((head, offset[:, None] + channel[None, :]),)
     value_place = ()
     for p in tl.static_range(VALUE_PLANES):
-        lead = tl.multiple_of(tl.load(VALUE_TABLE + (kv_head * VALUE_PLANES + p) * 4) + channel * R, R)
+        lead = tl.multiple_of(tl.load(VALUE_TABLE + kv_head * VALUE_PLANES + p) + channel * R, R)
         head = lead // value_row
         offset = tl.multiple_of(lead % value_row, R)
         if TABLE is None:

@@ -11,7 +11,7 @@ from fade_kernels_triton.jit.decode import LN2, power_above
 @triton.jit
 def turn_kernel(
     QUERY,
-    TABLE,
+    SLOTS,
     SCALES,
     DEVIATION,
     INVERSE,
@@ -31,7 +31,7 @@ def turn_kernel(
     DP: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid ``[planes, query columns, B * H_kv]``: a query's inner products with what one step of a plane's channels is worth.
+    """Grid ``[planes, query columns, B * H_kv]``: a query's inner products with what one step of each slot of a plane is worth.
 
     They are divided by a power of two that none exceeds, which is written once a column, as is the query's inner product with
     the mean.
@@ -47,8 +47,9 @@ def turn_kernel(
     inside = tl.arange(0, 16)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    own = kv_head * kept + tl.load(TABLE + (kv_head * planes + plane) * 4 + 1) + inside
-    worth = tl.load(DEVIATION + own) * tl.load(SCALES + kv_head * planes + plane)
+    slot = (kv_head * planes + plane) * 16 + inside
+    own = kv_head * kept + tl.load(SLOTS + slot * 2)
+    worth = tl.load(DEVIATION + own) * tl.load(SCALES + slot)
     inverse = tl.load(INVERSE + own[:, None] * D + channel[None, :], mask=(channel < D)[None, :], other=0.0)
     mean = tl.load(MEAN + kv_head * D + channel, mask=channel < D, other=0.0)
     reach = tl.load(REACH + kv_head)
@@ -72,7 +73,7 @@ def finish_kernel(
     PART,
     PART_LSE,
     BIAS,
-    TABLE,
+    SLOTS,
     SCALES,
     DEVIATION,
     INVERSE,
@@ -103,7 +104,7 @@ def finish_kernel(
 ):
     """Grid ``[D / BLOCK, query columns, B * H_kv]``: merge what the splits have left of one query column, and bring it back.
 
-    The merged output, of PLANES * 16 channels (WIDTH, a power of two, with room), is multiplied by what each is worth in the
+    The merged output, of PLANES * 16 slots (WIDTH, a power of two, with room), is multiplied by what each is worth in the
     model's channels, of which a program makes BLOCK; the mean is added. OTHER, an output in the model's space, and the SINK
     take their shares. SPLITS is the next power of two of ``splits``, of which CHUNK are read at once.
     """
@@ -120,9 +121,9 @@ def finish_kernel(
     inside = tl.arange(0, WIDTH)
     stored = inside < PLANES * 16
     at = program.to(tl.int64) * COLUMNS + column
-    plane = kv_head * PLANES + inside // 16
-    own = kv_head * kept + tl.load(TABLE + plane * 4 + 1, mask=stored, other=0) + inside % 16
-    worth = tl.load(DEVIATION + own, mask=stored, other=0.0) * tl.load(SCALES + plane, mask=stored, other=0.0)
+    slot = kv_head * (PLANES * 16) + inside
+    own = kv_head * kept + tl.load(SLOTS + slot * 2, mask=stored, other=0)
+    worth = tl.load(DEVIATION + own, mask=stored, other=0.0) * tl.load(SCALES + slot, mask=stored, other=0.0)
     inverse = tl.load(INVERSE + own[:, None] * D + channel[None, :], mask=stored[:, None] & seen[None, :], other=0.0)
     mean = tl.load(MEAN + kv_head * D + channel, mask=seen, other=0.0)
     if PDL:
