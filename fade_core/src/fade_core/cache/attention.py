@@ -156,7 +156,8 @@ def _chunk_attention(module: torch.nn.Module, layer: TieredLayer, call: _Call) -
     if layer.plan.learners and not held.packed:  # nothing is encoded yet that they would have to read back
         seen_by = call.query, keys, values, call.scaling, call.softcap, call.sinks, visible, module
         ladder = layer.plan.ladder
-        prompt = PromptView(*seen_by, layer.index, ladder.n_sink, ladder.recent_window, layer.plan.turns())
+        sizes = layer.index, ladder.n_sink, ladder.recent_window
+        prompt = PromptView(*seen_by, *sizes, layer.plan.turns(), causal=mask is None and not past)
         for quantizer in layer.plan.learners:
             quantizer.observe(prompt)
         del seen_by, prompt

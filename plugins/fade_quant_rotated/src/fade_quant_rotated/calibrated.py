@@ -64,18 +64,19 @@ class CalibratedQuantizer(Quantizer):
         self.tile, self.side, self.device, self.row, self.levels = tile, side, device, 0, levels
         self._adopt(calibration, widths)
 
-    def _adopt(self, calibration: SideCalibration, widths: Tensor) -> None:
-        """Code with this transform and these widths from now on."""
+    def _adopt(self, calibration: SideCalibration, widths: Tensor, inverse: Tensor | None = None) -> None:
+        """Code with this transform and these widths from now on; ``inverse``: of the transform, where it is known."""
         self._planes: PlaneLayout | None = None
         self._runs: RunLayout | None = None
         self._lay_out(widths)
         device, kept = self.device, self.layout.kept
-        stored = (widths > 0).cpu()
+        stored = (widths > 0).to(calibration.spread.device)
+        inverse = calibration.inverse() if inverse is None else inverse
         usual = (calibration.spread * stored).sum(-1) / stored.sum(-1).clamp_min(1)
         state = {
             "mean": calibration.mean.to(device),
             "forward": calibration.transform[:, :, :kept].half().to(device),
-            "inverse": calibration.inverse()[:, :kept].half().to(device),
+            "inverse": inverse[:, :kept].half().to(device),
             "deviation": calibration.deviation[:, :kept].to(device),
             "worth": (calibration.worth * stored)[:, :kept].to(device),  # 0: not stored, no error to weigh
             "usual": usual.clamp_min(1e-6).sqrt().log2().to(device),

@@ -13,16 +13,14 @@ from fade_core.errors import CheckpointError, ConfigError
 from fade_core.interfaces import PlaneLayout, PromptView, Quantizer, QuantizerConfig, QuantizerContext, RunLayout, Side
 from fade_core.packed import WORD_BITS, Packed
 from fade_quant_rotated.allocation import WIDTHS, check_widths, water_fill
-from fade_quant_rotated.calibrate import side_of
 from fade_quant_rotated.calibrated import CalibratedQuantizer
 from fade_quant_rotated.calibration import GAIN_BITS, SideCalibration
+from fade_quant_rotated.learning import Learnt, learn
 from fade_quant_rotated.levels import check_tokens
 from fade_quant_rotated.lloyd_max import Levels
 from fade_quant_rotated.planes import PLANE_CHANNELS
-from fade_quant_rotated.prompt import moments_of
 from fade_quant_rotated.reach import REACH
 from fade_quant_rotated.rotation import Rotation
-from fade_quant_rotated.statistics import LayerMoments
 
 TOKENS_A_CHANNEL = 1
 """Fewest tokens a channel, outside the sinks, that are learnt from; ``shrunk`` makes up for their number."""
@@ -100,9 +98,10 @@ class SelfCalibratedQuantizer(CalibratedQuantizer):
     # --- learning ---
     def observe(self, prompt: PromptView) -> None:
         needed = TOKENS_A_CHANNEL * self.head_dim
-        found = prompt.once(f"{__name__}.moments {self.reach}", lambda: moments_of(prompt, needed, reach=self.reach))
-        if isinstance(found, LayerMoments):
-            self._learn(side_of(found, self.side))
+        found = prompt.once(f"{__name__}.learn {self.reach}", lambda: learn(prompt, needed, self.reach))
+        if isinstance(found, Learnt):
+            calibration, inverse, worth = found.sides[self.side]
+            self._adopt(calibration, self._share(worth), inverse)
         else:
             self._why_not = found
 
@@ -115,12 +114,14 @@ class SelfCalibratedQuantizer(CalibratedQuantizer):
     def encode(self, x: Tensor) -> Packed:
         check_tokens(x, self.head_dim, f"quantizer {self.kind!r}")
         if not self._state:
-            self._learn(_rotation_about_the_mean(x.float().cpu()))
+            calibration = _rotation_about_the_mean(x.float().cpu())
+            self._adopt(calibration, self._share(calibration.worth))
             self.shortcoming = f"{self._why_not}: a plain rotation makes do"
         return super().encode(x)
 
-    def _learn(self, calibration: SideCalibration) -> None:
-        self._adopt(calibration, water_fill(calibration.worth, self.channel_bits, self.choice, self.group))
+    def _share(self, worth: Tensor) -> Tensor:
+        """Widths ``[H_kv, D]`` of channels of ``worth`` (on the CPU) that the rows have room for."""
+        return water_fill(worth, self.channel_bits, self.choice, self.group)
 
     def planes(self) -> PlaneLayout | None:
         """As ``CalibratedQuantizer``'s, of what was learnt; ``None`` before."""
