@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fade_core.interfaces import PromptView
 from fade_quant_rotated.allocation import water_fill
 from fade_quant_rotated.klt import nearly_klt, weighted_klt
-from fade_quant_rotated.learning import Learnt, learn
+from fade_quant_rotated.learning import Learning
 from fade_quant_rotated.lloyd_max import gaussian_distortion
 from fade_quant_rotated.prompt import moments_of
 from fade_quant_rotated.statistics import product
@@ -107,7 +107,7 @@ def test_learning_reads_nothing_back_and_does_not_go_row_by_row(seed: int) -> No
     counted = []
     for rows in (1, 4):
         with Launches() as launches, torch.no_grad():
-            learn(in_16_bits(view(rows, seed=seed)), DIM, 0)
+            Learning(in_16_bits(view(rows, seed=seed)), DIM, 0)
         counted.append(sum(launches.counts.values()))
         waits = (
             "_local_scalar_dense",
@@ -162,12 +162,11 @@ def test_sides_of_different_sizes_are_learnt_one_by_one(seed: int) -> None:
     prompt = view(seed=seed)
     values = prompt.values[..., : DIM // 2]
     prompt.module.o_proj = torch.nn.Linear(HEADS * GROUP * DIM // 2, 64, bias=False)
-    whole, narrow = learn(view(seed=seed), DIM, 0), learn(replace(prompt, values=values), DIM, 0)
-    assert isinstance(whole, Learnt) and isinstance(narrow, Learnt)
-    assert whole.sides["key"][0].mean.shape == narrow.sides["key"][0].mean.shape == (HEADS, DIM)
-    assert narrow.sides["value"][0].transform.shape == (HEADS, DIM // 2, DIM // 2)
-    for side in (*whole.sides.values(), *narrow.sides.values()):
-        calibration, inverse, worth = side
+    whole, narrow = (Learning(p, DIM, 0).found for p in (view(seed=seed), replace(prompt, values=values)))
+    assert not isinstance(whole, str) and not isinstance(narrow, str)
+    assert whole["key"].calibration.mean.shape == narrow["key"].calibration.mean.shape == (HEADS, DIM)
+    assert narrow["value"].calibration.transform.shape == (HEADS, DIM // 2, DIM // 2)
+    for calibration, inverse, worth in (*whole.values(), *narrow.values()):
         assert torch.equal(worth, calibration.worth.double())
         torch.testing.assert_close(inverse, calibration.inverse(), rtol=0, atol=1e-4 * float(inverse.abs().max()))
 

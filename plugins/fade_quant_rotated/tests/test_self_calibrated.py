@@ -14,7 +14,7 @@ from fade_core.errors import CheckpointError, ConfigError
 from fade_core.interfaces import Event, PlaneLayout, PromptView, TelemetrySink
 from fade_core.testing import check_quantizer
 from fade_quant_rotated.calibrate import watching
-from fade_quant_rotated.learning import learn
+from fade_quant_rotated.learning import Learning
 from fade_quant_rotated.prompt import moments_of
 from fade_quant_rotated.self_calibrated import SelfCalibratedQuantizer
 from fade_quant_rotated.statistics import Collector, LayerMoments
@@ -175,13 +175,13 @@ def test_a_chunks_queries_are_its_newest_tokens(seed: int) -> None:
 
 
 def test_what_cannot_be_learnt_from_is_named(seed: int) -> None:
-    assert learn(view(), 397, 0) == "the prompt has 396 tokens outside the sinks, 397 are needed to learn from"
+    assert Learning(view(), 397, 0).found == "the prompt has 396 tokens outside the sinks, 397 are needed to learn from"
     few = replace(view(), queries=torch.randn(1, 4, 3, DIM), visible=lambda part: view().visible(part + 397))
-    assert learn(few, 7, 0) == "3 tokens came at once, 4 are needed to learn what is asked of a layer"
+    assert Learning(few, 7, 0).found == "3 tokens came at once, 4 are needed to learn what is asked of a layer"
     for name in ("queries", "keys", "values"):
         broken = view()
         getattr(broken, name)[0, 1, 333] = torch.nan
-        assert learn(broken, 1, 0) == "the prompt's attention is not finite", name
+        assert Learning(broken, 1, 0).found == "the prompt's attention is not finite", name
     strange, _ = moments_of(view(module=torch.nn.Linear(3, 3)))  # no output projection: errors count as they are
     assert torch.equal(strange.metric[0], torch.eye(DIM, dtype=torch.float64))
     broken = tiny().model.layers[0].self_attn

@@ -174,7 +174,10 @@ class Quantizer(ABC):
 
     # learning from the prompt
     def observe(self, prompt: PromptView) -> None:  # noqa: B027 (most learn nothing)
-        """Learn from a prompt; called before the first token is encoded, again for each chunk until then."""
+        """Learn from a prompt; called before the first token is encoded, again for each chunk until then.
+
+        On a GPU the layer's attention is enqueued right after: what waits for the device is best left until it is needed.
+        """
 
     def forget(self) -> None:  # noqa: B027
         """The layer begins again with an empty cache: what was learnt from the tokens before may be another text's."""

@@ -17,7 +17,7 @@ from fade_quant_rotated.calibration import GAIN_BITS, Calibration, SideCalibrati
 from fade_quant_rotated.levels import check_tokens, to_tiles
 from fade_quant_rotated.lloyd_max import Levels
 from fade_quant_rotated.planes import PLANE_CHANNELS, PlaneStream, fits_planes
-from fade_quant_rotated.streams import StreamLayout
+from fade_quant_rotated.streams import StreamLayout, sent
 
 GAIN_STEPS = 3
 """Gain codes an octave."""
@@ -70,7 +70,7 @@ class CalibratedQuantizer(Quantizer):
         self._runs: RunLayout | None = None
         self._lay_out(widths)
         device, kept = self.device, self.layout.kept
-        stored = (widths > 0).to(calibration.spread.device)
+        stored = sent(widths > 0, calibration.spread.device)
         inverse = calibration.inverse() if inverse is None else inverse
         usual = (calibration.spread * stored).sum(-1) / stored.sum(-1).clamp_min(1)
         state = {
@@ -209,8 +209,8 @@ class CalibratedQuantizer(Quantizer):
                 self.layout.row,
                 self.layout.layout,
                 self.layout.blocks(),
-                self.widths[:, :kept].to(device, torch.int32).contiguous(),
-                levels.to(device),
+                sent(self.widths[:, :kept].to(torch.int32).contiguous(), device),
+                sent(levels, device),
                 gains[0, :, 0].contiguous(),
             )
         return self._runs

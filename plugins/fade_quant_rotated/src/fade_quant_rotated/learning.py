@@ -1,9 +1,10 @@
-"""From a prompt to the transforms of its keys and values, with one wait for the GPU."""
+"""From a prompt to the transforms of its keys and values."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,38 +17,50 @@ from fade_quant_rotated.prompt import moments_of, shortcoming
 from fade_quant_rotated.statistics import LayerMoments
 
 
-@dataclass(frozen=True)
-class Learnt:
-    """What a layer's prompt leads to.
-
-    Attributes:
-        sides: by side, its calibration and the inverse of the transform, float32 ``[H, D, D]``, on the prompt's device, and the
-            channels' worth once more, on the CPU.
-    """
-
-    sides: Mapping[Side, tuple[SideCalibration, Tensor, Tensor]]
-
-
-def learn(prompt: PromptView, needed: int, reach: int) -> Learnt | str:
-    """Transforms of a layer's keys and values; or why there are none.
+class Learning:
+    """What a layer's prompt leads to; enqueued at once, and read when it is asked for.
 
     Args:
         prompt: the layer's attention.
         needed: as for ``shortcoming``.
         reach: as for ``moments_of``.
     """
-    moments, facts = moments_of(prompt, reach=reach)
-    sides = _sides(moments)
-    worths = [calibration.worth for calibration, _ in sides.values()]
-    told = torch.cat(
-        [facts, *(worth.flatten().double() for worth in worths)]
-    ).cpu()  # the host waits here, and nowhere else
-    why_not = shortcoming(told[: len(facts)].tolist(), needed, prompt.queries.shape[1] // prompt.keys.shape[1])
-    if why_not:
-        return why_not
-    read = told[len(facts) :].split([worth.numel() for worth in worths])
-    known = (worth.view(like.shape) for worth, like in zip(read, worths, strict=True))
-    return Learnt({side: (*own, worth) for (side, own), worth in zip(sides.items(), known, strict=True)})
+
+    def __init__(self, prompt: PromptView, needed: int, reach: int) -> None:
+        moments, facts = moments_of(prompt, reach=reach)
+        self._needed, self._group = needed, prompt.queries.shape[1] // prompt.keys.shape[1]
+        self._sides = _sides(moments)
+        worths = (calibration.worth.flatten().double() for calibration, _ in self._sides.values())
+        told = torch.cat([facts, *worths])
+        self._told = told.to("cpu", non_blocking=True)
+        self._copied = torch.cuda.current_stream(told.device).record_event() if told.is_cuda else None
+
+    @cached_property
+    def found(self) -> Mapping[Side, Learnt] | str:
+        """What is learnt of each side, or why nothing can be. The host waits for the GPU to come this far, no further."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        sizes = [calibration.worth.numel() for calibration, _ in self._sides.values()]
+        facts, *worths = self._told.split([len(self._told) - sum(sizes), *sizes])
+        why_not = shortcoming(facts.tolist(), self._needed, self._group)
+        return why_not or {
+            side: Learnt(calibration, inverse, worth.view(calibration.worth.shape))
+            for (side, (calibration, inverse)), worth in zip(self._sides.items(), worths, strict=True)
+        }
+
+
+class Learnt(NamedTuple):
+    """Keys or values of a layer.
+
+    Attributes:
+        calibration: on the prompt's device.
+        inverse: of its transform, float32 ``[H, D, D]``.
+        worth: its channels' once more, float64 on the CPU.
+    """
+
+    calibration: SideCalibration
+    inverse: Tensor
+    worth: Tensor
 
 
 def _sides(moments: LayerMoments) -> dict[Side, tuple[SideCalibration, Tensor]]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fade_core.packed import WORD_BITS, Layout, pack_codes, unpack_codes
 from fade_quant_rotated.lloyd_max import Levels
-from fade_quant_rotated.streams import StreamLayout, padded
+from fade_quant_rotated.streams import StreamLayout, padded, sent
 
 PLANE_BITS = 2
 PLANE_CHANNELS = 16
@@ -51,14 +51,14 @@ class PlaneStream(StreamLayout):
             ]
         )
         place = torch.zeros(self.heads * self.kept, dtype=torch.long)
-        place[self.channels.cpu()] = torch.arange(len(self.channels))
+        place[self._order] = torch.arange(len(self.channels))
         first = self.planes[:, 0] * self.kept + self.planes[:, 1]
         channel = first[:, None] + torch.arange(PLANE_CHANNELS)
-        self._place = place[channel].to(device)  # [planes, 16], among the codes
-        self._shift = self.planes[:, 2:].to(device, torch.int32)
+        self._place = sent(place[channel], device)  # [planes, 16], among the codes
+        self._shift = sent(self.planes[:, 2:].to(torch.int32), device)
         shifts = self.planes[:, 2]
         # numbers, where flags would be read back on the host each time
-        self._alike = [(shifts == shift).nonzero().flatten().to(device) for shift in shifts.unique().tolist()]
+        self._alike = [sent((shifts == shift).nonzero().flatten(), device) for shift in shifts.unique().tolist()]
 
     @property
     def plane_words(self) -> int:
@@ -84,7 +84,7 @@ class PlaneStream(StreamLayout):
         found: list[list[tuple[int, ...]]] = [[] for _ in range(self.heads)]
         for number, (head, channel, _) in enumerate(self.planes.tolist()):
             found[head].append((number * self.plane_words, PLANE_CHANNELS, 0, PLANE_CHANNELS, channel, PLANE_BITS))
-        return padded(found).to(self.channels.device)
+        return sent(padded(found), self.channels.device)
 
     def table(self) -> tuple[Tensor, Tensor]:
         """``planes`` and ``scales`` as ``PlaneLayout`` has them, for levels at even distances.
@@ -107,4 +107,4 @@ class PlaneStream(StreamLayout):
         number = torch.where(there, first[:, None] + place, (first * (counts > 0))[:, None])  # [H, P]
         planes = torch.stack([word, channel, shift, width], 1).to(torch.int32)[number]
         scales = (step[width] * torch.exp2(shift.float()))[number] * there
-        return planes.to(self.channels.device).contiguous(), scales.to(self.channels.device)
+        return sent(planes, self.channels.device).contiguous(), sent(scales, self.channels.device)

@@ -15,7 +15,7 @@ from fade_core.packed import WORD_BITS, Packed
 from fade_quant_rotated.allocation import WIDTHS, check_widths, water_fill
 from fade_quant_rotated.calibrated import CalibratedQuantizer
 from fade_quant_rotated.calibration import GAIN_BITS, SideCalibration
-from fade_quant_rotated.learning import Learnt, learn
+from fade_quant_rotated.learning import Learning
 from fade_quant_rotated.levels import check_tokens
 from fade_quant_rotated.lloyd_max import Levels
 from fade_quant_rotated.planes import PLANE_CHANNELS
@@ -54,6 +54,7 @@ class SelfCalibratedQuantizer(CalibratedQuantizer):
 
     kind: ClassVar[str] = "self-calibrated"
     learns: ClassVar[bool] = True
+    _learning: Learning | None
 
     def __init__(
         self,
@@ -97,22 +98,30 @@ class SelfCalibratedQuantizer(CalibratedQuantizer):
 
     # --- learning ---
     def observe(self, prompt: PromptView) -> None:
+        """Learn from a prompt. The host goes on meanwhile, until it asks for anything that was learnt."""
         needed = TOKENS_A_CHANNEL * self.head_dim
-        found = prompt.once(f"{__name__}.learn {self.reach}", lambda: learn(prompt, needed, self.reach))
-        if isinstance(found, Learnt):
-            calibration, inverse, worth = found.sides[self.side]
-            self._adopt(calibration, self._share(worth), inverse)
+        self._learning = prompt.once(f"{__name__} {self.reach}", lambda: Learning(prompt, needed, self.reach))
+
+    def _finish_learning(self) -> None:
+        learning, self._learning = self._learning, None
+        if learning is None:
+            return
+        if isinstance(learning.found, str):
+            self._why_not = learning.found
         else:
-            self._why_not = found
+            calibration, inverse, worth = learning.found[self.side]
+            self._adopt(calibration, self._share(worth), inverse)
 
     def forget(self) -> None:
         self._state: dict[str, Tensor] = {}
         self._planes = self._runs = None
+        self._learning = None
         self._why_not = "tokens had to be encoded before a prompt was seen"
         self.shortcoming = ""
 
     def encode(self, x: Tensor) -> Packed:
         check_tokens(x, self.head_dim, f"quantizer {self.kind!r}")
+        self._finish_learning()
         if not self._state:
             calibration = _rotation_about_the_mean(x.float().cpu())
             self._adopt(calibration, self._share(calibration.worth))
@@ -125,15 +134,18 @@ class SelfCalibratedQuantizer(CalibratedQuantizer):
 
     def planes(self) -> PlaneLayout | None:
         """As ``CalibratedQuantizer``'s, of what was learnt; ``None`` before."""
+        self._finish_learning()
         return super().planes() if self._state else None
 
     def runs(self) -> RunLayout | None:
         """As ``CalibratedQuantizer``'s, of what was learnt; ``None`` before."""
+        self._finish_learning()
         return super().runs() if self._state else None
 
     # --- state ---
     def state_dict(self) -> dict[str, Tensor]:
         """As ``CalibratedQuantizer``'s; empty while nothing was learnt."""
+        self._finish_learning()
         return super().state_dict() if self._state else {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
