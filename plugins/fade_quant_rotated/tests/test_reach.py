@@ -16,7 +16,7 @@ from fade_core.interfaces import PromptView, Quantizer
 from fade_quant_rotated import prompt as prompt_statistics
 from fade_quant_rotated.calibrate import calibrate
 from fade_quant_rotated.calibration import Calibration
-from fade_quant_rotated.reach import REACH, Turns, distances, reach_of, rotations, turned_apart
+from fade_quant_rotated.reach import REACH, Turns, distances, reach_of, rotations, turned_apart, turns_of
 from fade_quant_rotated.statistics import LayerSums
 
 needs_rope = pytest.mark.skipif(find_spec("fade_rope") is None, reason="fade-rope is not installed")
@@ -156,6 +156,20 @@ def test_an_average_over_rotations_is_the_average_of_each(pairs: bool) -> None:
     square = torch.randn(3, 8, 8, dtype=torch.float64)
     wanted = torch.stack([turn @ square @ turn.T for turn in turns]).mean(0)
     torch.testing.assert_close(Turns(turns).average(square), wanted)
+
+
+def test_schemes_that_turn_alike_share_their_averages() -> None:
+    """Each prompt brings a new object of the same scheme."""
+
+    class Other(Partial):
+        speeds = torch.tensor([1.0, 0.05, 0.000501])
+
+    cpu = torch.device("cpu")
+    shared = turns_of(Partial(), 8, cpu, 300)
+    assert turns_of(Partial(), 8, cpu, 300) is shared
+    square = torch.randn(1, 8, 8, dtype=torch.float64)
+    for other in (turns_of(Other(), 8, cpu, 300), turns_of(Partial(), 8, cpu, 301)):
+        assert not torch.equal(other.average(square), shared.average(square))
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ class Learning:
         self._sides = _sides(moments)
         worths = (calibration.worth.flatten().double() for calibration, _ in self._sides.values())
         told = torch.cat([facts, *worths])
-        self._told = told.to("cpu", non_blocking=True)
+        self._told = told.to("cpu", non_blocking=told.is_cuda)
         self._copied = torch.cuda.current_stream(told.device).record_event() if told.is_cuda else None
 
     @cached_property
