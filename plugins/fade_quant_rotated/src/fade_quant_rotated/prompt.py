@@ -19,6 +19,13 @@ from fade_quant_rotated.statistics import LayerMoments, LayerSums, output_metric
 QUERIES = 512
 """Queries of all rows together that are looked at, spread evenly over those that see tokens outside sinks and window."""
 
+ROW_QUERIES = 128
+"""Queries of a row that are looked at, at least: each row has its own subject.
+
+SmolLM2, three texts side by side, error of attention's output after the prompt with free widths: 0.00100 at 21 a row, 0.00083
+at 43, 0.00074 at 85, 0.00072 at 128, 0.00068 at 171, 0.00071 at 192.
+"""
+
 TOKENS = 4096
 """Tokens of all rows together whose unweighted moments are taken, spread evenly over those outside the sinks."""
 
@@ -46,7 +53,7 @@ TINY = 1e-30
 
 def moments_of(
     prompt: PromptView,
-    queries: int = QUERIES,
+    queries: int | None = None,
     even: float = EVEN,
     drift: float = DRIFT,
     reach: int = REACH,
@@ -57,7 +64,7 @@ def moments_of(
 
     Args:
         prompt: the layer's attention.
-        queries: most queries to look at, of all rows together.
+        queries: queries to look at, of all rows together; by default ``QUERIES``, and ``ROW_QUERIES`` of each row.
         even: share of keys' and values' weight that goes to all tokens alike.
         drift: share of the mean key's energy that counts as variance, where ``prompt.rope`` is not known.
         reach: positions to come over which moments are averaged, where it is.
@@ -70,7 +77,7 @@ def moments_of(
         whether all is finite. On the prompt's device.
     """
     layer = _Layer(prompt, dtype)
-    sums = layer.sums(queries, even)
+    sums = layer.sums(max(QUERIES, ROW_QUERIES * layer.rows) if queries is None else queries, even)
     if prompt.rope is not None:
         sums, drift = sums.turned(turns_of(prompt.rope, prompt.keys.shape[3], prompt.keys.device, reach)), 0.0
     moments = sums.moments()
@@ -189,10 +196,12 @@ class _Layer:
         metric = _metric(prompt)
         weights = _Weights(self, keys, values, metric)
         index, there = _spread(self.able, min(self.able.shape[1], -(-queries // self.rows)))
-        block = max(16, 4 * self.dim // self.group)  # whose logits are four times as many as the keys' numbers
-        for start in range(0, index.shape[1], block):
+        count = index.shape[1]
+        most = max(16, 4 * self.dim // self.group)  # whose logits are four times as many as the keys' numbers
+        block = -(-count // -(-count // most))
+        for start in range(0, count, block):
             part = slice(start, start + block)
-            weights.add(index[:, part], there[:, part], self._stop(min(part.stop, index.shape[1]), index.shape[1]))
+            weights.add(index[:, part], there[:, part], self._stop(min(part.stop, count), count))
         number = self.past.sum(-1)[:, None, None].clamp_min(1)
         given = [
             (weight + (even * weight.sum(-1, keepdim=True) + TINY) / number) * self.past[:, None]
