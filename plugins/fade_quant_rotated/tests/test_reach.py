@@ -16,8 +16,8 @@ from fade_core.interfaces import PromptView, Quantizer
 from fade_quant_rotated import prompt as prompt_statistics
 from fade_quant_rotated.calibrate import calibrate
 from fade_quant_rotated.calibration import Calibration
-from fade_quant_rotated.reach import REACH, distances, reach_of, rotations, turned_apart
-from fade_quant_rotated.statistics import LayerSums, average_turned
+from fade_quant_rotated.reach import REACH, Turns, distances, reach_of, rotations, turned_apart, turns_of
+from fade_quant_rotated.statistics import LayerSums
 
 needs_rope = pytest.mark.skipif(find_spec("fade_rope") is None, reason="fade-rope is not installed")
 
@@ -139,7 +139,7 @@ def test_sums_are_averaged_as_if_tokens_came_at_each_position() -> None:
         return found
 
     each = [vars(sums(turn)) for turn in turns]
-    found = vars(sums(torch.eye(8, dtype=torch.float64)).turned(turns))
+    found = vars(sums(torch.eye(8, dtype=torch.float64)).turned(Turns(turns)))
     for name, mine in found.items():
         wanted = sum(one[name] for one in each) / len(each)
         torch.testing.assert_close(
@@ -155,7 +155,21 @@ def test_an_average_over_rotations_is_the_average_of_each(pairs: bool) -> None:
         turns = turns @ torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64)).Q
     square = torch.randn(3, 8, 8, dtype=torch.float64)
     wanted = torch.stack([turn @ square @ turn.T for turn in turns]).mean(0)
-    torch.testing.assert_close(average_turned(square, turns), wanted)
+    torch.testing.assert_close(Turns(turns).average(square), wanted)
+
+
+def test_schemes_that_turn_alike_share_their_averages() -> None:
+    """Each prompt brings a new object of the same scheme."""
+
+    class Other(Partial):
+        speeds = torch.tensor([1.0, 0.05, 0.000501])
+
+    cpu = torch.device("cpu")
+    shared = turns_of(Partial(), 8, cpu, 300)
+    assert turns_of(Partial(), 8, cpu, 300) is shared
+    square = torch.randn(1, 8, 8, dtype=torch.float64)
+    for other in (turns_of(Other(), 8, cpu, 300), turns_of(Partial(), 8, cpu, 301)):
+        assert not torch.equal(other.average(square), shared.average(square))
 
 
 @torch.no_grad()
@@ -188,7 +202,6 @@ def test_what_turns_nobody_knows_how_counts_a_share_of_the_mean_as_variance() ->
     tokens = [torch.randn(1, heads, 64, 8) + 2 for heads in (4, 2, 2)]
     seen = torch.ones(64, 64, dtype=torch.bool).tril()[None, None]
     view = PromptView(*tokens, 0.3, None, None, lambda part: seen[:, :, part], torch.nn.Identity())
-    found = [prompt_statistics.moments_of(view, 8, drift=drift) for drift in (0.0, 0.4)]
-    assert not any(isinstance(moments, str) for moments in found)
-    grown = (found[1].key_cov - found[0].key_cov).diagonal(dim1=-2, dim2=-1)  # type: ignore[union-attr]
-    torch.testing.assert_close(grown.sum(-1), 0.4 * found[0].key_mean.square().sum(-1))  # type: ignore[union-attr]
+    found = [prompt_statistics.moments_of(view, drift=drift)[0] for drift in (0.0, 0.4)]
+    grown = (found[1].key_cov - found[0].key_cov).diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(grown.sum(-1), 0.4 * found[0].key_mean.square().sum(-1))

@@ -14,6 +14,7 @@ from fade_core.errors import CheckpointError, ConfigError
 from fade_core.interfaces import Event, PlaneLayout, PromptView, TelemetrySink
 from fade_core.testing import check_quantizer
 from fade_quant_rotated.calibrate import watching
+from fade_quant_rotated.learning import Learning
 from fade_quant_rotated.prompt import moments_of
 from fade_quant_rotated.self_calibrated import SelfCalibratedQuantizer
 from fade_quant_rotated.statistics import Collector, LayerMoments
@@ -129,9 +130,8 @@ def test_moments_are_those_that_calibration_finds(kind: str, seed: int) -> None:
     found: dict[int, LayerMoments] = {}
 
     def observe(self: Any, prompt: PromptView) -> None:
-        moments = moments_of(replace(prompt, rope=None), 1, queries=10**6, even=0.0, drift=0.0, shrink=0.0)
-        assert isinstance(moments, LayerMoments)
-        found[prompt.layer] = moments
+        every = {"queries": 10**6, "even": 0.0, "drift": 0.0, "shrink": 0.0}
+        found[prompt.layer], _ = moments_of(replace(prompt, rope=None), **every)
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(SelfCalibratedQuantizer, "observe", observe)
@@ -148,24 +148,15 @@ def test_moments_are_those_that_calibration_finds(kind: str, seed: int) -> None:
 
 def test_padding_is_not_learnt_from_and_rows_add_up(seed: int) -> None:
     once, pad = view(), 37
-    alone = moments_of(once, 1, queries=100, shrink=0.0)
+    alone, _ = moments_of(once, queries=100, shrink=0.0)
     padded = [
         torch.nn.functional.pad(t, (0, 0, pad, 0), value=9.0).expand(2, -1, -1, -1)
         for t in (once.queries, once.keys, once.values)
     ]
     at = torch.arange(400 + pad)
     seen = (at <= at[:, None]) & (at >= pad)
-    twice = moments_of(
-        replace(
-            once,
-            **dict(zip(("queries", "keys", "values"), padded, strict=True)),
-            visible=lambda part: seen[part][None, None],
-        ),
-        1,
-        queries=100,
-        shrink=0.0,
-    )
-    assert isinstance(alone, LayerMoments) and isinstance(twice, LayerMoments)
+    tokens = dict(zip(("queries", "keys", "values"), padded, strict=True))
+    twice, _ = moments_of(replace(once, **tokens, visible=lambda part: seen[part][None, None]), queries=200, shrink=0.0)
     for name, tensor in vars(alone).items():
         factor = 2 if name.endswith("_weight") else 1
         torch.testing.assert_close(
@@ -178,21 +169,24 @@ def test_a_chunks_queries_are_its_newest_tokens(seed: int) -> None:
     first = replace(whole, **{n: getattr(whole, n)[:, :, :250] for n in ("queries", "keys", "values")})
     first = replace(first, visible=lambda part: whole.visible(part)[..., :250])
     rest = replace(whole, queries=whole.queries[:, :, 250:], visible=lambda part: whole.visible(part + 250))
-    a, b, c = (moments_of(v, 1, queries=10**6, even=0.0) for v in (whole, first, rest))
-    assert isinstance(a, LayerMoments) and isinstance(b, LayerMoments) and isinstance(c, LayerMoments)
+    a, b, c = (moments_of(v, queries=10**6, even=0.0)[0] for v in (whole, first, rest))
     torch.testing.assert_close(a.key_weight, b.key_weight + c.key_weight, rtol=1e-4, atol=0)
     torch.testing.assert_close(a.value_weight, b.value_weight + c.value_weight, rtol=1e-4, atol=0)
 
 
 def test_what_cannot_be_learnt_from_is_named(seed: int) -> None:
-    assert moments_of(view(), 397) == "the prompt has 396 tokens outside the sinks, 397 are needed to learn from"
+    assert Learning(view(), 397, 0).found == "the prompt has 396 tokens outside the sinks, 397 are needed to learn from"
     few = replace(view(), queries=torch.randn(1, 4, 3, DIM), visible=lambda part: view().visible(part + 397))
-    assert moments_of(few, 7) == "3 tokens came at once, 4 are needed to learn what is asked of a layer"
-    broken = view()
-    broken.queries[0, 1, 333] = torch.nan
-    assert moments_of(broken, 1, queries=10**6) == "the prompt's attention is not finite"
-    strange = moments_of(view(module=torch.nn.Linear(3, 3)), 1)  # no output projection: errors count as they are
-    assert isinstance(strange, LayerMoments) and torch.equal(strange.metric[0], torch.eye(DIM, dtype=torch.float64))
+    assert Learning(few, 7, 0).found == "3 tokens came at once, 4 are needed to learn what is asked of a layer"
+    for name in ("queries", "keys", "values"):
+        broken = view()
+        getattr(broken, name)[0, 1, 333] = torch.nan
+        assert Learning(broken, 1, 0).found == "the prompt's attention is not finite", name
+    strange, _ = moments_of(view(module=torch.nn.Linear(3, 3)))  # no output projection: errors count as they are
+    assert torch.equal(strange.metric[0], torch.eye(DIM, dtype=torch.float64))
+    broken = tiny().model.layers[0].self_attn
+    torch.nn.init.constant_(broken.o_proj.weight, torch.inf)
+    assert torch.equal(moments_of(view(module=broken))[0].metric, strange.metric)
 
 
 def test_covariances_of_few_tokens_are_drawn_to_their_diagonals(seed: int) -> None:
@@ -200,8 +194,7 @@ def test_covariances_of_few_tokens_are_drawn_to_their_diagonals(seed: int) -> No
     for tokens, share in ((DIM, 1 - 0.9 * 0.75), (9 * DIM, 1 - 0.9 * 0.99)):
         cut = {name: getattr(whole, name)[:, :, : tokens + SINKS] for name in ("queries", "keys", "values")}
         few = replace(whole, **cut, visible=lambda part, n=tokens + SINKS: whole.visible(part)[..., :n])
-        plain, found = (moments_of(few, 1, shrink=factor) for factor in (0.0, 1.0))
-        assert isinstance(plain, LayerMoments) and isinstance(found, LayerMoments)
+        plain, found = (moments_of(few, shrink=factor)[0] for factor in (0.0, 1.0))
         for name in ("key_cov", "value_cov"):
             before, after = getattr(plain, name), getattr(found, name)
             apart = ~torch.eye(DIM, dtype=torch.bool)
@@ -242,8 +235,8 @@ def test_a_mean_that_later_positions_turn_is_not_taken_for_constant(seed: int) -
 @pytest.mark.parametrize("side", ["key", "value"])
 def test_bits_are_a_bound_that_is_nearly_met(bits: float, widths: tuple, group: int, side: str, seed: int) -> None:
     quantizer = SelfCalibratedQuantizer(DIM, bits, side, widths, group)
-    for learn in (quantizer.forget, lambda: quantizer.observe(view())):
-        learn()
+    for begin in (quantizer.forget, lambda: quantizer.observe(view())):
+        begin()
         packed = quantizer.encode(torch.randn(3, HEADS, 150, DIM))
         assert packed.nbytes * 8 / (3 * HEADS * 192 * DIM) == pytest.approx(quantizer.bits_per_element, rel=1e-9)
         used = float(quantizer.widths.double().mean()) + 4 / DIM

@@ -138,6 +138,8 @@ def _chunk_attention(module: torch.nn.Module, layer: TieredLayer, call: _Call) -
         heads = max(m.shape[1] for m in masks)
         return torch.cat([m.expand(held.rows, heads, -1, -1) for m in masks], dim=3)
 
+    # before attention: while it is under way, the host works out what was learnt
+    learning = _show(module, layer, call, (keys, values), visible, causal=mask is None and not past)
     apart = past and any(not store.heads_aligned for store in held.packed)
     if call.softcap or call.sinks is not None or apart:
         output = _in_blocks(call, keys, visible, call.query.shape[1], partial(_exact, keys, values))
@@ -154,20 +156,33 @@ def _chunk_attention(module: torch.nn.Module, layer: TieredLayer, call: _Call) -
     tracked = layer.plan.tracker.active and layer.plan.ladder.bounded
     observed = _observe(layer, call, keys, visible, chunk) if tracked else None
     _observe_queries(layer, call, padding)
-    if layer.plan.learners and not held.packed:  # nothing is encoded yet that they would have to read back
-        seen_by = call.query, keys, values, call.scaling, call.softcap, call.sinks, visible, module
-        ladder = layer.plan.ladder
-        prompt = PromptView(*seen_by, layer.index, ladder.n_sink, ladder.recent_window, layer.plan.turns())
-        for quantizer in layer.plan.learners:
-            quantizer.observe(prompt)
-        del seen_by, prompt
+    if learning:
         layer.steps.replan(fresh=True)  # no graph of the codes before them
     del keys, values  # the layer alone holds them now, and drops them as it packs
     layer.finish_pending(padding, observed)
     return output
 
 
-# --- what a policy is told of a prompt ---
+# --- what quantizers and a policy are told of a prompt ---
+
+
+def _show(
+    module: torch.nn.Module,
+    layer: TieredLayer,
+    call: _Call,
+    tokens: tuple[Tensor, Tensor],
+    visible: Visible,
+    causal: bool,
+) -> bool:
+    """Let quantizers learn, unless some of what they had to read back is encoded; whether there are any that do."""
+    if layer.reading or layer.held.packed or not layer.plan.learners:
+        return False
+    seen_by = call.query, *tokens, call.scaling, call.softcap, call.sinks, visible, module
+    sizes = layer.index, layer.plan.ladder.n_sink, layer.plan.ladder.recent_window
+    prompt = PromptView(*seen_by, *sizes, layer.plan.turns(), causal)
+    for quantizer in layer.plan.learners:
+        quantizer.observe(prompt)
+    return True
 
 
 def _probabilities(

@@ -45,6 +45,7 @@ class PromptView:
         recent_window: newest tokens that do.
         rope: how the layer's keys and queries carry their positions; ``None`` where that is not known, or changes with the
             length.
+        causal: whether queries see all tokens up to their own, for sure, and none after it.
     """
 
     queries: Tensor
@@ -59,6 +60,7 @@ class PromptView:
     n_sink: int = 0
     recent_window: int = 0
     rope: RopeScheme | None = None
+    causal: bool = False
     _found: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def once(self, name: str, compute: Callable[[], Any]) -> Any:
@@ -172,7 +174,10 @@ class Quantizer(ABC):
 
     # learning from the prompt
     def observe(self, prompt: PromptView) -> None:  # noqa: B027 (most learn nothing)
-        """Learn from a prompt; called before the first token is encoded, again for each chunk until then."""
+        """Learn from a prompt; called before the first token is encoded, again for each chunk until then.
+
+        On a GPU the layer's attention is enqueued right after: what waits for the device is best left until it is needed.
+        """
 
     def forget(self) -> None:  # noqa: B027
         """The layer begins again with an empty cache: what was learnt from the tokens before may be another text's."""

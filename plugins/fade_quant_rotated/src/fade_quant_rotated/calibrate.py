@@ -17,7 +17,7 @@ from fade_core.interfaces import RopeScheme, Side
 from fade_quant_rotated.allocation import WIDTHS, check_widths
 from fade_quant_rotated.calibration import Calibration, SideCalibration
 from fade_quant_rotated.klt import weighted_klt
-from fade_quant_rotated.reach import reach_of, rotations
+from fade_quant_rotated.reach import reach_of, turns_of
 from fade_quant_rotated.statistics import PROJECTIONS, Collector, LayerMoments, LayerSums, readable
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def calibrate(
     def turned(layer: int, sums: LayerSums) -> LayerSums:
         scheme = schemes[layer] = rope_scheme_of(model, layer)
         square = sums.key_square
-        return sums if scheme is None else sums.turned(rotations(scheme, square.shape[-1], square.device, reach))
+        return sums if scheme is None else sums.turned(turns_of(scheme, square.shape[-1], square.device, reach))
 
     collector = Collector(sinks, window)
     with watching(model, collector), torch.no_grad():
@@ -230,25 +230,29 @@ def _noting(collector: Collector, layer: int) -> Callable[..., None]:
 
 
 def side_of(moments: LayerMoments, side: Side) -> SideCalibration:
-    """The transform of keys (in the metric of the queries) or values (in that of the output projection)."""
+    """The transform of keys (in the metric of the queries) or values (in that of the output projection), on the CPU."""
     if side == "key":
-        transform, variance = weighted_klt(moments.key_cov, moments.query_square)
-        worth = moments.key_weight[:, None] * variance * KEY_FACTOR
-        return _side(moments.key_mean, transform, variance, moments.key_spread, worth)
-    transform, variance = weighted_klt(moments.value_cov, moments.metric)
-    worth = moments.value_weight[:, None] * variance
-    return _side(moments.value_mean, transform, variance, moments.value_spread, worth)
+        found = weighted_klt(moments.key_cov, moments.query_square)
+    else:
+        found = weighted_klt(moments.value_cov, moments.metric)
+    calibration = side_from(moments, side, *found)
+    return SideCalibration(**{name: tensor.cpu() for name, tensor in vars(calibration).items()})
 
 
-def _side(mean: Tensor, transform: Tensor, variance: Tensor, spread: Tensor, worth: Tensor) -> SideCalibration:
+def side_from(moments: LayerMoments, side: Side, transform: Tensor, variance: Tensor) -> SideCalibration:
+    """The calibration of a side by its ``transform`` ``[H, D, D]``, which gives channels of ``variance`` ``[H, D]``."""
+    if side == "key":
+        mean, spread, worth = moments.key_mean, moments.key_spread, moments.key_weight * KEY_FACTOR
+    else:
+        mean, spread, worth = moments.value_mean, moments.value_spread, moments.value_weight
     length = transform.norm(dim=-2, keepdim=True)
     unit = transform / length
     usual = (unit * (spread @ unit)).sum(-2)  # mean square of every channel over all tokens
     own = variance / length.squeeze(-2).square()
     return SideCalibration(
-        mean=mean.float().cpu(),
-        transform=unit.half().cpu(),
-        deviation=own.sqrt().float().cpu(),
-        spread=(usual / own).float().cpu(),
-        worth=worth.float().cpu(),
+        mean=mean.float(),
+        transform=unit.half(),
+        deviation=own.sqrt().float(),
+        spread=(usual / own).float(),
+        worth=(worth[:, None] * variance).float(),
     )

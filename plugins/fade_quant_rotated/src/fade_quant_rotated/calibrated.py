@@ -17,7 +17,7 @@ from fade_quant_rotated.calibration import GAIN_BITS, Calibration, SideCalibrati
 from fade_quant_rotated.levels import check_tokens, to_tiles
 from fade_quant_rotated.lloyd_max import Levels
 from fade_quant_rotated.planes import PlaneStream, fits_planes
-from fade_quant_rotated.streams import StreamLayout
+from fade_quant_rotated.streams import StreamLayout, sent
 
 GAIN_STEPS = 3
 """Gain codes an octave."""
@@ -64,18 +64,19 @@ class CalibratedQuantizer(Quantizer):
         self.tile, self.side, self.device, self.row, self.levels = tile, side, device, 0, levels
         self._adopt(calibration, widths)
 
-    def _adopt(self, calibration: SideCalibration, widths: Tensor) -> None:
-        """Code with this transform and these widths from now on."""
+    def _adopt(self, calibration: SideCalibration, widths: Tensor, inverse: Tensor | None = None) -> None:
+        """Code with this transform and these widths from now on; ``inverse``: of the transform, where it is known."""
         self._planes: PlaneLayout | None = None
         self._runs: RunLayout | None = None
         self._lay_out(widths)
         device, kept = self.device, self.layout.kept
-        stored = (widths > 0).cpu()
+        stored = sent(widths > 0, calibration.spread.device)
+        inverse = calibration.inverse() if inverse is None else inverse
         usual = (calibration.spread * stored).sum(-1) / stored.sum(-1).clamp_min(1)
         state = {
             "mean": calibration.mean.to(device),
             "forward": calibration.transform[:, :, :kept].half().to(device),
-            "inverse": calibration.inverse()[:, :kept].half().to(device),
+            "inverse": inverse[:, :kept].half().to(device),
             "deviation": calibration.deviation[:, :kept].to(device),
             "worth": (calibration.worth * stored)[:, :kept].to(device),  # 0: not stored, no error to weigh
             "usual": usual.clamp_min(1e-6).sqrt().log2().to(device),
@@ -211,8 +212,8 @@ class CalibratedQuantizer(Quantizer):
                 self.layout.row,
                 self.layout.layout,
                 self.layout.blocks(),
-                self.widths[:, :kept].to(device, torch.int32).contiguous(),
-                levels.to(device),
+                sent(self.widths[:, :kept].to(torch.int32).contiguous(), device),
+                sent(levels, device),
                 gains[0, :, 0].contiguous(),
             )
         return self._runs

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fade_core.packed import WORD_BITS, Layout, pack_codes, unpack_codes
 from fade_quant_rotated.lloyd_max import Levels
-from fade_quant_rotated.streams import StreamLayout, padded
+from fade_quant_rotated.streams import StreamLayout, padded, sent
 
 PLANE_BITS = 2
 PLANE_CHANNELS = 16
@@ -80,13 +80,13 @@ class PlaneStream(StreamLayout):
         self.words = len(self.slots) * plane_words(tile)
         self.row = max(row, row_of(len(self.slots), self.heads, tile))
         place = torch.zeros(self.heads * self.kept, dtype=torch.long)
-        place[self.channels.cpu()] = torch.arange(len(self.channels))
+        place[self._order] = torch.arange(len(self.channels))
         head, channel, shift = self.slots.long().flatten(0, 1).unbind(-1)
         code = place[head * self.kept + channel]  # [planes * 16]
-        self._code, self._shift = code.to(device), shift.to(device, torch.int32)
+        self._code, self._shift = sent(code, device), sent(shift.to(torch.int32), device)
         # numbers, where flags would be read back on the host each time; no two of them have a channel in common
         alike = [(own, (shift == own).nonzero().flatten()) for own in sorted(set(shift.tolist()) - {NOTHING})]
-        self._alike = [(own, slots.to(device), code[slots].to(device)) for own, slots in alike]
+        self._alike = [(own, sent(slots, device), sent(code[slots], device)) for own, slots in alike]
 
     def pack(self, codes: Tensor) -> Tensor:
         fields = (codes[..., self._code] >> self._shift) & (2**PLANE_BITS - 1)  # [B, n, tile, planes * 16]
@@ -113,7 +113,7 @@ class PlaneStream(StreamLayout):
                 plane, column = divmod(numbers[start], PLANE_CHANNELS)
                 word, channel = plane * plane_words(self.tile), flat[numbers[start]][1]
                 found[head].append((word, PLANE_CHANNELS, column, stop - start, channel, PLANE_BITS))
-        return padded(found).to(self.channels.device)
+        return sent(padded(found), self.channels.device)
 
     def table(self) -> tuple[Tensor, Tensor, Tensor]:
         """``planes``, ``slots`` and ``scales`` as ``PlaneLayout`` has them, for levels at even distances.
@@ -131,7 +131,8 @@ class PlaneStream(StreamLayout):
         slots = torch.stack([channel * mine, shift.where(mine, torch.tensor(-1))], -1).to(torch.int32)
         scales = (self.steps()[head, channel] * torch.exp2(shift.float())).where(mine, torch.tensor(0.0))
         device = self.channels.device
-        return (number * plane_words(self.tile)).to(device, torch.int32), slots.to(device), scales.to(device)
+        planes = (number * plane_words(self.tile)).to(torch.int32)
+        return sent(planes, device), sent(slots, device), sent(scales, device)
 
     def steps(self) -> Tensor:
         """Distance of the levels of each channel: float32 ``[H, kept]`` on the CPU; 0 where a channel is not stored."""

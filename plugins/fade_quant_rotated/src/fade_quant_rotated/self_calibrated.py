@@ -14,16 +14,14 @@ from fade_core.errors import CheckpointError, ConfigError
 from fade_core.interfaces import PlaneLayout, PromptView, Quantizer, QuantizerConfig, QuantizerContext, RunLayout, Side
 from fade_core.packed import WORD_BITS, Packed
 from fade_quant_rotated.allocation import WIDTHS, check_widths, water_fill
-from fade_quant_rotated.calibrate import side_of
 from fade_quant_rotated.calibrated import CalibratedQuantizer
 from fade_quant_rotated.calibration import GAIN_BITS, SideCalibration
+from fade_quant_rotated.learning import Learning
 from fade_quant_rotated.levels import check_tokens
 from fade_quant_rotated.lloyd_max import Levels
 from fade_quant_rotated.planes import PLANE_BITS, PLANE_CHANNELS, in_planes, plane_words, row_of
-from fade_quant_rotated.prompt import moments_of
 from fade_quant_rotated.reach import REACH
 from fade_quant_rotated.rotation import Rotation
-from fade_quant_rotated.statistics import LayerMoments
 
 TOKENS_A_CHANNEL = 1
 """Fewest tokens a channel, outside the sinks, that are learnt from; ``shrunk`` makes up for their number."""
@@ -58,6 +56,7 @@ class SelfCalibratedQuantizer(CalibratedQuantizer):
 
     kind: ClassVar[str] = "self-calibrated"
     learns: ClassVar[bool] = True
+    _learning: Learning | None
 
     def __init__(
         self,
@@ -110,29 +109,39 @@ class SelfCalibratedQuantizer(CalibratedQuantizer):
 
     # --- learning ---
     def observe(self, prompt: PromptView) -> None:
+        """Learn from a prompt. The host goes on meanwhile, until it asks for anything that was learnt."""
         needed = TOKENS_A_CHANNEL * self.head_dim
-        found = prompt.once(f"{__name__}.moments {self.reach}", lambda: moments_of(prompt, needed, reach=self.reach))
-        if isinstance(found, LayerMoments):
-            self._learn(side_of(found, self.side))
+        self._learning = prompt.once(f"{__name__} {self.reach}", lambda: Learning(prompt, needed, self.reach))
+
+    def _finish_learning(self) -> None:
+        learning, self._learning = self._learning, None
+        if learning is None:
+            return
+        if isinstance(learning.found, str):
+            self._why_not = learning.found
         else:
-            self._why_not = found
+            calibration, inverse, worth = learning.found[self.side]
+            self._adopt(calibration, self._share(worth), inverse)
 
     def forget(self) -> None:
         self._state: dict[str, Tensor] = {}
         self._planes = self._runs = None
+        self._learning = None
         self._why_not = "tokens had to be encoded before a prompt was seen"
         self.shortcoming = ""
 
     def encode(self, x: Tensor) -> Packed:
         check_tokens(x, self.head_dim, f"quantizer {self.kind!r}")
+        self._finish_learning()
         if not self._state:
-            self._learn(_rotation_about_the_mean(x.float().cpu()))
+            calibration = _rotation_about_the_mean(x.float().cpu())
+            self._adopt(calibration, self._share(calibration.worth))
             self.shortcoming = f"{self._why_not}: a plain rotation makes do"
         return super().encode(x)
 
-    def _learn(self, calibration: SideCalibration) -> None:
-        bits = self._bits_for(len(calibration.worth))
-        self._adopt(calibration, water_fill(calibration.worth, bits, self.choice, self.group, self.levels))
+    def _share(self, worth: Tensor) -> Tensor:
+        """Widths ``[H_kv, D]`` of channels of ``worth`` (on the CPU) that the rows have room for."""
+        return water_fill(worth, self._bits_for(len(worth)), self.choice, self.group, self.levels)
 
     def _bits_for(self, heads: int) -> float:
         """Average width of a channel that the rows of so many heads have room for: of whole planes where codes lie in those."""
@@ -143,15 +152,18 @@ class SelfCalibratedQuantizer(CalibratedQuantizer):
 
     def planes(self) -> PlaneLayout | None:
         """As ``CalibratedQuantizer``'s, of what was learnt; ``None`` before."""
+        self._finish_learning()
         return super().planes() if self._state else None
 
     def runs(self) -> RunLayout | None:
         """As ``CalibratedQuantizer``'s, of what was learnt; ``None`` before."""
+        self._finish_learning()
         return super().runs() if self._state else None
 
     # --- state ---
     def state_dict(self) -> dict[str, Tensor]:
         """As ``CalibratedQuantizer``'s; empty while nothing was learnt."""
+        self._finish_learning()
         return super().state_dict() if self._state else {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

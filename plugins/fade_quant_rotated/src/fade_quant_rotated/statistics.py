@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fade_core.errors import ConfigError, InputError, NonFiniteError, UnsupportedModelError
+from fade_quant_rotated.reach import Turns
 
 PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 """Names of the linear layer after attention."""
@@ -37,7 +38,6 @@ class LayerSums:
         metric: ``[H_kv, E, E]``, ``W_o^T W_o`` averaged over the query heads of the group.
         key_plain: ``[H_kv, D + 1, D + 1]``, sum of ``(k, 1) (k, 1)^T`` over the tokens past the sinks, unweighted.
         value_plain: ``[H_kv, E + 1, E + 1]``, the same of values.
-        tokens: tokens past the sinks.
     """
 
     key_weight: Tensor
@@ -50,7 +50,6 @@ class LayerSums:
     metric: Tensor
     key_plain: Tensor
     value_plain: Tensor
-    tokens: int = 0
 
     @classmethod
     def empty(cls, dim: int, metric: Tensor) -> LayerSums:
@@ -77,7 +76,6 @@ class LayerSums:
         """Add float64 tokens ``[H_kv, T, D]`` and their weights ``[H_kv, T]``; the first ``sinks`` are no plain ones."""
         self.key_weight += weight_k.sum(-1)
         self.value_weight += weight_v.sum(-1)
-        self.tokens += max(0, keys.shape[1] - sinks)
         for x, weight, mean, square, plain in (
             (keys, weight_k, self.key_mean, self.key_square, self.key_plain),
             (values, weight_v, self.value_mean, self.value_square, self.value_plain),
@@ -88,16 +86,17 @@ class LayerSums:
             one = torch.nn.functional.pad(x[:, sinks:], (0, 1), value=1.0)
             plain += one.transpose(-1, -2) @ one
 
-    def turned(self, rotations: Tensor) -> LayerSums:
-        """The sums as they would be, on average, after each of ``rotations`` ``[O, D, D]`` (float64) of keys and queries."""
-        wide = torch.nn.functional.pad(rotations, (0, 1, 0, 1))
-        wide[:, -1, -1] = 1  # what ``key_plain`` counts with is not turned
+    def turned(self, turns: Turns) -> LayerSums:
+        """The sums as they would be, on average, after each of some rotations of keys and queries."""
+        plain = self.key_plain.clone()
+        plain[:, :-1, :-1] = turns.average(plain[:, :-1, :-1])
+        plain[:, :-1, -1] = plain[:, -1, :-1] = plain[:, :-1, -1] @ turns.mean.T
         return replace(
             self,
-            key_mean=self.key_mean @ rotations.mean(0).T,
-            key_square=average_turned(self.key_square, rotations),
-            query_square=average_turned(self.query_square, rotations),
-            key_plain=average_turned(self.key_plain, wide),
+            key_mean=self.key_mean @ turns.mean.T,
+            key_square=turns.average(self.key_square),
+            query_square=turns.average(self.query_square),
+            key_plain=plain,
         )
 
     def moments(self, residual: float = 1.0) -> LayerMoments:
@@ -244,7 +243,13 @@ class Collector:
     def _sums(self, layer: int, module: nn.Module, q: Tensor, v: Tensor) -> LayerSums:
         if layer not in self.layers:
             heads, group, _, dim = q.shape
-            self._metrics[layer] = output_metric(module, heads, group, v.shape[-1], q.device)
+            metric = output_metric(module, heads, group, v.shape[-1], q.device)
+            if not bool(metric.isfinite().all()):
+                raise NonFiniteError(
+                    f"the output projection of {type(module).__name__} holds NaN or infinity: nothing can be calibrated. "
+                    "Check the weights"
+                )
+            self._metrics[layer] = metric
             self.layers[layer] = LayerSums.empty(dim, self._metrics[layer])
         return self.layers[layer]
 
@@ -273,11 +278,11 @@ class Movement:
         heads = [(values @ metric[:, g]).mul_(values).sum(-1) for g in range(metric.shape[1])]
         self.own = torch.stack(heads, 1)  # [H_kv, G, T]
 
-    def __call__(self, outputs: Tensor, tokens: int | None = None) -> Tensor:
-        """``[H_kv, G, q, T]`` of heads' outputs ``[H_kv, G, q, E]``, for the first ``tokens`` of the values."""
+    def __call__(self, outputs: Tensor) -> Tensor:
+        """``[H_kv, G, q, T]`` of heads' outputs ``[H_kv, G, q, E]``."""
         om = outputs @ self.metric
-        cross = by_group(om, self.values[:, :tokens].transpose(-1, -2))
-        return cross.mul_(-2).add_(self.own[:, :, None, :tokens]).add_((om * outputs).sum(-1)[..., None]).clamp_min_(0)
+        cross = by_group(om, self.values.transpose(-1, -2))
+        return cross.mul_(-2).add_(self.own[:, :, None]).add_((om * outputs).sum(-1)[..., None]).clamp_min_(0)
 
 
 def by_group(grouped: Tensor, shared: Tensor) -> Tensor:
@@ -291,21 +296,22 @@ def output_metric(module: nn.Module, heads: int, group: int, width: int, device:
 
     Raises:
         UnsupportedModelError: if the attention module has no output projection that can be read.
-        NonFiniteError: if it holds NaN or infinity.
     """
     weight = output_projection(module, heads * group * width).detach()
-    metric = torch.stack([_square(part.to(device).float()) for part in weight.split(width, dim=1)])
-    if not bool(metric.isfinite().all()):
-        raise NonFiniteError(
-            f"the output projection of {type(module).__name__} holds NaN or infinity: nothing can be calibrated. Check the "
-            "weights"
-        )
-    result: Tensor = metric.unflatten(0, (heads, group))
+    parts = weight.to(device).unflatten(1, (-1, width)).transpose(0, 1)  # [H_q, hidden, E]
+    result: Tensor = product(parts.mT, parts).unflatten(0, (heads, group))
     return result
 
 
-def _square(weight: Tensor) -> Tensor:
-    return weight.T @ weight
+_SUMS_IN_FLOAT32 = torch.version.cuda is not None and hasattr(torch.ops.aten.bmm, "dtype")
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b``, ``[N, X, Y] @ [N, Y, Z]``, with sums and result in float32 whatever the dtype of both."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16) and _SUMS_IN_FLOAT32:
+        found: Tensor = torch.bmm(a, b, out_dtype=torch.float32)
+        return found
+    return a.float() @ b.float()
 
 
 def readable(weight: Tensor) -> bool:
@@ -335,22 +341,6 @@ def output_projection(attention: nn.Module, features: int) -> Tensor:
         f"{type(attention).__name__} has no output projection that calibration recognises (a linear o_proj, out_proj, "
         f"dense, c_proj or wo with {features} inputs); found {found}. Use kind='rotated', which needs no calibration"
     )
-
-
-def average_turned(square: Tensor, rotations: Tensor) -> Tensor:
-    """The mean of ``R square R^T`` over ``rotations`` ``[O, D, D]``, for ``[H, D, D]``.
-
-    A rotary embedding turns channels in pairs: then all rotations together are four factors an element.
-    """
-    own = rotations.diagonal(dim1=1, dim2=2)  # [O, D]
-    others = rotations - torch.diag_embed(own)
-    partner = others.abs().amax(0).argmax(-1)  # [D]
-    other = others.gather(2, partner.expand(len(others), -1)[..., None])[..., 0]  # [O, D]
-    if bool((others.count_nonzero(-1) > 1).any()):
-        return sum((turn @ square @ turn.T for turn in rotations), torch.zeros_like(square)) / len(rotations)
-    found = (own.T @ own) * square + (own.T @ other) * square[..., partner]
-    found += (other.T @ own) * square[:, partner] + (other.T @ other) * square[:, partner][..., partner]
-    return found / len(rotations)
 
 
 def _central(square: Tensor, weight: Tensor, mean: Tensor) -> Tensor:

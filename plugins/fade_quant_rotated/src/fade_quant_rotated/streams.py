@@ -17,6 +17,13 @@ from fade_core.packed import WORD_BITS, Layout, pack_codes, planes_of, unpack_co
 from fade_quant_rotated.lloyd_max import LEVELS, Levels, edges_on, levels_on
 
 
+def sent(tensor: Tensor, device: torch.device | None) -> Tensor:
+    """A tensor of the CPU on ``device``: a GPU gets it when it is free, and the host does not wait for that."""
+    if device is None or device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 class StreamLayout:
     """Where each channel of each head lies in the stream of one layer and side.
 
@@ -58,7 +65,8 @@ class StreamLayout:
             runs.append((width, at, at + len(head)))
             at += len(head)
         self.runs = tuple(runs)
-        self.channels = (torch.cat(order) if order else torch.empty(0, dtype=torch.long)).to(device)
+        self._order = torch.cat(order) if order else torch.empty(0, dtype=torch.long)  # on the CPU
+        self.channels = sent(self._order, device)
         self.words = int(widths.sum()) * tile // WORD_BITS
         self.row = max(row, -(-self.words // self.heads))
 
@@ -123,7 +131,7 @@ class StreamLayout:
     def blocks(self) -> Tensor:
         """``RunLayout.blocks``, int32 ``[H_kv, P, 6]``."""
         found: list[list[tuple[int, ...]]] = [[] for _ in range(self.heads)]
-        channels, at = self.channels.cpu(), 0
+        channels, at = self._order, 0
         for width, start, stop in self.runs:
             owner, channel = channels[start:stop] // self.kept, (channels[start:stop] % self.kept).tolist()
             for plane in planes_of(width):
@@ -132,7 +140,7 @@ class StreamLayout:
                     for first, count in _stretches([channel[column] for column in columns]):
                         own.append((at, stop - start, columns[first], count, channel[columns[first]], plane))
                 at += self.tile * plane // WORD_BITS * (stop - start)
-        return padded(found).to(self.channels.device)
+        return sent(padded(found), self.channels.device)
 
     def select(self, rows: Tensor, index: Tensor) -> Tensor:
         """Rows of the tokens ``index`` (int64 ``[B, H, K]``) of each head, codes untouched."""
