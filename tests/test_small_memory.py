@@ -43,3 +43,35 @@ def test_the_safe_preset_holds_at_most_what_an_uncompressed_cache_does(rows: int
             assert report.total == live_bytes(cache)
             assert report.baseline == live_bytes([(layer.keys, layer.values) for layer in plain.layers])
             assert report.total <= most * report.baseline, f"{report.total / report.baseline:.2f}"
+
+
+EVICTING = {
+    "aggressive": FadeConfig.aggressive(),
+    "two tiers": FadeConfig(
+        ladder=[{"tier": "int4", "capacity": 0.33}, {"tier": "int2"}], policy={"kind": "h2o", "budget": 0.75}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EVICTING)
+@torch.no_grad()
+def test_a_cache_of_fixed_size_that_evicts_holds_little_more_than_one_that_grows(name: str) -> None:
+    """From its first token to its last, where the growing one holds the most."""
+    length, generator = 2048, torch.Generator().manual_seed(fresh_seed())
+    held = []
+    for limit in (None, length):
+        with create_tiered_cache(model(), EVICTING[name], limit) as cache:
+            sizes = []
+            for count in (length - 150, *[1] * 150):
+                cache.get_mask_sizes(count)
+                for index in range(len(cache.tiered)):
+                    cache.update(*torch.randn((2, 1, 3, count, 64), generator=generator), index)
+                for layer in cache.tiered:
+                    layer.finish_pending()
+                sizes += [live_bytes(cache)] if count > 1 else []
+            cache.settle()
+            assert cache.get_seq_length() == length
+            held.append([*sizes, live_bytes(cache)])
+    growing, fixed = held
+    assert fixed[0] == fixed[1], "buffers of fixed size have grown"
+    assert fixed[1] <= 1.2 * growing[1], f"{fixed[1] / growing[1]:.2f}"

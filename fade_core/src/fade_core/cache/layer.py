@@ -111,7 +111,7 @@ class TieredLayer(CacheLayerMixin):
             self.steps.read_back(self._held)
         encoded, self._encoded = self._held.encoded - self._encoded, self._held.encoded
         if encoded > 0:
-            _tell(self, {"encode": encoded}, storage_bytes(self.tensors()), time.perf_counter())
+            _tell(self, {"encode": encoded}, self.held_bytes(), time.perf_counter())
         self.steps.tell_refused()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -277,7 +277,7 @@ class TieredLayer(CacheLayerMixin):
                 self.reset()
                 return
             self.changed()
-        self._compress_due()
+        self.pack_due()
         self.rank(due=True)
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -320,9 +320,8 @@ class TieredLayer(CacheLayerMixin):
         self._maintained = coming > 0
         if self._held is None:
             return
-        held, steps, kept = self._held, self.steps, self.holding or self.reading or self.record_past
-        quiet = 0 < coming <= steps.quiet and (steps.roomy or coming == 1)
-        if quiet and not kept and not (steps.stale and self.device.type == "cpu"):
+        held, steps = self._held, self.steps
+        if self.rests_until(coming):
             self._before = None
             steps.quiet -= coming
             steps.coming += coming
@@ -333,7 +332,7 @@ class TieredLayer(CacheLayerMixin):
             self.sync()
         if not self.reading:
             if self.record_past:
-                self._compress_due()  # whatever the last verification rejected has been cropped by now
+                self.pack_due()  # whatever the last verification rejected has been cropped by now
             self.rank(due=True)
             if coming <= MOST_TOKENS:
                 self._make_room(held, coming)
@@ -342,6 +341,12 @@ class TieredLayer(CacheLayerMixin):
             self.steps.slots = bucket(held.logical + self.steps.coming)
         self.steps.wire(held)
         self.steps.look_ahead(held)
+
+    def rests_until(self, coming: int) -> bool:
+        """Whether ``coming`` tokens may come before there is anything to do."""
+        steps, kept = self.steps, self.holding or self.reading or self.record_past
+        quiet = 0 < coming <= steps.quiet and (steps.roomy or coming == 1)
+        return quiet and not kept and not (steps.stale and self.device.type == "cpu")
 
     def _make_room(self, held: LayerContents, coming: int) -> None:
         """Room for ``coming`` tokens in the window, and reserved tiles for what they send out of it."""
@@ -356,7 +361,7 @@ class TieredLayer(CacheLayerMixin):
             self.sync()
         else:
             if due and self.max_length is None and not self.steps.compiles:
-                self._compress_due()
+                self.pack_due()
                 slots = window.longest + coming
             elif due:  # a step is compiled or recorded anew where buffers move: seldom
                 store = held.stores[0]
@@ -388,19 +393,25 @@ class TieredLayer(CacheLayerMixin):
         self.finish_pending()
         self._before, self._maintained = None, False
         if self._held is not None and not self.record_past:
-            self._compress_due(prompt)
+            self.pack_due(prompt)
             self.rank(due=True)
+
+    def commit(self) -> bool:
+        """The pass is over, and stays; says whether ``rest`` is to pack and rank what is due."""
+        if self.pending is None:
+            self._before = None
+        return not (self.steps.quiet or (self.steps.behind and self.device.type != "cpu"))
 
     def rest(self) -> None:
         """The pass is over: what is due is packed and ranked at once, where the host need not wait for the device to know."""
-        if self.steps.quiet or (self.steps.behind and self.device.type != "cpu"):
-            self._before = None
-        else:
+        if self.commit():
             self.settle()
+        else:
+            self._before = None
         if self.steps.compiles and self.steps.buffers is None and self._held is not None:
             self.steps.wire(self._held)  # a compiled step may come without anybody asking for the mask
 
-    def _compress_due(self, prompt: bool = False) -> None:
+    def pack_due(self, prompt: bool = False) -> None:
         """Encode what has left the window; ``prompt``: it may be placed on any tier."""
         if self.plan.ladder.tiers and not self.holding and self.held.window.longest >= self.plan.ladder.threshold:
             with self.moving("fp16") as moved:
@@ -417,18 +428,56 @@ class TieredLayer(CacheLayerMixin):
             return
         rows = torch.ones(self._held.rows, dtype=torch.bool)
         if due:
-            came = self._held.logical + self.steps.coming - int(self._held.ranked_at.min())  # at most
-            if self.holding or self._before is not None or came < self.plan.every:
+            if not self.may_be_due or not bool((rows := self.due_rows()).any()):
                 return
-            rows = self.logical - self._held.ranked_at >= self.plan.every
-            if not bool(rows.any()):
-                return
-            self._compress_due()
+            self.pack_due()
         held = self.held
         held.ranked_at = held.ranked_at.masked_fill(rows, held.logical)
         with self.moving(held.stores[-1].tier.name) as moved:
             moved["demote"], moved["evict"] = rank(held, rows)
             moved["reassign"] = moved["demote"] + moved["evict"]
+
+    @property
+    def may_be_due(self) -> bool:
+        """Whether rows may have to be ranked now, as far as the host knows."""
+        held = self._held
+        if held is None or not self.plan.ladder.bounded or self.holding or self._before is not None:
+            return False
+        return held.logical + self.steps.coming - int(held.ranked_at.min()) >= self.plan.every
+
+    @property
+    def waits_for_ranking(self) -> bool:
+        """Whether rows may be ranked now, as ``maintain`` would, together with those of other layers."""
+        return self.pending is None and not (self.reading or self.record_past) and self.may_be_due
+
+    def due_rows(self) -> Tensor:
+        """Rows that have taken ``plan.every`` tokens since they were last ranked, bool ``[B]`` on the CPU."""
+        return self.logical - self.known.ranked_at >= self.plan.every
+
+    def ranked(self, rows: Tensor, moved: dict[str, int], moves: bool, before: int, started: float) -> None:
+        """Go on after a ranking of several layers.
+
+        Args:
+            rows: bool ``[B]`` (CPU) of the rows that were ranked.
+            moved: tokens that were moved, by kind of event.
+            moves: whether buffers are others now.
+            before: bytes that were held before.
+            started: when it began, by ``time.perf_counter``.
+        """
+        held = self.known
+        held.ranked_at = held.ranked_at.masked_fill(rows, held.logical)
+        if self.plan.shifted:
+            self.changed()
+        else:  # steps find all they need where it was, unless buffers are others
+            self._encoded = held.encoded
+            self.steps.coming = self.steps.quiet = 0
+            if moves:
+                self.steps.rewire()
+        _tell(self, {**moved, "reassign": sum(moved.values())}, before, started, held.stores[-1].tier.name)
+
+    def held_bytes(self) -> int:
+        """Bytes that the layer holds, for events; 0 if nobody hears of them."""
+        return storage_bytes(self.tensors()) if self.plan.heard else 0
 
     def changed(self) -> None:
         """The host has moved tokens: shifts are worked out anew, and steps find what there is now."""
@@ -443,7 +492,7 @@ class TieredLayer(CacheLayerMixin):
     @contextlib.contextmanager
     def moving(self, source: str = "") -> Iterator[dict[str, int]]:
         """Tokens move inside the block, which says how many by kind of event; ``source``: where evicted ones were."""
-        started, before, moved = time.perf_counter(), storage_bytes(self.tensors()), dict[str, int]()
+        started, before, moved = time.perf_counter(), self.held_bytes(), dict[str, int]()
         yield moved
         self.changed()
         _tell(self, moved, before, started, source)
@@ -456,7 +505,9 @@ def _tell(layer: TieredLayer, moved: Mapping[str, int], before: int, started: fl
     for quantizer in layer.plan.learners:
         if quantizer.shortcoming:
             layer.plan.emit_once({"op": "encode", "quantizer": quantizer.kind, "reason": quantizer.shortcoming})
-    seconds, after = time.perf_counter() - started, storage_bytes(layer.tensors())
+    if not layer.plan.heard:
+        return
+    seconds, after = time.perf_counter() - started, layer.held_bytes()
     for kind, tokens in moved.items():
         if tokens or kind == "reassign":
             detail = {"length": layer.logical} | ({"from": source} if source and kind == "evict" else {})

@@ -75,6 +75,11 @@ class LayerPlan(EvictionPlan):
         """Whether tokens carry how far they are moved when they are read."""
         return self.rope is not None
 
+    @property
+    def heard(self) -> bool:
+        """Whether anybody hears of events: what they tell costs as much as a small ranking to find out."""
+        return bool(getattr(self.emit, "sinks", True))
+
     @cached_property
     def observes(self) -> bool:
         """Whether attention leaves statistics behind."""
@@ -110,7 +115,7 @@ class LayerPlan(EvictionPlan):
         """
         ladder, (batch, heads, _, dim) = self.ladder, keys.shape
         statistics = self.tracker.statistics if ladder.bounded else ()
-        spare = 0 if isinstance(ladder.budget, ByteBudget) else max(REJECTABLE, MOST_TOKENS)
+        spare = 0 if ladder.bounded else max(REJECTABLE, MOST_TOKENS)  # a cache that evicts is there to be small
         floor = ladder.threshold + spare if slots else 0
         layout = TokenLayout(heads, keys.dtype, keys.device, statistics, self.shifted)
         window = Window(batch, dim, values.shape[3], floor, layout, floor)
@@ -124,8 +129,8 @@ class LayerPlan(EvictionPlan):
     def room(self, slots: int, rows: int) -> list[int]:
         """Tiles of each tier that a row and head needs on average, for ``slots`` tokens in each of ``rows``.
 
-        Those are of what is kept, and of what comes before a ranking. A budget in bytes has both in it; in a second tier and
-        after it what is demoted at a ranking comes on top.
+        Those are of what is kept, and of what comes before a ranking. A budget in bytes has both in it. A tier after the
+        first needs room for what finer ones leave of the budget, and for what is demoted at a ranking.
         """
         ladder, tile = self.ladder, self.ladder.tile
         if not slots:
@@ -135,12 +140,16 @@ class LayerPlan(EvictionPlan):
         if not ladder.bounded:
             return [most for _ in ladder.tiers]
         lengths = torch.full((rows,), slots)
-        budget = int(ladder.packed_budget(lengths, torch.full((rows,), window)).max())
-        coming = -(-(self.every + MOST_TOKENS + REJECTABLE) // tile) + 2
-        kept = [min(budget, int(tokens_of(tier.capacity, lengths).max())) for tier in ladder.tiers]
-        if isinstance(ladder.budget, ByteBudget):
-            return [min(most, tokens // tile - (-self.every // tile)) for tokens in kept]
-        return [min(most, -(-tokens // tile) + coming) for tokens in kept]
+        left = int(ladder.packed_budget(lengths, torch.full((rows,), window)).max())
+        in_bytes, tiles = isinstance(ladder.budget, ByteBudget), []
+        for tier in ladder.tiers:
+            kept = min(left, int(tokens_of(tier.capacity, lengths).max()))
+            if in_bytes:
+                tiles.append(min(most, kept // tile - (-self.every // tile)))
+                continue
+            tiles.append(min(most, -(-kept // tile) - (-(self.every + MOST_TOKENS) // tile)))
+            left -= max(0, kept - tile)  # what is over capacity goes in whole tiles: up to one less stays
+        return tiles
 
 
 NEVER = 1 << 30

@@ -118,6 +118,7 @@ def load_store(store: TierStore, state: Mapping[str, Tensor]) -> None:
     table.resize(max(width, table.width))
     table.use(live.sum(-1))
     used, place = numbered(saved[live])
+    table.shared = len(used) < len(place)
     laid = table.in_runs()[:, :, :width][live]
     tiles = {name: field.index_select(0, used.to(field.device)) for name, field in fields.items()}
     ids = store.pool.write(tiles, torch.empty(0), laid if len(laid) == len(used) else None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -133,6 +135,8 @@ class LayerSteps:
         take_in(self.step_plan, keys, values, self.wire(held))
         query = keys.new_zeros((held.rows, max(self.plan.query_heads, held.heads), 1, keys.shape[3]))
         read_all(self.step_plan, query, self.wire(held), None, None, 1.0, None)
+        for store in held.stores if len(held.stores) > 1 else ():  # tokens will be demoted
+            store.warm_up()
         self.tell_refused()
         self.counters.zero_()
         held.window.clear()
@@ -163,19 +167,27 @@ class LayerSteps:
         return output
 
     # --- what went wrong ---
-    def read_back(self, held: LayerContents) -> None:
+    def unread(self, held: LayerContents) -> list[Tensor]:
+        """The device's numbers that ``read_back`` reads: counters, and int32 ones."""
+        return [self.counters, held.window.numbers.device, *(store.table.used.device for store in held.stores[:1])]
+
+    def read_back(self, held: LayerContents, numbers: Sequence[Tensor] = ()) -> None:
         """Read back the lengths that steps have changed.
+
+        Args:
+            held: the layer's tokens.
+            numbers: what ``unread`` names, if it has been read already.
 
         Raises:
             InputError: if compiled steps went past ``max_cache_len``, were given a mask that hid stored tokens, or more of
                 them came than tiles were reserved for.
             NonFiniteError: if compiled steps were given NaN or infinity.
         """
-        counters = self.counters.cpu().tolist()
+        counters = (numbers[0] if numbers else self.counters.cpu()).tolist()
         held.logical, self.coming = counters[LOGICAL], 0
-        held.window.numbers.pull()
-        for store in held.stores[:1]:
-            store.table.used.pull()
+        mirrors = [held.window.numbers, *(store.table.used for store in held.stores[:1])]
+        for mirror, read in zip_longest(mirrors, numbers[1:]):
+            mirror.pull(read)
         what, error = "", InputError
         if self.max_length is not None and held.logical > self.max_length:
             what = f"{held.logical} tokens were fed to a cache of max_cache_len={self.max_length}"

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLayerMixin, StaticLayer
 
 from fade_core.cache.layer import TieredLayer
+from fade_core.cache.ranking_rounds import rank_due
 from fade_core.config import FadeConfig
 from fade_core.errors import InputError, UnsupportedModelError
 from fade_core.interfaces import Event
@@ -68,8 +69,10 @@ class PassControl(Cache):
             self._before.clear()
             self._overwritten.clear()
             self._updated.clear()
-            for index in self._tiered:
-                self.layers[index].rest()
+            layers = [self.layers[index] for index in self._tiered]
+            rank_due([layer for layer in layers if layer.commit()])
+            for layer in layers:
+                layer.rest()
             return
         outcome = self._roll_back(max(self._updated), len(self.layers))
         if not self.get_seq_length() and self._begun:
@@ -135,8 +138,10 @@ class PassControl(Cache):
         """Length and offset of the mask of the next pass. It is asked for before each: that is when tokens move."""
         if not recording():
             self.conclude()
-            for index in self._tiered:
-                self.layers[index].maintain(int(query_length))
+            layers = [self.layers[index] for index in self._tiered]
+            rank_due([layer for layer in layers if not layer.rests_until(int(query_length))])
+            for layer in layers:
+                layer.maintain(int(query_length))
         sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
         return sizes
 

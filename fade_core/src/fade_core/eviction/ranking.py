@@ -34,7 +34,7 @@ def rank(held: LayerContents, rows: Tensor) -> tuple[int, int]:
         over = ladder.overflow(store.lengths, i, above, held.lengths, held.window.lengths, room) * rows[:, None]
         if bool(over.any()):
             if scores is None:
-                scores = _scores(held)[0]
+                scores = layer_scores(held)[0]
             last, before = i + 1 == len(held.stores), store.lengths
             tokens = store.split(_choose(store, scores[i], over), decode=not last)
             gone = int((before - store.lengths).sum())
@@ -72,7 +72,7 @@ def place(held: LayerContents, run: Tokens, moving: Tokens, due: Tensor) -> int:
         real = torch.arange(run.keys.shape[2], device=held.device) < sent(count[:, None], held.device)  # [B, T]
         where = run.positions.masked_fill(~real[:, None], -1).expand(-1, heads, -1)
         view = _view(held, where, run.statistics, run.keys.float, run.values.float)
-        every = _checked(held, policy.score(view), where.shape)
+        every = checked(held, policy.score(view), where.shape)
         scores = every[:, :, part]
         if held.plan.allocates:
             competing = torch.full_like(every, -torch.inf)
@@ -120,7 +120,7 @@ def _rooms(held: LayerContents) -> tuple[list[Tensor] | None, Tensor | None]:
     budget = ladder.packed_budget(held.lengths, held.window.lengths)
     if bool((packed.sum(1) <= budget * packed.shape[1]).all()):
         return None, packed
-    scores, view = _scores(held)
+    scores, view = layer_scores(held)
     kept = [part.masked_fill(s.live_positions() < 0, -torch.inf) for part, s in zip(scores, held.stores, strict=True)]
     always = view.positions.shape[2] - sum(part.shape[2] for part in kept)
     competing = torch.cat([kept[0].new_full((*packed.shape, always), -torch.inf), *kept], 2)
@@ -149,7 +149,7 @@ def _allocated(held: LayerContents, view: LayerView, competing: Tensor, budget: 
     return torch.where(within, packed, in_tiles(wanted, packed, held.plan.ladder.tile))
 
 
-def _scores(held: LayerContents) -> tuple[list[Tensor], LayerView]:
+def layer_scores(held: LayerContents) -> tuple[list[Tensor], LayerView]:
     """The policy's scores of every tier's slots, ``[B, H_kv, tiles * tile]`` each, and what it saw."""
     window, parts = held.window, held.everything
     positions = [part.live_positions().expand(-1, held.heads, -1) for part in parts]
@@ -159,11 +159,12 @@ def _scores(held: LayerContents) -> tuple[list[Tensor], LayerView]:
         return torch.cat([window.decode(side), *(store.decode(side) for store in held.packed)], 2).float()
 
     view = _view(held, torch.cat(positions, 2), statistics, lambda: decoded(0), lambda: decoded(1))
-    scores = _checked(held, held.plan.policy.score(view), view.positions.shape)
+    scores = checked(held, held.plan.policy.score(view), view.positions.shape)
     return list(scores.split([p.shape[2] for p in positions], dim=2)[1:]), view
 
 
-def _checked(held: LayerContents, scores: Tensor, shape: torch.Size) -> Tensor:
+def checked(held: LayerContents, scores: Tensor, shape: torch.Size) -> Tensor:
+    """A policy's ``scores``, NaN the lowest. Raises ``InputError`` if they are not of ``shape``."""
     if scores.shape != shape:
         raise InputError(
             f"policy {held.plan.policy.kind!r} scored layer {held.plan.index} with shape {tuple(scores.shape)}; "
@@ -178,10 +179,21 @@ def _choose(store: TierStore, scores: Tensor, over: Tensor) -> Tensor:
     live = positions >= 0
     if store.table.stores_positions and store.moves_tokens:
         return lowest(scores, live, over)
-    tiled = scores.masked_fill(~live, 0).unflatten(-1, (-1, store.tile)).sum(-1)
-    count = live.unflatten(-1, (-1, store.tile)).sum(-1)
+    return lowest_tiles(scores, live, over, store.tile).repeat_interleave(store.tile, dim=-1) & live
+
+
+def lowest_tiles(scores: Tensor, live: Tensor, over: Tensor, tile: int) -> Tensor:
+    """The tiles that go, bool ``[B, H_kv, n]``: those of lowest mean until they hold ``over`` ``[B, H_kv]`` (CPU) tokens.
+
+    Args:
+        scores: of every token, ``[B, H_kv, n * tile]``.
+        live: whether there is one.
+        over: tokens to be given up at least.
+        tile: tokens of a tile.
+    """
+    tiled = scores.masked_fill(~live, 0).unflatten(-1, (-1, tile)).sum(-1)
+    count = live.unflatten(-1, (-1, tile)).sum(-1)
     order = torch.argsort((tiled / count.clamp_min(1)).masked_fill(count == 0, torch.inf), dim=-1, stable=True)
     sizes = count.gather(2, order)  # a tile that was cut short gives less: others go with it
     gone = (sizes.cumsum(-1) - sizes < sent(over, sizes.device)[..., None]) & (sizes > 0)
-    tiles = torch.zeros_like(gone).scatter_(2, order, gone)
-    return tiles.repeat_interleave(store.tile, dim=-1) & live
+    return torch.zeros_like(gone).scatter_(2, order, gone)

@@ -116,6 +116,8 @@ class EvictionPolicy(ABC):
         decay: what "ema" is multiplied by at each query.
         positional: the score grows with the position alone; the cache then moves whole tiles by age and stores no
             positions.
+        rowwise: the score of a row is worked out from its positions, its statistics and the lengths alone, not from keys,
+            values, queries or the layer's number; all layers are then shown in one view, as more rows, and scored by one call.
     """
 
     kind: ClassVar[str] = ""
@@ -123,6 +125,7 @@ class EvictionPolicy(ABC):
     observes: int | Literal["all"] | None = None
     decay: float = 0.99
     positional: bool = False
+    rowwise: bool = False
 
     @abstractmethod
     def score(self, view: LayerView) -> Tensor:

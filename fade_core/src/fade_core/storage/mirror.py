@@ -39,10 +39,10 @@ class Mirror:
         if self.device is not self.host:
             self.device.copy_(sent(self.host, self.device.device))
 
-    def pull(self) -> None:
-        """Read the device's numbers back; waits for the device."""
+    def pull(self, numbers: Tensor | None = None) -> None:
+        """Read the device's numbers back; waits for the device, unless they are ``numbers`` that were read already."""
         if self.device is not self.host:
-            self.host.copy_(self.device)
+            self.host.copy_(self.device if numbers is None else numbers.view_as(self.host))
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Every tensor held, by what it is for."""

@@ -103,6 +103,7 @@ class TierStore:
     def clear(self) -> None:
         """Hold no token; a store of fixed size stays where it is, with all of its tiles reserved."""
         self.table.use(torch.zeros_like(self.table.used.host))
+        self.table.shared = False
         self.heads_aligned = not self.table.stores_positions
         self._changed()
         self.reserve(0, self.fixed)
@@ -185,13 +186,13 @@ class TierStore:
         if self.fixed and rows:
             spare = len(self.pool.free(table.alive())) + int((table.reserved.host - table.used.host).sum())
             want = min(want, spare // rows, table.width - self.tiles)
-        self._make_room(torch.full_like(table.used.host, max(need, want)))
+        self.make_room(torch.full_like(table.used.host, max(need, want)))
 
-    def _make_room(self, wanted: Tensor) -> None:
-        """Reserve ``wanted`` ``[B, H_kv]`` tiles behind those in use."""
+    def make_room(self, wanted: Tensor) -> bool:
+        """Reserve ``wanted`` ``[B, H_kv]`` tiles behind those in use; says whether they were not yet."""
         table, pool, after = self.table, self.pool, self.table.used.host + wanted
         if bool((after <= table.reserved.host).all()):
-            return
+            return False
         in_runs = self.runs and pool.capacity == table.ids.host.numel()
         source = table.alive()
         if int(after.max()) > table.width:
@@ -205,6 +206,7 @@ class TierStore:
         table.ids.host[missing] = pool.take(laid, table.alive()).int()
         table.reserved.replace(torch.maximum(table.reserved.host, after))
         self._changed()
+        return True
 
     def give_back(self) -> None:
         """Free the tiles that are reserved; steps have to be told."""
@@ -229,6 +231,17 @@ class TierStore:
         elif not self.fixed and table.width > needed + max(1, needed // 16):
             table.resize(needed)
         self._changed()
+
+    def shed(self) -> bool:
+        """Free tiles that are reserved, if they are so many that a store that grows gives them back; says whether it did."""
+        table, used = self.table, self.table.used.host
+        longest = int(used.max())
+        few = int(used.sum()) < self.pool.capacity * 0.75 or table.width > longest + max(1, longest // 16)
+        if self.fixed or not few:
+            return False
+        table.use(used.clone())
+        self.release()
+        return True
 
     def _changed(self) -> None:
         """The host has changed the table: steps find it so."""
@@ -270,7 +283,7 @@ class TierStore:
         filled = (counts[..., None] - number * self.tile).clamp(0, self.tile)
         present, wanted = table.present(filled > 0), torch.zeros_like(table.used.host)
         wanted[rows] = present.sum(-1).int()
-        self._make_room(wanted)
+        self.make_room(wanted)
         at = (table.used.host[rows].long()[..., None] + number).clamp_max(table.width - 1)
         return filled, table.ids.host[rows].long().gather(2, at).masked_fill(~present, -1)
 
@@ -346,6 +359,31 @@ class TierStore:
             keys, values = (picked(self._decoded(side, ids), inner) for side in self._sides)
         statistics = {name: held.gather(2, index) for name, held in self.statistics.items()}
         return Tokens(keys, values, positions.gather(2, index), gone, statistics)
+
+    def recode(self, ids: Tensor, order: Tensor, into: TierStore, places: Tensor) -> None:
+        """Decode the pool tiles ``ids`` ``[B, H_kv, n]`` and encode their tokens for another tier.
+
+        Args:
+            ids: on the device.
+            order: int64 ``[B, H_kv, n * tile]``: which token comes where.
+            into: the other tier's store.
+            places: pool tiles there, int64 ``[B, H_kv, n]`` on the device; -1 for what is not written.
+        """
+        for side, quantizer in into._sides.items():
+            tokens, fields = self._decoded(side, ids), under(into.pool.fields, side)
+            for part in _pieces(ids.shape[2]):
+                slots = order[:, :, part.start * self.tile : part.stop * self.tile]
+                into.codec.encode_into(quantizer, picked(tokens, slots), fields, places[:, :, part].contiguous())
+
+    def warm_up(self) -> None:
+        """Decode and encode a tile of an empty store, writing nothing: what kernels compile at first use is compiled now."""
+        if not self.pool.capacity or any(quantizer.learns for quantizer in self._sides.values()):
+            return
+        ids = torch.zeros((*self.table.used.host.shape, 1), dtype=torch.long, device=self.device)
+        for side, quantizer in self._sides.items():
+            self.codec.encode_into(
+                quantizer, self._decoded(side, ids), under(self.pool.fields, side), torch.full_like(ids, -1)
+            )
 
     def _regroup(self, moving: Tensor, staying: Tensor) -> None:
         """Regroup the tokens that stay into whole tiles; rows that lose nothing keep theirs."""

@@ -32,13 +32,14 @@ class TileTable:
         counts: live tokens of each tile ``[B, H_kv, T]``, the first of it; the size of a tile where it is not in use.
         slots: on the device: "starts", position of the first token of each tile, int32 ``[B, H_kv, T]``, or "positions",
             int32 ``[B, H_kv, T, tile]``; and the notes.
+        shared: whether rows may have tiles in common.
     """
 
     def __init__(
         self, batch: int, width: int, tile: int, layout: TokenLayout, stores_positions: bool, heads_share_tiles: bool
     ) -> None:
         rows, device = (batch, layout.heads), layout.device
-        self.tile, self.device, self.heads_share_tiles = tile, device, heads_share_tiles
+        self.tile, self.device, self.heads_share_tiles, self.shared = tile, device, heads_share_tiles, False
         self.ids, self.counts = (Mirror(torch.full((*rows, width), fill), device) for fill in (-1, tile))
         self.used, self.reserved = (Mirror(torch.zeros(rows), device) for _ in range(2))
         name, shape = ("positions", (*rows, width, tile)) if stores_positions else ("starts", (*rows, width))
@@ -136,6 +137,7 @@ class TileTable:
         for mirror in (self.ids, self.counts):
             mirror.replace(mirror.host[index])
         self.slots.select_rows(sent(index, self.device))
+        self.shared = self.shared or len(index.unique()) < len(index)
         self.use(self.used.host[index])
 
     def join(self, other: TileTable, ids: Tensor) -> None:
@@ -144,6 +146,7 @@ class TileTable:
         self.ids.replace(joined(width, -1, (self.ids.host, own), (ids, tiles)))
         self.counts.replace(joined(width, self.tile, (self.counts.host, own), (other.counts.host, tiles)))
         self.slots.resize(width, own, (other.slots, tiles))
+        self.shared = self.shared or other.shared
         for mirror in (self.used, self.reserved):
             mirror.replace(torch.cat([mirror.host, other.used.host]))
 

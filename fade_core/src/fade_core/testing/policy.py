@@ -211,6 +211,18 @@ def positional(case: PolicyCase) -> None:
     require(bool((scores.diff(dim=-1) >= 0).all()), "an older token scores higher than a newer one")
 
 
+def rowwise(case: PolicyCase) -> None:
+    """A policy that says it is rowwise needs nothing but positions, statistics and lengths; a layer's number is no matter."""
+    policy = case.build()
+    if not policy.rowwise:
+        raise NotApplicableError("rowwise is False")
+    tokens = case.tokens(3, 2, 37, 16)
+    bare = tokens.view(tuple(name for name in policy.statistics if name in STATISTICS), positions_only=True)
+    bare.layer, bare.num_layers = 0, 1
+    wanted = policy.score(tokens.view())
+    require_close(policy.score(bare), wanted, _rounding(wanted), "scores without keys, values and the layer's number")
+
+
 def allocation(case: PolicyCase) -> None:
     """allocate() spends each row's budget on tokens that compete, and no more of a head's than there are."""
     policy = case.build()
@@ -242,6 +254,7 @@ POLICY_CHECKS: Suite[PolicyCase] = Suite(
         empty_slots_ignored,
         rows_apart,
         positional,
+        rowwise,
         allocation,
     )
 )

@@ -18,6 +18,7 @@ class NormalisedH2OPolicy(EvictionPolicy):
     """A token is worth the attention it received from a query that could see it, on average over all queries."""
 
     kind: ClassVar[str] = "normalised_h2o"
+    rowwise: bool = True
     statistics: tuple[str, ...] = ("mass", "seen")
     observes: int | Literal["all"] | None = "all"
 

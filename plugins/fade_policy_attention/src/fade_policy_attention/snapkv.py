@@ -32,6 +32,7 @@ class SnapKVPolicy(EvictionPolicy):
     """
 
     kind: ClassVar[str] = "snapkv"
+    rowwise: bool = True
     statistics: tuple[str, ...] = ("window",)
 
     def __init__(self, window: int = 32, kernel: int = 5, pool: Pool = "mean") -> None:

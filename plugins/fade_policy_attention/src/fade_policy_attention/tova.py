@@ -22,6 +22,7 @@ class TovaPolicy(EvictionPolicy):
     """
 
     kind: ClassVar[str] = "tova"
+    rowwise: bool = True
     statistics: tuple[str, ...] = ("last",)
     observes: int | Literal["all"] | None = 1
 

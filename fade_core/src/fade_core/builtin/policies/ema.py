@@ -18,6 +18,7 @@ class EmaPolicy(EvictionPolicy):
     """
 
     kind: ClassVar[str] = "ema"
+    rowwise: bool = True
     statistics: tuple[str, ...] = ("ema",)
 
     def __init__(self, decay: float = 0.99) -> None:

@@ -18,6 +18,7 @@ class H2OPolicy(EvictionPolicy):
     """
 
     kind: ClassVar[str] = "h2o"
+    rowwise: bool = True
     statistics: tuple[str, ...] = ("mass", "seen")
 
     def __init__(self, normalised: bool = True) -> None:

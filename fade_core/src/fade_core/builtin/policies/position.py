@@ -13,6 +13,7 @@ class PositionPolicy(EvictionPolicy):
     """A token is worth its position: the oldest go first. Needs no attention statistics."""
 
     kind: ClassVar[str] = "position"
+    rowwise: bool = True
     positional: bool = True
 
     def score(self, view: LayerView) -> Tensor:
