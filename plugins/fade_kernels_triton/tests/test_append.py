@@ -320,8 +320,10 @@ from fade_kernels_triton.jit.appendplanes import append_planes_kernel
 POINTERS = {"KEY_CODES": "*i16", "KEY_LOW": "*i16", "VALUE_CODES": "*i16", "COUNTERS": "*i64", "KEY_META": "*i32",
             "VALUE_META": "*i32", "KEY_GAIN": "*u8", "VALUE_GAIN": "*u8"}
 POINTERS |= dict.fromkeys(("LENGTHS", "USED", "RESERVED", "POSITIONS", "IDS"), "*i32")
-POINTERS |= {f"{side}_{name}": "*i32" if name == "TABLE" else "*fp32" for side in ("KEY", "VALUE")
-             for name in ("TABLE", "SCALES", "WORTH", "MEAN", "FORWARD", "DEVIATION", "USUAL")}
+for side in ("KEY", "VALUE"):
+    POINTERS |= dict.fromkeys((f"{side}_TABLE", f"{side}_SLOTS", f"{side}_WIDTHS"), "*i32")
+    numbers = ("STEPS", "WORTH", "MEAN", "FORWARD", "DEVIATION", "USUAL")
+    POINTERS |= dict.fromkeys((f"{side}_{name}" for name in numbers), "*fp32")
 WINDOW = dict.fromkeys(("KEYS", "VALUES", "W_KEYS", "W_VALUES"), "*bf16")
 SHARED = dict(TILE=64, BLOCK=16, MOST=32, ZERO=False, D=128, DP=128)
 CODES = dict(KEY_ROTATION=None, VALUE_ROTATION=None, VALUE_LOW=None, KEY_CHANNEL=True, KEY_OUTWARD=True, VALUE_OUTWARD=True)

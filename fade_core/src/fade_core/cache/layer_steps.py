@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fade_core.cache.layer_plan import NEVER, LayerPlan
 from fade_core.errors import InputError, NonFiniteError
+from fade_core.eviction import together
 from fade_core.eviction.contents import LayerContents
 from fade_core.ops.buffers import LOGICAL, NONFINITE, ODD_MASK, LayerBuffers, layer_buffers
 from fade_core.ops.step import plan_step, read_all, step_name, take_in
@@ -137,6 +138,8 @@ class LayerSteps:
         read_all(self.step_plan, query, self.wire(held), None, None, 1.0, None)
         for store in held.stores if len(held.stores) > 1 else ():  # tokens will be demoted
             store.warm_up()
+        if held.stores and self.plan.ladder.bounded and self.checks_masks:  # once is enough for all layers
+            together.warm_up(held)
         self.tell_refused()
         self.counters.zero_()
         held.window.clear()

@@ -139,6 +139,14 @@ def _live(store: TierStore, many: int) -> Tensor | None:
     return None if store.table.even() else sent(store.table.live(), store.device).repeat(many, 1, 1)
 
 
+def warm_up(held: LayerContents) -> None:
+    """Sort and move what is nothing, as a ranking does: libraries load their kernels when they are first asked for them."""
+    store, shape = held.stores[0], (held.rows, held.heads, max(1, held.stores[0].table.width))
+    scores = torch.zeros((*shape[:2], shape[2] * store.tile), device=held.device)
+    gone = lowest_tiles(scores, scores == 0, torch.zeros(shape[:2], dtype=torch.long), store.tile)
+    _move([torch.zeros(shape, dtype=torch.int32, device=held.device)], left_pack(~gone))
+
+
 def _sort(stores: Sequence[TierStore], scores: Tensor, over: Tensor) -> None:
     """Bring the tiles that go, of ``over`` tokens ``[B, H_kv]`` (CPU), behind those that stay; they are not in use then."""
     first, many = stores[0], len(stores)

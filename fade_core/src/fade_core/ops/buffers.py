@@ -203,7 +203,13 @@ def layer_buffers(
 
 def _matching(pattern: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Those of ``tensors`` whose whole name is as ``pattern`` says."""
-    return {name: held for name, held in tensors.items() if re.fullmatch(pattern, name)}
+    return {name: tensors[name] for name in _names(pattern, tuple(tensors))}
+
+
+@cache
+def _names(pattern: str, names: tuple[str, ...]) -> list[str]:
+    """Those ``names`` that are as ``pattern`` says."""
+    return [name for name in names if re.fullmatch(pattern, name)]
 
 
 @cache
