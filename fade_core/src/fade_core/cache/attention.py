@@ -20,7 +20,7 @@ from fade_core.cache.prompt import dense_with_past, past_masks, past_shifts
 from fade_core.interfaces import PromptView
 from fade_core.ops.reference import FullSegment, Segment, decode_attention
 from fade_core.ops.step import read_all
-from fade_core.support.recording import recording
+from fade_core.support.recording import recorded
 from fade_core.support.transfer import sent
 
 NAME = "fade"
@@ -331,7 +331,7 @@ def padding_mask(
     plain = given.get("mask_function", causal_mask_function) is causal_mask_function
     plain = plain and given.get("allow_is_causal_skip", True) and _take_rows.get(id(config)) is config is not None
     plain = plain and isinstance(q_offset, int) and kv_offset == 0 and kv_length == q_offset + q_length
-    if plain and q_length > 1 and not recording():
+    if plain and q_length > 1 and not (torch.compiler.is_compiling() or recorded.on):
         if rows is None and q_offset:
             rows = torch.ones((batch_size, kv_length), dtype=torch.bool, device=given.get("device"))
         if rows is not None and rows.shape[1] == kv_length and (q_offset or not bool(rows.all())):

@@ -29,7 +29,7 @@ from fade_core.ops.step import take_in
 from fade_core.storage.repositioning import note_shifts
 from fade_core.support.checks import check_room, check_tokens
 from fade_core.support.memory import storage_bytes
-from fade_core.support.recording import recording
+from fade_core.support.recording import recorded
 
 AHEAD = 16
 """Where steps are compiled and buffers grow, a sixteenth of the tiles, four at least, is reserved ahead: growth costs time."""
@@ -170,7 +170,7 @@ class TieredLayer(CacheLayerMixin):
             NonFiniteError: NaN or infinity.
                 Nothing has changed in this layer then; the cache takes back the layers before it.
         """
-        if not recording():
+        if not (torch.compiler.is_compiling() or recorded.on):
             return self._update_eagerly(key_states, value_states)
         step = key_states.shape[2] == 1 and self.steps.ready and self.is_compileable
         if step:
@@ -223,7 +223,7 @@ class TieredLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> Any:
         """Logical length: tokens the model has seen, stored or not; a tensor inside a compiled graph."""
-        if recording() and self.steps.ready:
+        if (torch.compiler.is_compiling() or recorded.on) and self.steps.ready:
             return self.steps.counters[LOGICAL]
         return self.logical
 
@@ -234,7 +234,7 @@ class TieredLayer(CacheLayerMixin):
             InputError: if the tokens would pass ``max_length``. The model asks before its first layer runs, whose own
                 state (a convolution's, say) could not be taken back.
         """
-        if not recording():
+        if not (torch.compiler.is_compiling() or recorded.on):
             self._check_room(int(query_length))
         if query_length == 1 and self.steps.ready and self.is_compileable:
             return self.steps.slots, 0

@@ -18,7 +18,7 @@ from fade_core.errors import InputError, UnsupportedModelError
 from fade_core.interfaces import Event
 from fade_core.ops.buffers import LOGICAL
 from fade_core.support.checks import check_finite, check_room, check_tokens
-from fade_core.support.recording import recording
+from fade_core.support.recording import recorded
 
 
 class PassControl(Cache):
@@ -100,7 +100,7 @@ class PassControl(Cache):
         if not 0 <= layer_idx < len(self.layers):
             raise InputError(f"layer {layer_idx} does not exist: the cache was built for {len(self.layers)} layers")
         layer = self.layers[layer_idx]
-        if recording():
+        if torch.compiler.is_compiling() or recorded.on:
             traced: tuple[Tensor, Tensor] = layer.update(key_states, value_states, *args, **kwargs)
             return traced
         if self._reading and not isinstance(layer, TieredLayer):
@@ -136,7 +136,7 @@ class PassControl(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Length and offset of the mask of the next pass. It is asked for before each: that is when tokens move."""
-        if not recording():
+        if not (torch.compiler.is_compiling() or recorded.on):
             self.conclude()
             layers = [self.layers[index] for index in self._tiered]
             rank_due([layer for layer in layers if not layer.rests_until(int(query_length))])

@@ -6,24 +6,24 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
-import torch
 
-_here = threading.local()
+class _Recorded(threading.local):
+    on = False
 
 
-def recording() -> bool:
-    """Whether what runs now will run again as it is: inside a graph of the compiler, or inside ``as_recorded``.
+recorded = _Recorded()
+"""``torch.compiler.is_compiling() or recorded.on``: what runs now will run again as it is, in a compiled or a captured graph.
 
-    Lengths are then read from the device alone, and the host is told nothing.
-    """
-    return torch.compiler.is_compiling() or getattr(_here, "on", False)
+Lengths are then read from the device alone, and the host is told nothing. It is written out where it is asked for: a function
+would be compiled by itself when an uncompiled frame calls it, and then says yes.
+"""
 
 
 @contextlib.contextmanager
 def as_recorded() -> Iterator[None]:
     """Inside the block this thread's operations run as in a compiled graph, whether they are captured or not."""
-    _here.on = True
+    recorded.on = True
     try:
         yield
     finally:
-        _here.on = False
+        recorded.on = False

@@ -124,8 +124,8 @@ class Calibration:
         heads, dim = self.num_kv_heads, self.head_dim
         left = bits - GAIN_BITS / dim
         planes = in_planes(widths, levels)
-        if not planes:
-            left -= WORD_BITS * (heads - 1) / (tile * heads * dim)  # words of padding, at most
+        if not planes and left > 0:
+            left = max(0.0, left - WORD_BITS * (heads - 1) / (tile * heads * dim))  # words of padding, at most
         if not 0 <= left <= widths[-1]:
             raise ConfigError(
                 f"bits={bits:g} an element cannot be had: gains take {GAIN_BITS / dim:.3f}, and the codes "

@@ -39,10 +39,10 @@ def calibrate_command(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the calibration (.safetensors).")],
     model: Model = "smollm2",
     bits: Annotated[float, typer.Option(help="Default average bits an element, everything counted.")] = 2.0,
-    widths: Annotated[str, typer.Option(help='Default code widths; "0,2,4" suits kernels.')] = ",".join(
+    widths: Annotated[str, typer.Option(help='Default code widths; "0,2,4,6,8" suits kernels.')] = ",".join(
         map(str, WIDTHS)
     ),
-    group: Annotated[int, typer.Option(min=1, help="Default channels that share a width; 16 suits kernels.")] = 1,
+    group: Annotated[int, typer.Option(min=1, help="Default channels that share a width.")] = 1,
     length: Length = 1024,
     max_tokens: MaxTokens = 16384,
     reach: Reach = None,
