@@ -134,6 +134,8 @@ def test_a_streamer_is_given_every_token_once(ends: bool) -> None:
 class Seen(StoppingCriteria):
     """Somebody's own: it must not see tokens that are not there."""
 
+    looks_ahead = False
+
     def __init__(self, stop: int) -> None:
         self.lengths: list[int] = []
         self.stop = stop
@@ -150,6 +152,15 @@ def test_criteria_of_ones_own_see_no_token_after_the_end() -> None:
         found = answer(model(), cache_of("safe", model(), None), inputs(), loop, stopping_criteria=stops)
         assert found.sequences.shape[1] == PROMPT + 21
     assert seen[True].lengths == seen[False].lengths
+    beyond = []
+    for stop in (21, 26):  # one of them may be where the host asks
+        one = Seen(PROMPT + stop)
+        one.looks_ahead = True
+        stops = StoppingCriteriaList([one])
+        found = answer(model(), cache_of("safe", model(), None), inputs(), True, stopping_criteria=stops)
+        assert found.sequences.shape[1] == PROMPT + stop
+        beyond.append(max(one.lengths) > PROMPT + stop)
+    assert any(beyond)
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,8 @@ def decode_loop(
         synced_gpus: left to ``generate``'s own loop if true.
         streamer: takes the tokens, several at a time.
         ask_every: tokens between two questions whether the answer has ended; 1 where criteria or processors are not
-            transformers' own, or where tokens cannot be taken back exactly (statistics of attention, states).
+            transformers' own and have no attribute ``looks_ahead`` that says they may see tokens which are dropped again, or
+            where tokens cannot be taken back exactly (statistics of attention, states).
         record: whether steps are recorded; ``None`` on a GPU alone.
         **model_kwargs: arguments of the model, the cache among them.
 
@@ -146,7 +147,8 @@ class _Answer:
         scores: processed scores ``[B, V]`` of each token, if they were asked for.
         logits: the model's logits ``[B, V]`` of each token, likewise.
         unasked: of each token that the host has not asked about, whether all rows have ended, bool scalars.
-        foreseen: whether tokens after the end may be chosen and dropped: everybody who sees them is transformers' own.
+        foreseen: whether tokens after the end may be chosen and dropped: everybody who sees them is transformers' own, or
+            ``looks_ahead``.
     """
 
     def __init__(
@@ -167,9 +169,7 @@ class _Answer:
         self.scores: tuple[Tensor, ...] | None = () if kept and config.output_scores else None
         self.logits: tuple[Tensor, ...] | None = () if kept and config.output_logits else None
         self.unasked: list[Tensor] = []
-        self.foreseen = all(
-            type(x).__module__.startswith("transformers.") for x in (*logits_processor, *stopping_criteria)
-        )
+        self.foreseen = all(map(_looks_ahead, (*logits_processor, *stopping_criteria)))
         self._pads = any(hasattr(x, "eos_token_id") for x in stopping_criteria)
         self._only_length = all(type(x) is MaxLengthCriteria for x in stopping_criteria)
         self._length = stopping_criteria.max_length
@@ -231,6 +231,11 @@ class _Answer:
             self.scores, self.logits = (x if x is None else x[:-surplus] for x in (self.scores, self.logits))
         if self.streamer is not None:
             self.streamer.end()
+
+
+def _looks_ahead(one: Any) -> bool:
+    """Whether a processor or a stopping criterion may see tokens that are dropped again: it keeps nothing of them."""
+    return bool(getattr(one, "looks_ahead", type(one).__module__.startswith("transformers.")))
 
 
 def _revocable(cache: TieredKVCache) -> int:
