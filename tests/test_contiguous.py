@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from reference import stored
+from test_ranking_together import CONTIGUOUS, keep_alike
 from tinymodels import by_turns, fresh_seed, left_padded, prompt, tiny
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -590,3 +591,10 @@ def test_layers_have_their_own_embeddings() -> None:
 
 def test_the_schemes_that_are_used_pass_the_conformance_kit() -> None:
     assert all(result.passed for result in check_rope("auto", seed=fresh_seed()))
+
+
+@pytest.mark.parametrize("limit", [None, 256])
+def test_layers_that_are_ranked_together_keep_what_each_keeps_alone(
+    limit: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep_alike(CONTIGUOUS, limit, monkeypatch)
