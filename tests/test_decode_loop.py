@@ -22,7 +22,7 @@ from fade_core.cache.lean_modules import LeanModules
 from fade_core.cache.step_recorder import StepRecorder
 from fade_core.support.memory import live_bytes
 
-NEW = 40
+NEW = 32
 
 
 @functools.cache
@@ -85,7 +85,7 @@ def test_tokens_scores_and_cache_are_those_of_generate(
     assert recorders[0].replayed > NEW // 2
 
 
-@pytest.mark.parametrize(("name", "after", "length"), [("safe", 1, None), ("safe", 29, 250), ("aggressive", 20, None)])
+@pytest.mark.parametrize(("name", "after", "length"), [("safe", 1, None), ("safe", 27, 250), ("aggressive", 20, None)])
 def test_what_came_after_the_end_is_taken_back(name: str, after: int, length: int | None) -> None:
     """Each row ends by a token of its own, the longer one ``after`` tokens in."""
     given = inputs(after)
@@ -123,7 +123,7 @@ class Kept(BaseStreamer):
 def test_a_streamer_is_given_every_token_once(ends: bool) -> None:
     given = {"input_ids": prompt(5, PROMPT), "attention_mask": torch.ones(1, PROMPT, dtype=torch.long)}
     free = answer(model(), cache_of("safe", model(), None), given, loop=False).sequences[0, PROMPT:]
-    options = {"eos_token_id": int(free[29])} if ends else {}
+    options = {"eos_token_id": int(free[27])} if ends else {}
     kept = {loop: Kept() for loop in (False, True)}
     for loop, streamer in kept.items():
         answer(model(), cache_of("safe", model(), None), given, loop, streamer=streamer, **options)
