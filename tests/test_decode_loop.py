@@ -20,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from fade_core import FadeConfig, TieredKVCache, create_tiered_cache, decode_loop
 from fade_core.cache.lean_modules import LeanModules
 from fade_core.cache.step_recorder import StepRecorder
+from fade_core.errors import InputError
 from fade_core.support.memory import live_bytes
 
 NEW = 32
@@ -129,6 +130,11 @@ def test_a_streamer_is_given_every_token_once(ends: bool) -> None:
         answer(model(), cache_of("safe", model(), None), given, loop, streamer=streamer, **options)
     assert [t.tolist() for t in kept[True].put_in] == [t.tolist() for t in kept[False].put_in]
     assert kept[True].ended == kept[False].ended == 1
+
+
+def test_an_assistant_is_refused() -> None:
+    with pytest.raises(InputError, match="assistant model; drafts need generate without custom_generate"):
+        answer(model(), cache_of("safe", model(), None), inputs(), loop=True, assistant_model=model())
 
 
 class Seen(StoppingCriteria):

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation import utils as generation
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
-from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerateDecoderOnlyOutput, GenerationMode
+from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationMode
 
 from fade_core.cache.layer import TieredLayer
 from fade_core.cache.step_recorder import StepRecorder
 from fade_core.cache.tiered_cache import TieredKVCache
+from fade_core.errors import InputError
 from fade_core.support.transfer import fetched
 
 ASK_EVERY = 8
@@ -46,7 +48,7 @@ def decode_loop(
 
     What the loop cannot do it leaves to ``generate``'s own, with a warning that says why: beams, a cache that is not FADE's,
     attention weights or hidden states as output, encoder-decoders, models on several devices, synchronised GPUs. Its
-    caller hands it no assistant model: drafts need ``generate`` without ``custom_generate``.
+    caller hands it no assistant model, which is refused: drafts need ``generate`` without ``custom_generate``.
 
     Args:
         model: the model that ``generate`` was called on.
@@ -64,13 +66,19 @@ def decode_loop(
 
     Returns:
         int64 ``[B, P + N]``, or ``GenerateDecoderOnlyOutput`` with ``return_dict_in_generate``.
+
+    Raises:
+        InputError: if ``generate`` was given an assistant model.
     """
-    streamer = _streamer_of_caller() if streamer is None else streamer
+    asked = _asked_of_generate()
+    if asked.get("assistant_model") is not None:
+        raise InputError("decode_loop was given an assistant model; drafts need generate without custom_generate")
+    streamer = asked.get("streamer") if streamer is None else streamer
     given = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
     reason = _refusal(model, generation_config, synced_gpus, model_kwargs)
     if reason:
         warnings.warn(f"decode_loop leaves this to generate's own loop: {reason}", stacklevel=2)
-        mode = getattr(type(model), GENERATION_MODES_MAPPING[generation_config.get_generation_mode()])
+        mode = getattr(type(model), generation.GENERATION_MODES_MAPPING[generation_config.get_generation_mode()])
         rest = {"generation_config": generation_config, "synced_gpus": synced_gpus, "streamer": streamer}
         return mode(model, input_ids, **given, **rest, **model_kwargs)
     cache = model_kwargs["past_key_values"]
@@ -269,8 +277,8 @@ def _refusal(model: PreTrainedModel, config: GenerationConfig, synced_gpus: bool
         return f"the cache is a {type(cache).__name__}, not a TieredKVCache"
     if model.config.is_encoder_decoder:
         return "the model has an encoder"
-    if synced_gpus:
-        return "several GPUs step together (synced_gpus)"
+    if synced_gpus or generation.is_fsdp_managed_module(model) or generation.is_deepspeed_zero3_enabled():
+        return "several GPUs step together (synced_gpus, FSDP, ZeRO-3)"
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         return "the model lies on several devices"
     if not config.use_cache:
@@ -280,10 +288,17 @@ def _refusal(model: PreTrainedModel, config: GenerationConfig, synced_gpus: bool
     return ""
 
 
-def _streamer_of_caller() -> Any:
-    """The streamer that ``generate`` was given: transformers (5.23) does not hand it to ``custom_generate``.
+def _asked_of_generate() -> dict[str, Any]:
+    """What ``generate``, which calls the loop, was asked for; empty if something else does.
 
-    It has told the streamer the prompt by then; a reader would wait for ever.
+    transformers (5.23) hands a custom loop neither the assistant model nor the streamer, which has been told the prompt by
+    then: a reader would wait for ever.
     """
     frame = sys._getframe(2)
-    return frame.f_locals.get("streamer") if frame.f_code.co_name == "generate" else None
+    for _ in range(4):  # whoever wraps the loop stands between
+        if frame.f_code.co_name == "generate" and "streamer" in frame.f_locals:
+            return dict(frame.f_locals)
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    return {}
