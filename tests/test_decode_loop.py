@@ -250,7 +250,9 @@ def test_nothing_is_recorded_on_a_cpu_by_itself(recorders: list[StepRecorder]) -
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
 def test_lean_modules_give_what_the_model_gives(family: str) -> None:
     network = tiny(family, fresh_seed(), torch.bfloat16, initializer_range=0.05)
+    drawn = torch.get_rng_state()
     lean = LeanModules(network)
+    assert torch.equal(torch.get_rng_state(), drawn)  # sampled tokens are drawn from it
     assert len(lean.norms) == sum(type(m).__name__.endswith("RMSNorm") for m in network.modules())
     assert len(lean.rotaries) == 1
     ids = prompt(2, 12, 2)

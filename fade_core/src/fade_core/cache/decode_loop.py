@@ -16,7 +16,6 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationMode
 
-from fade_core.cache.layer import TieredLayer
 from fade_core.cache.step_recorder import StepRecorder
 from fade_core.cache.tiered_cache import TieredKVCache
 from fade_core.errors import InputError
@@ -86,7 +85,7 @@ def decode_loop(
     compiled = generation_config.compile_config is not None and cache.is_compileable
     if record and cache.compile_refusal:
         warnings.warn(f"steps are run one by one, not recorded: {cache.compile_refusal}", stacklevel=2)
-    answer = _Answer(model, generation_config, **given, streamer=streamer)
+    answer = _Answer(generation_config, **given, streamer=streamer)
     with _steps_of_fixed_shape(cache, record and not compiled), model._optimize_model_for_decode():
         outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
         recorder = StepRecorder(model, cache)
@@ -161,18 +160,13 @@ class _Answer:
 
     def __init__(
         self,
-        model: PreTrainedModel,
         config: GenerationConfig,
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         streamer: Any,
     ) -> None:
-        self.config, self.processors, self.criteria, self.streamer = (
-            config,
-            logits_processor,
-            stopping_criteria,
-            streamer,
-        )
+        self.config, self.processors = config, logits_processor
+        self.criteria, self.streamer = stopping_criteria, streamer
         kept = bool(config.return_dict_in_generate)
         self.scores: tuple[Tensor, ...] | None = () if kept and config.output_scores else None
         self.logits: tuple[Tensor, ...] | None = () if kept and config.output_logits else None
@@ -248,7 +242,7 @@ def _looks_ahead(one: Any) -> bool:
 
 def _revocable(cache: TieredKVCache) -> int:
     """Tokens that may come and be taken back again so that nobody can tell."""
-    layers = [layer for layer in cache.layers if isinstance(layer, TieredLayer)]
+    layers = cache.tiered
     if len(layers) < len(cache.layers) or any(layer.plan.observes for layer in layers):
         return 0
     return min(layer.steps.before_move(layer.known) for layer in layers)

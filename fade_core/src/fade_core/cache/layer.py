@@ -398,16 +398,15 @@ class TieredLayer(CacheLayerMixin):
 
     def commit(self) -> bool:
         """The pass is over, and stays; says whether ``rest`` is to pack and rank what is due."""
-        if self.pending is None:
+        rests = bool(self.steps.quiet) or (self.steps.behind and self.device.type != "cpu")
+        if rests or self.pending is None:
             self._before = None
-        return not (self.steps.quiet or (self.steps.behind and self.device.type != "cpu"))
+        return not rests
 
     def rest(self) -> None:
         """The pass is over: what is due is packed and ranked at once, where the host need not wait for the device to know."""
         if self.commit():
             self.settle()
-        else:
-            self._before = None
         if self.steps.compiles and self.steps.buffers is None and self._held is not None:
             self.steps.wire(self._held)  # a compiled step may come without anybody asking for the mask
 

@@ -85,7 +85,7 @@ def _norm(module: Any, centred: bool) -> Callable[[Tensor], Tensor]:
 def _centred(module: nn.Module) -> bool | None:
     """Which ``_norm`` a norm is, by what it gives for random tokens; ``None`` if neither."""
     weight: Any = module.weight
-    tokens = torch.randn(4, len(weight), dtype=weight.dtype, device=weight.device)
+    tokens = _random((4, len(weight)), weight.dtype, weight.device)
     wanted = module(tokens)
     for centred in (False, True):
         if _agrees(_norm(module, centred)(tokens), wanted):
@@ -124,9 +124,8 @@ def _rotary_of(source: Any, model: PreTrainedModel) -> _Rotary | None:
     found = _Rotary(getattr(source, ROTARY))
     text = model.config.get_text_config(decoder=True)
     dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    options: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
-    query, key = torch.randn(2, 4, 1, dim, **options), torch.randn(2, 2, 1, dim, **options)
-    angles = torch.rand(2, 1, dim // 2, device=model.device).repeat(1, 1, 2)
+    query, key = (_random((2, heads, 1, dim), model.dtype, model.device) for heads in (4, 2))
+    angles = _random((2, 1, dim // 2), torch.float32, model.device).repeat(1, 1, 2)
     cos, sin = angles.cos().to(model.dtype), angles.sin().to(model.dtype)
     try:
         wanted, given = found.plain(query, key, cos, sin), found(query, key, cos, sin)
@@ -134,6 +133,11 @@ def _rotary_of(source: Any, model: PreTrainedModel) -> _Rotary | None:
         return None
     found.forget()
     return found if all(map(_agrees, given, wanted)) else None
+
+
+def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Random numbers that take none from whoever samples tokens."""
+    return torch.randn(shape, dtype=dtype, device=device, generator=torch.Generator(device).manual_seed(0))
 
 
 def _agrees(found: Tensor, wanted: Tensor) -> bool:

@@ -69,7 +69,7 @@ class PassControl(Cache):
             self._before.clear()
             self._overwritten.clear()
             self._updated.clear()
-            layers = [self.layers[index] for index in self._tiered]
+            layers = self.tiered
             rank_due([layer for layer in layers if layer.commit()])
             for layer in layers:
                 layer.rest()
@@ -138,7 +138,7 @@ class PassControl(Cache):
         """Length and offset of the mask of the next pass. It is asked for before each: that is when tokens move."""
         if not (torch.compiler.is_compiling() or recorded.on):
             self.conclude()
-            layers = [self.layers[index] for index in self._tiered]
+            layers = self.tiered
             rank_due([layer for layer in layers if not layer.rests_until(int(query_length))])
             for layer in layers:
                 layer.maintain(int(query_length))

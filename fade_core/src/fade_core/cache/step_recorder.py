@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -39,12 +40,16 @@ class StepRecorder:
     def __init__(self, model: PreTrainedModel, cache: TieredKVCache) -> None:
         self.model, self.cache = model, cache
         self.refusal = ""
-        self.lean = LeanModules(model)
         self.recorded = self.replayed = 0
         self._inputs: list[Any] = []
         self._replay: Callable[[], Any] | None = None
         self._wiring: tuple[Any, ...] = ()
         self._buffers: list[Any] = []
+
+    @cached_property
+    def lean(self) -> LeanModules:
+        """What stands in for parts of the model while a step is recorded."""
+        return LeanModules(self.model)
 
     def __call__(self, **inputs: Any) -> Any:
         """One step with these arguments of the model; the output's tensors are good until the next step."""

@@ -53,6 +53,10 @@ class Tokens:
         return Tokens(of(self.keys), of(self.values), of(self.positions), self.counts[rows], statistics, first)
 
 
+SPARSE = 0.75
+"""A pool of which less than this share is in use gives the rest back."""
+
+
 class TierStore:
     """Packed tokens of one tier: ragged over rows and heads, in whole tiles except where a crop cut one short.
 
@@ -222,26 +226,28 @@ class TierStore:
         """
         table = self.table
         used, place = numbered(table.alive())
-        if resized if self.fixed else len(used) < self.pool.capacity * (1 if few else 0.75):
+        if resized if self.fixed else len(used) < self.pool.capacity * (1 if few else SPARSE):
             self.pool.keep(used)  # in the order of the table: they may be runs again
             table.ids.host.masked_scatter_(table.held(), place.int())
         needed = int(table.reserved.host.max()) if len(table.reserved.host) else 0
         if self.fixed and resized:
             self.pool.grow(max(len(used), table.used.host.numel() * self.fixed))
-        elif not self.fixed and table.width > needed + max(1, needed // 16):
+        elif not self.fixed and self._is_wide(needed):
             table.resize(needed)
         self._changed()
 
     def shed(self) -> bool:
         """Free tiles that are reserved, if they are so many that a store that grows gives them back; says whether it did."""
         table, used = self.table, self.table.used.host
-        longest = int(used.max())
-        few = int(used.sum()) < self.pool.capacity * 0.75 or table.width > longest + max(1, longest // 16)
-        if self.fixed or not few:
+        if self.fixed or not (int(used.sum()) < self.pool.capacity * SPARSE or self._is_wide(int(used.max()))):
             return False
         table.use(used.clone())
         self.release()
         return True
+
+    def _is_wide(self, tiles: int) -> bool:
+        """Whether the table has many more entries than ``tiles`` for a row and head."""
+        return self.table.width > tiles + max(1, tiles // 16)
 
     def _changed(self) -> None:
         """The host has changed the table: steps find it so."""
