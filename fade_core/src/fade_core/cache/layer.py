@@ -109,6 +109,14 @@ class TieredLayer(CacheLayerMixin):
             return
         if self.steps.behind:
             self.steps.read_back(self._held)
+        elif self.device.type != "cpu":
+            return
+        self.tell_steps()
+
+    def tell_steps(self) -> None:
+        """Tell what steps have encoded, as far as it has been read back."""
+        if self._held is None:
+            return
         encoded, self._encoded = self._held.encoded - self._encoded, self._held.encoded
         if encoded > 0:
             _tell(self, {"encode": encoded}, self.held_bytes(), time.perf_counter())

@@ -22,6 +22,7 @@ def read_together(layers: Sequence[TieredLayer]) -> None:
         numbers = iter(rest.split([len(t) for t in narrow]))
         for layer, counted, own in zip(behind, counters.split([len(t) for t in wide]), unread, strict=True):
             layer.steps.read_back(layer.known, [counted, *(next(numbers) for _ in own[1:])])
+            layer.tell_steps()
     for layer in layers:
         layer.sync()
 
@@ -52,6 +53,7 @@ def rank_due(layers: Sequence[TieredLayer]) -> None:
 def _rank(layers: Sequence[TieredLayer]) -> None:
     rows, started = layers[0].due_rows(), time.perf_counter()
     before = [layer.held_bytes() for layer in layers]
-    demoted, evicted, rewired = rank_together([layer.held for layer in layers], rows)
+    demoted, evicted, rewired, scattered = rank_together([layer.held for layer in layers], rows)
     for layer, was in zip(layers, before, strict=True):
-        layer.ranked(rows, {"demote": demoted, "evict": evicted}, rewired, was, started)
+        moves = rewired or (scattered and not layer.steps.compiles)  # whose steps never rely on runs
+        layer.ranked(rows, {"demote": demoted, "evict": evicted}, moves, was, started)

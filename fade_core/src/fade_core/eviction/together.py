@@ -1,7 +1,7 @@
 """Ranking layers together: those whose numbers are alike are scored, sorted and moved as rows of one batch.
 
-``ranking.rank`` does the same a layer at a time, for whatever does not fit here. What is done here reads one thing back from
-the device, however many layers there are: the ids of the tiles that have moved.
+``ranking.rank`` does the same a layer at a time, for whatever does not fit here. What is done here waits for the device at
+most once, however many layers there are, and only where stores grow: the host is told which tiles have moved then.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def moves_whole_tiles(layers: Sequence[LayerContents]) -> bool:
     return True
 
 
-def rank_together(layers: Sequence[LayerContents], rows: Tensor) -> tuple[int, int, bool]:
+def rank_together(layers: Sequence[LayerContents], rows: Tensor) -> tuple[int, int, bool, bool]:
     """Score every token and move what is over capacity down the ladder, in layers of one ``kinship`` that move whole tiles.
 
     A tile that is evicted, or demoted, stays its row's and head's own: it is the next that they fill.
@@ -65,19 +65,20 @@ def rank_together(layers: Sequence[LayerContents], rows: Tensor) -> tuple[int, i
         rows: bool ``[B]`` (CPU) of the rows that are ranked.
 
     Returns:
-        tokens of each layer that were demoted, and evicted, summed over rows and heads; and whether buffers are others now.
+        tokens of each layer that were demoted, and evicted, summed over rows and heads; whether buffers are others now; and
+        whether tiles lay in runs before and may not do so any more.
     """
     first = layers[0]
     ladder, lengths, window = first.plan.ladder, first.lengths, first.window.lengths
     above, scores = torch.zeros((first.rows, first.heads), dtype=torch.long), None
-    moved, evicted, rewired, changed = 0, 0, False, list[int]()
+    moved, evicted, rewired, scattered, changed = 0, 0, False, False, list[int]()
     for i, store in enumerate(first.stores):
         over = ladder.overflow(store.lengths, i, above, lengths, window) * rows[:, None]
         if bool(over.any()):
             stores = [held.stores[i] for held in layers]
             if scores is None:
                 scores = _scores(layers)
-            rewired |= store.runs
+            scattered |= store.runs
             _sort(stores, scores[i], over)
             changed.append(i)
             gone = int(over.sum())
@@ -88,10 +89,12 @@ def rank_together(layers: Sequence[LayerContents], rows: Tensor) -> tuple[int, i
                 evicted += gone
         above = above + store.lengths
     touched = [held.stores[i] for i in changed for held in layers]
-    _pull(touched)
+    for store in touched:
+        store.table.ids.moved()
+    _pull([store for store in touched if not store.fixed])
     for store in touched:
         rewired |= store.shed()
-    return moved, evicted, rewired
+    return moved, evicted, rewired, scattered
 
 
 def _scores(layers: Sequence[LayerContents]) -> list[Tensor]:
@@ -233,9 +236,9 @@ def _demote(stores: Sequence[TierStore], below: Sequence[TierStore], over: Tenso
 
 def _pull(stores: Sequence[TierStore]) -> None:
     """Tell the host which ids its tables hold now, in one copy."""
-    away = [store.table.ids for store in stores if store.table.ids.device is not store.table.ids.host]
+    away = [store.table.ids for store in stores if store.device.type != "cpu"]
     if not away:
         return
-    found = torch.cat([ids.device.flatten() for ids in away]).cpu().split([ids.host.numel() for ids in away])
+    found = torch.cat([ids.device.flatten() for ids in away]).cpu().split([ids.device.numel() for ids in away])
     for ids, numbers in zip(away, found, strict=True):
-        ids.host.copy_(numbers.view_as(ids.host))
+        ids.pull(numbers)

@@ -197,7 +197,7 @@ class TierStore:
         table, pool, after = self.table, self.pool, self.table.used.host + wanted
         if bool((after <= table.reserved.host).all()):
             return False
-        in_runs = self.runs and pool.capacity == table.ids.host.numel()
+        in_runs = self.runs and pool.capacity == table.ids.device.numel()
         source = table.alive()
         if int(after.max()) > table.width:
             table.resize(int(after.max()))
@@ -251,7 +251,7 @@ class TierStore:
 
     def _changed(self) -> None:
         """The host has changed the table: steps find it so."""
-        self.runs = self.pool.capacity >= self.table.ids.host.numel() and self.table.runs()
+        self.runs = self.pool.capacity >= self.table.ids.device.numel() and self.table.runs()
         self.table.publish()
 
     # --- moving tokens ---

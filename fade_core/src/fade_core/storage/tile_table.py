@@ -60,7 +60,7 @@ class TileTable:
     @property
     def width(self) -> int:
         """Tiles that a row and head has entries for."""
-        return self.ids.host.shape[2]
+        return self.ids.device.shape[2]
 
     @property
     def tiles(self) -> int:
@@ -93,7 +93,7 @@ class TileTable:
 
     def in_runs(self) -> Tensor:
         """The ids of a table whose tiles lie in runs, int64 ``[B, H_kv, T]`` on the CPU."""
-        return torch.arange(self.ids.host.numel()).view(self.ids.host.shape)
+        return torch.arange(self.ids.device.numel()).view(self.ids.device.shape)
 
     def held(self) -> Tensor:
         """bool ``[B, H_kv, T]`` on the CPU: tiles in use or reserved."""
