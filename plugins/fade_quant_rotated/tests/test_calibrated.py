@@ -380,7 +380,7 @@ def test_planes_are_of_one_state_of_uniform_levels_and_even_widths(seed: int) ->
 def test_a_state_says_where_slots_are_and_older_ones_are_refused(seed: int) -> None:
     """Codes of even widths that were not alike over 16 channels used to lie in runs, and would be read wrongly."""
     found, _, _ = side_calibration()
-    widths = water_fill(found.worth, 1.7, (0, 2, 4, 6, 8), levels="uniform")
+    widths = water_fill(found.worth, 1.7, (0, 2, 4, 6, 8))
     quantizer = CalibratedQuantizer(found, widths, levels="uniform")
     state = quantizer.state_dict()
     quantizer.load_state_dict(state)
@@ -393,15 +393,14 @@ def test_a_state_says_where_slots_are_and_older_ones_are_refused(seed: int) -> N
 
 
 @pytest.mark.parametrize(("widths", "group"), [((0, 2, 4, 6, 8), 1), ((0, 4, 8), 4), ((0, 2, 8), 16)])
-@pytest.mark.parametrize("levels", ["gaussian", "uniform"])
-def test_what_planes_save_is_what_their_widths_save(widths: tuple, group: int, levels: str, seed: int) -> None:
+def test_what_planes_save_is_what_their_widths_save(widths: tuple, group: int, seed: int) -> None:
     worth = torch.rand(HEADS, DIM).exp2().pow(12).sort(-1, descending=True)[0]
-    saved = saved_by_planes(worth, 32, widths, group, levels)
-    error = torch.tensor([gaussian_distortion(b, levels) for b in range(9)], dtype=torch.float64)
+    saved = saved_by_planes(worth, 32, widths, group)
+    error = torch.tensor([gaussian_distortion(b) for b in range(9)], dtype=torch.float64)
     assert bool((saved.diff() <= 1e-12 * saved[0]).all())
     assert float(saved.sum()) == pytest.approx(float(worth.double().sum() * (1 - error[widths[-1]])))
     for planes in (1, 5, 12):
-        given = water_fill(worth, planes * 32 / worth.numel(), widths, group, levels)
+        given = water_fill(worth, planes * 32 / worth.numel(), widths, group)
         held = float((worth.double() * (1 - error[given])).sum())
         assert held <= float(saved[:planes].sum()) * (1 + 1e-9)
         if int(given.sum()) == planes * 32:
@@ -433,8 +432,8 @@ def test_a_plan_of_whole_planes_keeps_to_its_bits_and_loses_little(bits: float, 
         for layer, own in sides.items()
     ]
     assert bits - 0.12 < sum(held) / len(held) <= bits
-    error = torch.tensor([gaussian_distortion(b, "uniform") for b in range(9)])
-    free = water_fill(worth, float(given.double().mean()), widths, levels="uniform")
+    error = torch.tensor([gaussian_distortion(b) for b in range(9)])
+    free = water_fill(worth, float(given.double().mean()), widths)
     assert float((worth * error[given]).sum()) < 1.1 * float((worth * error[free]).sum())
 
 

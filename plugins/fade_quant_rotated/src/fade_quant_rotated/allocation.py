@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fade_core.errors import ConfigError
 from fade_core.packed import planes_of
-from fade_quant_rotated.lloyd_max import Levels, gaussian_distortion
+from fade_quant_rotated.lloyd_max import gaussian_distortion
 
 WIDTHS = (0, 1, 2, 3, 4, 5, 6, 8)
 """Every width that can be packed: without 8, the loudest channels are clipped."""
@@ -25,20 +25,18 @@ def check_widths(widths: Sequence[int]) -> tuple[int, ...]:
     return found
 
 
-def water_fill(
-    worth: Tensor, bits: float, widths: Sequence[int] = WIDTHS, group: int = 1, levels: Levels = "gaussian"
-) -> Tensor:
+def water_fill(worth: Tensor, bits: float, widths: Sequence[int] = WIDTHS, group: int = 1) -> Tensor:
     """Widths that minimise the expected error at an average of at most ``bits``, over all channels at once.
 
     The error of a channel is its worth times the distortion of a Gaussian at its width; on the lower convex hull of
-    that curve the greedy choice is optimal.
+    that curve the greedy choice is optimal. The curve is that of the best levels whatever levels the codes have: even ones have
+    gains that are tried a token, and with their own curve, which falls more slowly, the divergence of answers is larger.
 
     Args:
         worth: float ``[..., D]``, the error that dropping each channel costs, falling along the last dimension.
         bits: average width of a channel.
         widths: widths to choose from, 0 among them.
         group: neighbouring channels that share a width; divides ``D``.
-        levels: which levels codes stand for.
 
     Returns:
         int64 ``[..., D]``, falling along the last dimension.
@@ -53,7 +51,7 @@ def water_fill(
     if not 0 <= bits <= widths[-1]:
         raise ConfigError(f"{bits:.3f} bits a channel cannot be had from widths {list(widths)}")
     grouped = worth.double().unflatten(-1, (-1, group)).sum(-1)
-    steps = _hull(widths, levels)
+    steps = _hull(widths)
     slope = torch.tensor([gain for _, gain in steps], dtype=torch.float64)
     cost = torch.tensor([width for width, _ in steps], dtype=torch.float64)
     gains = (grouped.flatten()[:, None] * slope).flatten()
@@ -65,17 +63,17 @@ def water_fill(
     return given.view(grouped.shape).repeat_interleave(group, dim=-1)
 
 
-def saved_by_planes(worth: Tensor, bits: int, widths: Sequence[int], group: int, levels: Levels) -> Tensor:
+def saved_by_planes(worth: Tensor, bits: int, widths: Sequence[int], group: int) -> Tensor:
     """What the first, second, ... ``bits`` bits save that ``water_fill`` gives the channels of a layer and side.
 
     Args:
-        worth: float ``[H, D]``, as ``water_fill`` takes it, like ``widths``, ``group`` and ``levels``.
+        worth: float ``[H, D]``, as ``water_fill`` takes it, like ``widths`` and ``group``.
         bits: bits of a plane, over all its channels.
 
     Returns:
         float64 ``[planes]``: expected error saved, falling.
     """
-    steps = _hull(check_widths(widths), levels)
+    steps = _hull(check_widths(widths))
     slope = torch.tensor([gain for _, gain in steps], dtype=torch.float64)
     cost = torch.tensor([width for width, _ in steps], dtype=torch.float64) * group
     grouped = worth.double().unflatten(-1, (-1, group)).mean(-1).flatten()
@@ -88,9 +86,9 @@ def saved_by_planes(worth: Tensor, bits: int, widths: Sequence[int], group: int,
     return torch.diff(saved, prepend=saved.new_zeros(1))
 
 
-def _hull(widths: Sequence[int], levels: Levels) -> list[tuple[int, float]]:
-    """Steps (bits, error saved a bit) along the lower convex hull of the distortion of ``levels``; savings fall."""
-    points = [(width, gaussian_distortion(width, levels)) for width in widths]
+def _hull(widths: Sequence[int]) -> list[tuple[int, float]]:
+    """Steps (bits, error saved a bit) along the lower convex hull of a Gaussian's distortion; savings fall."""
+    points = [(width, gaussian_distortion(width)) for width in widths]
     steps, at = [], 0
     while at + 1 < len(points):
         width, error = points[at]

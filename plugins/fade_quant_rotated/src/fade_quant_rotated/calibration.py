@@ -134,20 +134,18 @@ class Calibration:
         layers = sorted(self.sides["key"])
         worth = torch.stack([torch.stack([self.sides[s][layer].worth for layer in layers]) for s in sides])
         if planes:
-            found = self._in_planes(worth.flatten(0, 1), left, widths, group, levels, tile).view(worth.shape)
+            found = self._in_planes(worth.flatten(0, 1), left, widths, group, tile).view(worth.shape)
         else:
-            found = water_fill(worth, left, widths, group, levels)
+            found = water_fill(worth, left, widths, group)
         return Plan({s: dict(zip(layers, found[i], strict=True)) for i, s in enumerate(sides)}, bits)
 
-    def _in_planes(
-        self, worth: Tensor, bits: float, widths: tuple[int, ...], group: int, levels: Levels, tile: int
-    ) -> Tensor:
+    def _in_planes(self, worth: Tensor, bits: float, widths: tuple[int, ...], group: int, tile: int) -> Tensor:
         """Widths int64 ``[N, H, D]`` for ``worth`` ``[N, H, D]`` of ``N`` layers and sides: whole planes, the best first.
 
         Each has one before any has two: kernels read no layer whose keys or values have none.
         """
         heads, dim = self.num_kv_heads, self.head_dim
-        saved = [saved_by_planes(own, PLANE_CHANNELS * PLANE_BITS, widths, group, levels) for own in worth]
+        saved = [saved_by_planes(own, PLANE_CHANNELS * PLANE_BITS, widths, group) for own in worth]
         owner = torch.cat([torch.full((len(own),), number) for number, own in enumerate(saved)])
         for own in saved:
             own[0] = torch.inf
@@ -161,8 +159,7 @@ class Calibration:
             most -= 1
         own_bits = [count * PLANE_CHANNELS * PLANE_BITS / (heads * dim) for count in counts]
         filled = [
-            water_fill(own, min(part, widths[-1]), widths, group, levels)
-            for own, part in zip(worth, own_bits, strict=True)
+            water_fill(own, min(part, widths[-1]), widths, group) for own, part in zip(worth, own_bits, strict=True)
         ]
         return torch.stack(filled)
 

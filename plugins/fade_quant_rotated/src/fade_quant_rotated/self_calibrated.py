@@ -141,7 +141,7 @@ class SelfCalibratedQuantizer(CalibratedQuantizer):
 
     def _share(self, worth: Tensor) -> Tensor:
         """Widths ``[H_kv, D]`` of channels of ``worth`` (on the CPU) that the rows have room for."""
-        return water_fill(worth, self._bits_for(len(worth)), self.choice, self.group, self.levels)
+        return water_fill(worth, self._bits_for(len(worth)), self.choice, self.group)
 
     def _bits_for(self, heads: int) -> float:
         """Average width of a channel that the rows of so many heads have room for: of whole planes where codes lie in those."""
