@@ -90,12 +90,14 @@ def fade_attention(
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _eagerly(module: torch.nn.Module, layer: TieredLayer, call: _Call) -> Tensor:
     """Attention ``[B, H_q, Q, D]`` over a layer of the cache, which may then compress what it has taken in."""
+    cache = None if layer.owner is None else layer.owner()
+    if cache is not None:
+        cache.attends(layer)
     output = _step_attention(layer, call) if layer.pending is None else _chunk_attention(module, layer, call)
     if layer.steps.compiles and layer.device.type != "cpu" and not layer.reading:  # on a CPU every step's mask is read
         layer.steps.assume_padding_mask = call.mask is None or _hides_padding_alone(layer, call.mask, last=True)
-    cache = None if layer.owner is None else layer.owner()
     if cache is not None:
-        cache.conclude()
+        cache.attended()
     return output
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -47,6 +48,8 @@ _OPS: tuple[Op, ...] = ("decode_attention", "attention_mass", "append", "encode"
 class Broadcast:
     """Sends an event to whatever is among ``sinks`` by then; a copy tells the same sinks.
 
+    A sink that fails is told nothing more, and a warning says so: no forward pass ends for it.
+
     Args:
         sinks: receivers, which may come and go.
     """
@@ -55,8 +58,16 @@ class Broadcast:
         self.sinks = sinks
 
     def __call__(self, event: Event) -> None:
-        for sink in self.sinks:
-            sink.emit(event)
+        for sink in [*self.sinks]:
+            try:
+                sink.emit(event)
+            except Exception as error:  # noqa: BLE001 (sinks are anybody's)
+                self.sinks.remove(sink)
+                warnings.warn(
+                    f"telemetry sink {type(sink).__name__} failed ({type(error).__name__}: {error}) and is told nothing more; "
+                    "the cache goes on without it",
+                    stacklevel=2,
+                )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Broadcast:
         return Broadcast(list(self.sinks))

@@ -120,6 +120,7 @@ def restore(cache: PassControl, state: Mapping[str, Any]) -> None:
     cache.reset()
     for layer, found in zip(cache.layers, fresh, strict=True):
         vars(layer).update(vars(found))
+    cache.start_passes()  # passes of these layers are this cache's
     for layer in cache.tiered:
         if layer.is_initialized:
             layer.steps.replan(fresh=bool(layer.plan.learners))

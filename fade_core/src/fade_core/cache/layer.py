@@ -18,7 +18,7 @@ from fade_core.cache.inspection import dense, tensors
 from fade_core.cache.layer_plan import REJECTABLE, LayerPlan
 from fade_core.cache.layer_steps import LayerSteps, bucket
 from fade_core.cache.prompt import compress_due, place_prompt
-from fade_core.errors import InputError
+from fade_core.errors import FadeError, InputError
 from fade_core.eviction.byte_budget import ByteBudget
 from fade_core.eviction.contents import LayerContents
 from fade_core.eviction.query_moments import QueryMoments
@@ -53,7 +53,8 @@ class TieredLayer(CacheLayerMixin):
         record_past: newest tokens may be taken back, so that they stay in full precision until ``crop``.
         holding: everything stays in full precision.
         reading: passes leave nothing behind.
-        owner: the cache, if its passes end with this layer's attention.
+        owner: the cache.
+        torn: what was being done to what is held, if it was not finished: nothing of it can be relied on.
     """
 
     is_sliding = False
@@ -77,6 +78,7 @@ class TieredLayer(CacheLayerMixin):
         self._before: tuple[int, Callable[[], None]] | None = None
         self._encoded = 0
         self._maintained = False
+        self.torn = ""
         for part in self._kept:
             part.clear()
         self.steps.forget()
@@ -208,22 +210,26 @@ class TieredLayer(CacheLayerMixin):
                 quantizer.forget()
         step = self.steps.ready and before > 0 and keys.shape[2] <= MOST_TOKENS and not self.reading
         taken_back = before > 0 and not self.reading and (not step or self.plan.observes)
-        self._before = before, held.snapshot(step) if taken_back and not step else partial(held.drop_newest, before)
+        whole = taken_back and not step
+        self._before = before, held.snapshot(step, before) if whole else partial(held.drop_newest, before)
         if step:
             # tokens that may be taken back, or are to stay, leave the window to nobody; most steps find it not full anyway
             rule = self.steps.rules[self.record_past or self.holding or self.steps.roomy]
-            take_in(self.steps.step_plan, keys, values, self.steps.buffers or self.steps.wire(held), rule)
+            buffers = self.steps.buffers or self.steps.wire(held)
+            with self.tearing("taking tokens in"):
+                take_in(self.steps.step_plan, keys, values, buffers, rule)
+                held.logical += keys.shape[2]
+                if self.device.type == "cpu":
+                    self.steps.coming = 0  # the host's numbers are the device's
+                else:
+                    self.steps.behind = True
             if taken_back:  # not before: what is noted of a token is where the token has gone
-                self._before = before, held.snapshot(step)
+                self._before = before, held.snapshot(step, before)
             if self.steps.step_plan.refused:
                 self.steps.tell_refused()
-            if self.device.type == "cpu":
-                self.steps.coming = 0  # the host's numbers are the device's
-            else:
-                self.steps.behind = True
         else:
             self.pending, self.steps.quiet = (keys.detach(), values.detach()), 0
-        held.logical += keys.shape[2]
+            held.logical += keys.shape[2]
         if self.plan.attention == "stock" and not before:
             self.finish_pending()
             return keys, values
@@ -231,9 +237,11 @@ class TieredLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> Any:
         """Logical length: tokens the model has seen, stored or not; a tensor inside a compiled graph."""
-        if (torch.compiler.is_compiling() or recorded.on) and self.steps.ready:
-            return self.steps.counters[LOGICAL]
-        return self.logical
+        if torch.compiler.is_compiling() or recorded.on:
+            return self.steps.counters[LOGICAL] if self.steps.ready else self.logical
+        owner = None if self.owner is None else self.owner()
+        before = None if owner is None else owner.length_before(self.index)
+        return self.logical if before is None else before
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Masks of steps that are compiled span all slots, those of other passes the logical length.
@@ -498,11 +506,26 @@ class TieredLayer(CacheLayerMixin):
 
     @contextlib.contextmanager
     def moving(self, source: str = "") -> Iterator[dict[str, int]]:
-        """Tokens move inside the block, which says how many by kind of event; ``source``: where evicted ones were."""
+        """Tokens move inside the block, which says how many by kind of event; ``source``: where evicted ones were.
+
+        Errors of FADE's own come before anything has moved; whatever else ends the block leaves the layer torn.
+        """
         started, before, moved = time.perf_counter(), self.held_bytes(), dict[str, int]()
-        yield moved
-        self.changed()
+        with self.tearing("moving tokens between tiers"):
+            yield moved
+            self.changed()
         _tell(self, moved, before, started, source)
+
+    @contextlib.contextmanager
+    def tearing(self, what: str) -> Iterator[None]:
+        """What is held is written inside the block; errors of FADE's own are raised before that."""
+        self.torn = what
+        try:
+            yield
+        except FadeError:
+            self.torn = ""
+            raise
+        self.torn = ""
 
 
 def _tell(layer: TieredLayer, moved: Mapping[str, int], before: int, started: float, source: str = "") -> None:

@@ -49,23 +49,34 @@ class PassControl(Cache):
         self._tiered = [i for i, layer in enumerate(self.layers) if isinstance(layer, TieredLayer)]
         self._last = max(i for i, layer in enumerate(self.layers) if i in self._tiered or _replaces_tensors(layer))
         self._reading = False
-        last: Any = self.layers[self._last]
-        if isinstance(last, TieredLayer):
-            last.owner = weakref.ref(self)  # whose pass ends with this layer's attention
+        for layer in self.tiered:
+            layer.owner = weakref.ref(self)
         self._updated: set[int] = set()
+        self._entered: int | None = None  # the layer that is taking tokens in
+        self._attending = False  # whether the last layer's attention is under way, or has to come
         self._begun = 0
         self._before: dict[int, dict[str, Any]] = {}
         self._overwritten: set[int] = set()
 
     def conclude(self) -> None:
-        """Commit the pass that is under way, or undo it if some layer has not taken its tokens in.
+        """Commit the pass that is under way, or undo it if it was interrupted.
 
         Raises:
             InputError: if it was interrupted and some layer cannot be taken back; the cache is empty then.
         """
-        if not self._updated:
+        torn = next((layer for layer in self.tiered if layer.torn), None)
+        if torn is not None:
+            what, empty = torn.torn, self.under_way and not self._begun
+            self.reset()
+            if not empty:
+                raise InputError(
+                    f"layer {torn.index} was interrupted while {what}: what it held cannot be told any more, so the whole "
+                    "cache was emptied. Start again from the first token."
+                )
             return
-        if all(index in self._updated for index in self._tiered):
+        if not self._updated and self._entered is None:
+            return
+        if not self.under_way:
             self._before.clear()
             self._overwritten.clear()
             self._updated.clear()
@@ -74,9 +85,35 @@ class PassControl(Cache):
             for layer in layers:
                 layer.rest()
             return
-        outcome = self._roll_back(max(self._updated), len(self.layers))
+        failed = max(self._updated, default=-1) if self._entered is None else self._entered
+        outcome = self._roll_back(failed, len(self.layers))
         if not self.get_seq_length() and self._begun:
             raise InputError(f"the last forward pass was interrupted. {outcome}")
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a pass has begun and not reached its end; if nobody is at it, it was interrupted."""
+        begun = bool(self._updated) or self._entered is not None
+        return begun and (self._entered is not None or self._attending or not self._updated.issuperset(self._tiered))
+
+    def length_before(self, index: int) -> int | None:
+        """Tokens of layer ``index`` before the pass that is under way, if it takes tokens in there; else ``None``.
+
+        As long as a pass may have to be taken back its tokens do not count: whoever asks after an interruption must not be told
+        of what the next use takes back.
+        """
+        concerned = index in self._updated or index == self._entered
+        return self._begun if concerned and not self._reading and self.under_way else None
+
+    def attends(self, layer: TieredLayer) -> None:
+        """A layer's attention begins. The pass is not over before the last one's has ended, and ``attended`` says so."""
+        self._attending = layer.index == self._last
+
+    def attended(self) -> None:
+        """A layer's attention has ended: if it was the last one's, so has the pass."""
+        if self._attending:
+            self._attending = False
+            self.conclude()
 
     def detach(self) -> None:
         """Give the model back the attention it had before. The cache keeps its contents; calling twice is harmless."""
@@ -106,20 +143,25 @@ class PassControl(Cache):
         if self._reading and not isinstance(layer, TieredLayer):
             apart: tuple[Tensor, Tensor] = copy.copy(layer).update(key_states, value_states, *args, **kwargs)
             return apart
-        if layer_idx in self._updated:
+        if not self._updated or layer_idx in self._updated or self._entered is not None:
             self.conclude()
         if not self._updated:
-            self._begun = int(self.get_seq_length())
+            self._begun, self._attending = int(self.get_seq_length()), False
+        self._entered = None if self._reading else layer_idx
         try:
             if _replaces_tensors(layer):
                 key_states, value_states = self._admitted(layer, layer_idx, key_states, value_states)
                 self._before[layer_idx] = dict(vars(layer))
             found: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except InputError as error:
+            self._entered = None
             outcome = self._roll_back(layer_idx, layer_idx)
             raise type(error)(f"{error} {outcome}") from None
         if not self._reading:
             self._updated.add(layer_idx)
+        if layer_idx == self._last and isinstance(layer, TieredLayer):
+            self._attending = layer.plan.observes and self.attention == "fade" and not self._reading
+        self._entered = None
         if layer_idx == self._last and not isinstance(layer, TieredLayer):
             self.conclude()
         return found
@@ -157,6 +199,7 @@ class PassControl(Cache):
         self._before.clear()
         self._overwritten.clear()
         self._updated.clear()
+        self._entered, self._attending = None, False
         for layer in self.tiered:
             layer.record_past = False
         super().reset()
@@ -188,6 +231,7 @@ class PassControl(Cache):
         lost = [index for index in range(end) if not self._took_back(index)]
         self._emit(Event("rollback", failed, detail={"length": 0 if lost else self._begun}))
         self._updated.clear()
+        self._entered, self._attending = None, False
         if lost:
             name = type(self.layers[lost[0]]).__name__
             self.reset()

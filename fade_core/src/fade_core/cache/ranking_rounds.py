@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Hashable, Sequence
 
@@ -53,7 +54,10 @@ def rank_due(layers: Sequence[TieredLayer]) -> None:
 def _rank(layers: Sequence[TieredLayer]) -> None:
     rows, started = layers[0].due_rows(), time.perf_counter()
     before = [layer.held_bytes() for layer in layers]
-    demoted, evicted, rewired, scattered = rank_together([layer.held for layer in layers], rows)
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(layer.tearing("ranking its tokens"))
+        demoted, evicted, rewired, scattered = rank_together([layer.held for layer in layers], rows)
     for layer, was in zip(layers, before, strict=True):
         moves = rewired or (scattered and not layer.steps.compiles)  # whose steps never rely on runs
         layer.ranked(rows, {"demote": demoted, "evict": evicted}, moves, was, started)

@@ -121,12 +121,11 @@ def _resting(cache: PassControl, what: str) -> int:
             raise InputError(f"{what} records the past for assisted decoding; let generate end before rows come or go")
         if isinstance(layer, TieredLayer) and (layer.holding or layer.reading):
             raise InputError(f"{what} is inside a block of holding() or reading(); rows come or go after it")
-    found = {layer.get_seq_length() for layer in cache.layers if isinstance(layer, TieredLayer) or _is_sliding(layer)}
-    if len(found) != 1:
+    if cache.under_way:
         raise InputError(
-            f"a forward pass of {what} was interrupted: its layers hold {min(found)} to {max(found)} tokens; reset() it"
+            f"a forward pass of {what} was interrupted; settle() takes it back, and rows come or go after it"
         )
-    return int(found.pop())
+    return int(cache.get_seq_length())
 
 
 def _check_tiered(own: TieredLayer, theirs: TieredLayer) -> None:

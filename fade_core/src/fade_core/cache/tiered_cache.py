@@ -123,7 +123,8 @@ class TieredKVCache(PassControl):
         self.detach()
         for sink in self._own_sinks:
             sink.close()
-            self.sinks.remove(sink)  # what still happens to the cache is told to attached sinks only
+            if sink in self.sinks:  # what still happens to the cache is told to attached sinks only
+                self.sinks.remove(sink)
         self._own_sinks.clear()
 
     def activate_past_recording(self) -> None:

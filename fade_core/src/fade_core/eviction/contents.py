@@ -146,14 +146,15 @@ class LayerContents:
         self.window.set_lengths((self.window.lengths - (self.logical - logical)).clamp_min(0))
         self.logical = logical
 
-    def snapshot(self, step: bool) -> Callable[[], None]:
-        """What takes a pass back: called, it makes everything as it is now.
+    def snapshot(self, step: bool, logical: int) -> Callable[[], None]:
+        """What takes a pass back: called, it makes everything as it was before.
 
         Args:
             step: the pass takes its tokens straight into the window: then only they are dropped again, since a tile that it
                 encodes holds the same tokens.
+            logical: tokens that the model had seen before the pass.
         """
-        facts = {name: getattr(self, name) for name in ("logical", "padding", "ranked_at", "contiguous")}
+        facts = {name: getattr(self, name) for name in ("padding", "ranked_at", "contiguous")} | {"logical": logical}
         queries = {} if self.queries is None else {name: t.clone() for name, t in self.queries.tensors().items()}
         tracked = self.statistics() if step and self.plan.tracker.active else []
         noted = [(t, t.clone()) for held in tracked for t in held.values()]
@@ -161,7 +162,7 @@ class LayerContents:
 
         def restore() -> None:
             if step:
-                self.drop_newest(facts["logical"])
+                self.drop_newest(logical)
             for held, was in noted:
                 held.copy_(was)
             for part in parts:
