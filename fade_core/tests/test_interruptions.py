@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
@@ -189,3 +193,31 @@ def test_a_sink_that_fails_is_told_nothing_more_and_ends_no_pass() -> None:
     assert sink.told == 2
     assert sink not in talk.cache.sinks
     assert torch.equal(found, Talk(CONFIGS["evicts"], None, 1, 0).rest())
+
+
+def test_two_threads_need_two_caches() -> None:
+    """The second is refused by name, and the first goes on as if nothing had been."""
+    talk, inside, tried = Talk({}, None, 1, 0), threading.Event(), threading.Event()
+    found, right = list[Tensor](), Talk({}, None, 1, 0).rest()
+
+    def wait(*_: Any) -> None:
+        inside.set()
+        assert tried.wait(60)
+
+    hook = talk.model.model.layers[1].mlp.register_forward_hook(wait)
+    first = threading.Thread(target=lambda: found.append(talk.said(1)))
+    first.start()
+    assert inside.wait(60)
+    hook.remove()
+    with pytest.raises(InputError, match=r"another thread is under way.*copy\.deepcopy"), torch.no_grad():
+        talk.model(talk.ids[:, :1], past_key_values=talk.cache, use_cache=True)
+    tried.set()
+    first.join(60)
+    found += [talk.said(1) for _ in range(AFTER)]
+    assert torch.equal(torch.stack(found), right)
+
+
+@pytest.mark.parametrize("way", [pickle.dumps, copy.copy, lambda cache: torch.save(cache, io.BytesIO())])
+def test_a_cache_is_no_object_to_pickle(way: Callable[[Any], Any]) -> None:
+    with pytest.raises(InputError, match=r"save\(path\).*TieredKVCache\.load"):
+        way(Talk({}, None, 1, 0).cache)

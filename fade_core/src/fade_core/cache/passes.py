@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -53,6 +54,7 @@ class PassControl(Cache):
             layer.owner = weakref.ref(self)
         self._updated: set[int] = set()
         self._entered: int | None = None  # the layer that is taking tokens in
+        self._thread = 0  # whose pass it is
         self._attending = False  # whether the last layer's attention is under way, or has to come
         self._begun = 0
         self._before: dict[int, dict[str, Any]] = {}
@@ -62,8 +64,10 @@ class PassControl(Cache):
         """Commit the pass that is under way, or undo it if it was interrupted.
 
         Raises:
-            InputError: if it was interrupted and some layer cannot be taken back; the cache is empty then.
+            InputError: if it was interrupted and some layer cannot be taken back; the cache is empty then. If another thread is
+                at it; nothing has changed then.
         """
+        self._refuse_other_threads()
         torn = next((layer for layer in self.tiered if layer.torn), None)
         if torn is not None:
             what, empty = torn.torn, self.under_way and not self._begun
@@ -147,6 +151,8 @@ class PassControl(Cache):
             self.conclude()
         if not self._updated:
             self._begun, self._attending = int(self.get_seq_length()), False
+            self._thread = threading.get_ident()
+        self._refuse_other_threads()
         self._entered = None if self._reading else layer_idx
         try:
             if _replaces_tensors(layer):
@@ -205,6 +211,14 @@ class PassControl(Cache):
         super().reset()
 
     # --- inside ---
+    def _refuse_other_threads(self) -> None:
+        """Raise ``InputError`` in another thread than that whose pass is under way."""
+        if self.under_way and self._thread != threading.get_ident():
+            raise InputError(
+                "a forward pass of another thread is under way with this cache, or ended in its middle. Give each thread a "
+                "cache of its own (copy.deepcopy makes one); reset() empties this one"
+            )
+
     def _check_all(self, method: str) -> None:
         """Refuse what transformers' own layers of fixed size do not offer. Raises ``UnsupportedModelError``."""
         for index, layer in enumerate(self.layers):

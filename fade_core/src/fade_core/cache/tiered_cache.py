@@ -115,6 +115,13 @@ class TieredKVCache(PassControl):
         copied._detach = attach(model, copied) if attached and model is not None else lambda: None
         return copied
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickling, ``torch.save`` and ``copy.copy`` are refused: what is held belongs to a model. Raises ``InputError``."""
+        raise InputError(
+            "a cache is tied to its model and cannot be pickled or copied in part. save(path) writes it and "
+            "TieredKVCache.load(path, model) reads it back; copy.deepcopy makes a cache of its own on the same model"
+        )
+
     # --- life with the model ---
     def __enter__(self) -> Self:
         return self
