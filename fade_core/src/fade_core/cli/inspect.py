@@ -144,32 +144,24 @@ def read_snapshot(path: Path) -> dict[str, Any]:
 
 
 def _read_saved(path: Path) -> dict[str, Any]:
-    from safetensors import SafetensorError, safe_open
+    from fade_core.cache.checkpoint import CACHE_FILE
 
+    header, tensors = CACHE_FILE.read(path)
     parts: dict[str, int] = {}
-    try:
-        with safe_open(str(path), "pt") as file:
-            metadata = file.metadata() or {}
-            for name in file.keys():  # noqa: SIM118 (not a mapping)
-                tensor = file.get_tensor(name)
-                part = name.split(".")[1] if "." in name else name
-                parts[part] = parts.get(part, 0) + tensor.numel() * tensor.element_size()
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: not a safetensors file: {error}") from error
-    if "fade" not in metadata:
-        raise CheckpointError(f"{path}: a safetensors file, but not a saved FADE cache")
-    header = json_format.loads(metadata["fade"])
-    lengths = [layer.get("logical", 0) for layer in header["layers"].values()]
+    for name, tensor in tensors.items():
+        part = name.split(".")[1] if "." in name else name
+        parts[part] = parts.get(part, 0) + tensor.numel() * tensor.element_size()
+    lengths = [logical for layer in header.layers.values() if isinstance(logical := layer.get("logical", 0), int)]
     return {
         "file": str(path),
-        "fade_core": header["fade_core"],
-        "format": header["format"],
-        "model": header["model"],
+        "fade_core": header.fade_core,
+        "format": CACHE_FILE.format,
+        "model": header.model,
         "tokens": max(lengths, default=0),
-        "layers": len(lengths),
+        "layers": len(header.layers),
         "bytes": sum(parts.values()),
         "parts": parts,
-        "config": header["config"],
+        "config": header.config,
     }
 
 

@@ -36,6 +36,9 @@ def replacing(path: str | Path, refusal: type[FadeError]) -> Iterator[Path]:
     temporary = target.with_name(f".fade-{secrets.token_hex(6)}.tmp")
     try:
         temporary.touch(exist_ok=False)
+    except OSError as error:
+        raise _refused(path, error, refusal) from error
+    try:
         mode = temporary.stat().st_mode if mode is None else mode
         yield temporary
         temporary.chmod(mode)
