@@ -549,3 +549,6 @@ def test_a_debug_dump_says_where_everything_lives(llama: Any, tmp_path: Path, ma
             assert shown["tiers"][store.tier.name] == (levels == level).sum(-1).tolist()
     with pytest.raises(CheckpointError):
         TieredKVCache.load(tmp_path / "snapshot.json", llama)
+    for write in (cache.dump_debug, cache.save):
+        with pytest.raises(CheckpointError, match=r"cannot be written: No such file or directory"):
+            write(tmp_path / "no" / "where")

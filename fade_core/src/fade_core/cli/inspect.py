@@ -127,19 +127,20 @@ def read_snapshot(path: Path) -> dict[str, Any]:
     if path.suffix == ".json":
         try:
             found = json_format.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (OSError, RecursionError, ValueError) as error:
             raise CheckpointError(f"{path}: not a debug dump, which is JSON: {error}") from error
-        if not isinstance(found, dict) or not {"memory", "layers", "config"} <= found.keys():
-            raise CheckpointError(f"{path}: JSON, but not what cache.dump_debug() writes")
-        return {
-            "file": str(path),
-            "fade_core": found["fade_core"],
-            "tokens": found["memory"]["tokens"],
-            "layers": len(found["layers"]),
-            "bytes": found["memory"]["total"],
-            "parts": found["memory"]["tiers"],
-            "config": found["config"],
-        }
+        try:
+            return {
+                "file": str(path),
+                "fade_core": found["fade_core"],
+                "tokens": found["memory"]["tokens"],
+                "layers": len(found["layers"]),
+                "bytes": found["memory"]["total"],
+                "parts": dict(found["memory"]["tiers"]),
+                "config": dict(found["config"]),
+            }
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: JSON, but not what cache.dump_debug() writes ({error!r})") from error
     return _read_saved(path)
 
 
