@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import pickle
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import assert_same_state, feed, greedy, left_padded, tiny_gemma3, tiny_qwen3
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from sealing import seal, unsealed
 from tiny import by_turns, fresh_seed, tiny_llama
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
-from fade_core import FadeConfig, TieredKVCache, create_tiered_cache
+from fade_core import FadeConfig, TieredKVCache, attach_telemetry, create_tiered_cache
+from fade_core.builtin.quantizers.uniform import UniformQuantizer
+from fade_core.builtin.telemetry import Collector
 from fade_core.errors import CheckpointError
 from fade_core.packed import FORMAT_VERSION
 
@@ -312,34 +317,168 @@ def test_nothing_is_ever_unpickled(llama: Any, tmp_path: Path) -> None:
 
 
 def rewritten(path: Path, without: str = "", **changes: Any) -> Path:
-    """The file with fields of its header changed."""
-    with safe_open(str(path), "pt") as file:
-        header = json.loads(file.metadata()["fade"])
-    header = {name: value for name, value in (header | changes).items() if name != without}
-    save_file(load_file(str(path)), str(path), metadata={"fade": json.dumps(header)})
-    return path
+    """The file with fields of its header changed, its checksum right all the same."""
+    header, tensors = unsealed(path)
+    return seal(path, {name: value for name, value in (header | changes).items() if name != without}, tensors)
+
+
+@pytest.mark.parametrize("what", ["header", "tensors"])
+def test_a_flipped_bit_is_refused(llama: Any, saved: Path, what: str) -> None:
+    content = bytearray(saved.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    for _ in range(10):
+        at, bit = (int(torch.randint(most, ())) for most in (start if what == "header" else len(content) - start, 8))
+        damaged = bytearray(content)
+        damaged[at + (0 if what == "header" else start)] ^= 1 << bit
+        saved.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"is damaged|has no checksum"):
+            TieredKVCache.load(saved, llama)
+
+
+def test_a_file_without_a_checksum_is_refused_by_name(llama: Any, saved: Path) -> None:
+    header, tensors = unsealed(saved)
+    save_file(tensors, str(saved), metadata={"fade": json.dumps(header)})  # as files were before they had one
+    with pytest.raises(
+        CheckpointError, match=r"has no checksum: an older version of FADE wrote it.*save the cache again"
+    ):
+        TieredKVCache.load(saved, llama)
 
 
 def test_a_future_format_is_refused_with_both_versions(llama: Any, saved: Path) -> None:
-    path = rewritten(saved, format=FORMAT_VERSION + 1, fade_core="9.9.9")
-    with pytest.raises(
-        CheckpointError, match=rf"format {FORMAT_VERSION + 1} by fade-core 9.9.9.*reads format {FORMAT_VERSION}"
-    ):
+    path = rewritten(saved, format=FORMAT_VERSION + 1)
+    with pytest.raises(CheckpointError, match=rf"format {FORMAT_VERSION + 1}, .*reads format {FORMAT_VERSION}"):
         TieredKVCache.load(path, llama)
 
 
-@pytest.mark.parametrize("field", ["format", "model", "weights", "config", "max_cache_len", "layers"])
+@pytest.mark.parametrize("field", ["format", "fade_core", "model", "weights", "config", "max_cache_len", "layers"])
 def test_a_header_that_lacks_a_field_is_refused(llama: Any, saved: Path, field: str) -> None:
-    with pytest.raises(CheckpointError, match=f"format None|the header of the saved cache is damaged: {field}"):
+    with pytest.raises(
+        CheckpointError, match=f"format None|the header of .* is damaged: {field}: this field is needed"
+    ):
         TieredKVCache.load(rewritten(saved, field), llama)
 
 
+ODD = [None, -1, 0, True, 1.5, 10**30, math.nan, "x", "", [], {}, [[]], {"a": {"a": 1}}, ["a"] * 3]
+
+
+@pytest.mark.parametrize("part", ["header", "layer", "config"])
+def test_odd_values_are_refused_or_change_nothing(llama: Any, saved: Path, part: str) -> None:
+    header, tensors = unsealed(saved)
+    held = TieredKVCache.load(saved, llama)
+    good, ids = held.cache_state_dict(), torch.randint(1, 256, (1, 4))
+    expected = feed(llama, ids, held)
+    target = create_tiered_cache(llama, FadeConfig(**SMALL))
+    feed(llama, torch.randint(1, 256, (1, 50)), target)
+    before = target.cache_state_dict()
+    table = {"header": header, "layer": header["layers"]["1"], "config": header["config"]}[part]
+    for name in [*table, "surprise"]:
+        for odd in torch.randperm(len(ODD))[:3].tolist():
+            fields = table | {name: ODD[odd]}
+            if part == "layer":
+                fields = {"layers": header["layers"] | {"1": fields}}
+            changed = header | ({"config": fields} if part == "config" else fields)
+            with contextlib.suppress(CheckpointError):
+                loaded = TieredKVCache.load(seal(saved, changed, tensors), llama)
+                # what does not decide what is held: sinks, a budget that was kept, the version that wrote it
+                assert loaded.get_seq_length() == 90
+                assert torch.isfinite(feed(llama, ids, loaded)).all()
+                loaded.detach()
+            with contextlib.suppress(CheckpointError):
+                target.load_cache_state_dict({"header": good["header"] | changed, "tensors": good["tensors"]})
+                assert torch.equal(feed(llama, ids, target), expected)
+                target.load_cache_state_dict(before)
+            assert_same_state(target.cache_state_dict(), before)
+
+
 def test_a_component_that_is_not_installed_is_named(llama: Any, saved: Path) -> None:
-    with safe_open(str(saved), "pt") as file:
-        config = json.loads(file.metadata()["fade"])["config"]
-    config["keys"] = {"kind": "from-nowhere", "bits": 4}
+    config = unsealed(saved)[0]["config"] | {"keys": {"kind": "from-nowhere", "bits": 4}}
     with pytest.raises(CheckpointError, match=r"does not work here.*from-nowhere"):
         TieredKVCache.load(rewritten(saved, config=config), llama)
+
+
+def test_loading_writes_no_file(llama: Any, saved: Path, tmp_path: Path) -> None:
+    sink = [{"kind": "jsonl", "path": str(tmp_path / "planted.jsonl")}]
+    loaded = TieredKVCache.load(rewritten(saved, config=unsealed(saved)[0]["config"] | {"telemetry": sink}), llama)
+    feed(llama, torch.randint(1, 256, (1, 40)), loaded)
+    assert not (tmp_path / "planted.jsonl").exists()
+    loaded.detach()
+    with create_tiered_cache(llama, FadeConfig(**SMALL, telemetry=sink)) as told:
+        feed(llama, torch.randint(1, 256, (1, 40)), told)
+        told.save(saved)
+    assert "telemetry" not in unsealed(saved)[0]["config"]
+    collected = Collector()
+    loaded = TieredKVCache.load(saved, llama)
+    attach_telemetry(loaded, collected)
+    feed(llama, torch.randint(1, 256, (1, 40)), loaded)
+    assert collected.counts()["encode"]
+
+
+def test_room_is_made_for_what_is_plausible_alone(llama: Any, saved: Path, monkeypatch: Any) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "zeros", lambda *_, **__: pytest.fail("room was made"))
+        patched.setattr(TieredKVCache, "__init__", lambda *_: pytest.fail("a cache was made"))
+        with pytest.raises(CheckpointError, match=r"room for 1,000,000,000 tokens.*\(65,536\).*max_cache_len=\.\.\."):
+            TieredKVCache.load(rewritten(saved, max_cache_len=10**9), llama)
+    with pytest.raises(CheckpointError, match="90 tokens were saved; this cache has max_cache_len=80"):
+        TieredKVCache.load(saved, llama, max_cache_len=80)
+    loaded = TieredKVCache.load(saved, llama, max_cache_len=300)
+    assert loaded.get_max_length() == 300
+    loaded.detach()
+    header, tensors = unsealed(saved)
+    for name, shape in (("0.window.keys", (10**9, 2, 0, 16)), ("0.window.keys", (1, 10**9, 0, 16))):
+        claimed = {
+            n: torch.empty(shape) if n.startswith("0.window") and t.dim() == 4 else t for n, t in tensors.items()
+        }
+        assert claimed[name].shape == shape
+        with pytest.raises(CheckpointError, match="layer 0 of the saved cache is damaged: the number of"):
+            TieredKVCache.load(seal(saved, header | {"max_cache_len": 4096}, claimed), llama)
+
+
+def test_layers_that_disagree_are_refused(llama: Any, gemma: Any) -> None:
+    state = state_of(llama)
+    header = deepcopy(state["header"])
+    header["layers"]["1"]["logical"] += 1
+    untouched(llama, state | {"header": header}, "its layers hold different numbers of tokens")
+    for layer in header["layers"].values():
+        layer["logical"] = 95
+    untouched(llama, state | {"header": header}, "layer 0 of the saved cache is damaged: the number of tokens")
+    header = deepcopy(state["header"])
+    header["layers"]["0"] = {"initialized": False}
+    untouched(llama, state | {"header": header}, "its layers hold different numbers of tokens")
+    state = state_of(gemma)
+    sliding = next(i for i, layer in state["header"]["layers"].items() if "attributes" in layer)
+    for name, value in (("cumulative_length", 91), ("sliding_window", 10**9), ("update", 3), ("record_past", 1)):
+        header = deepcopy(state["header"])
+        header["layers"][sliding]["attributes"][name] = {"value": value}
+        untouched(gemma, state | {"header": header}, f"layer {sliding} of the saved cache is damaged")
+    del header["layers"][sliding]["attributes"]["keys"]
+    untouched(gemma, state | {"header": header}, f"layer {sliding} of the saved cache is damaged")
+
+
+def test_quantizers_are_as_before_after_a_refusal(llama: Any, monkeypatch: Any) -> None:
+    state = state_of(llama)
+    learnt: list[Any] = []
+
+    def load_state_dict(self: Any, held: Any) -> None:
+        learnt.append((self, dict(held)))
+        if held and len(learnt) == 5:
+            raise RuntimeError("no such shape")
+
+    monkeypatch.setattr(UniformQuantizer, "load_state_dict", load_state_dict)
+    state["tensors"] |= {f"{i}.quantizer0.{side}.book": torch.zeros(2) for i in range(2) for side in "kv"}
+    state["tensors"]["1.quantizer0.v.book"] = torch.ones(3)
+    cache = create_tiered_cache(llama, FadeConfig(**SMALL))
+    feed(llama, torch.randint(1, 256, (1, 70)), cache)
+    before = cache.cache_state_dict()
+    learnt.append((None, {}))
+    with pytest.raises(
+        CheckpointError, match="what quantizers have learnt is damaged in the saved cache: no such shape"
+    ):
+        cache.load_cache_state_dict(state)
+    asked, restored = [q for q, _ in learnt[1:5]], learnt[5:]
+    assert [q for q, _ in restored] == asked
+    assert all(not held for _, held in restored)
+    assert_same_state(cache.cache_state_dict(), before)
 
 
 DAMAGE: list[tuple[str, Any]] = [
@@ -358,6 +497,15 @@ DAMAGE: list[tuple[str, Any]] = [
     ("1.store0.pool.v.meta", lambda t: t.long()),
     ("1.store0.offsets", lambda t: t + 500),
     ("1.store0.statistic.mass", lambda t: t[..., :3]),
+    ("1.store0.statistic.mass", lambda t: t * math.nan),
+    ("0.window.keys", lambda t: t * math.inf),
+    ("0.window.positions", lambda t: t.flip(-1)),
+    ("0.window.positions", lambda t: t.long()),
+    ("0.window.lengths", lambda t: t.bool()),
+    ("1.padding", lambda t: t.to(torch.int8)),
+    ("1.store0.table", lambda t: t * 0),
+    ("1.store0.table", lambda t: torch.cat([t, t - t - 1], -1)),
+    ("0.surprise", lambda t: torch.zeros(3)),
 ]
 
 
@@ -365,11 +513,13 @@ DAMAGE: list[tuple[str, Any]] = [
 def test_tensors_that_cannot_be_right_are_refused(llama: Any, number: int, max_cache_len: int | None) -> None:
     name, damage = DAMAGE[number]
     state = state_of(llama, CONFIGS["h2o"])
-    state["tensors"][name] = damage(state["tensors"][name])
+    state["tensors"][name] = damage(state["tensors"].get(name))
     untouched(
         llama, state, f"layer {name[0]} of the saved cache is damaged", CONFIGS["h2o"], max_cache_len=max_cache_len
     )
     del state["tensors"][name]
+    if name == "0.surprise":
+        return
     untouched(
         llama, state, f"layer {name[0]} of the saved cache is damaged", CONFIGS["h2o"], max_cache_len=max_cache_len
     )
@@ -377,7 +527,7 @@ def test_tensors_that_cannot_be_right_are_refused(llama: Any, number: int, max_c
 
 @pytest.mark.parametrize("state", [{}, None, {"header": {}}, {"tensors": {}}, {"header": {"kind": "fade-kv-cache"}}, 3])
 def test_what_is_no_state_is_refused(llama: Any, state: Any) -> None:
-    untouched(llama, state, "not a saved FADE cache|saved in format None")
+    untouched(llama, state, "not a saved FADE cache|has format None")
 
 
 @BOTH
@@ -399,3 +549,6 @@ def test_a_debug_dump_says_where_everything_lives(llama: Any, tmp_path: Path, ma
             assert shown["tiers"][store.tier.name] == (levels == level).sum(-1).tolist()
     with pytest.raises(CheckpointError):
         TieredKVCache.load(tmp_path / "snapshot.json", llama)
+    for write in (cache.dump_debug, cache.save):
+        with pytest.raises(CheckpointError, match=r"cannot be written: No such file or directory"):
+            write(tmp_path / "no" / "where")

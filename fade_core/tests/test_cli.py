@@ -303,7 +303,11 @@ def test_inspect_reads_saved_caches(small: Path, tmp_path: Path) -> None:
         assert FadeConfig(**found["config"]) == FadeConfig.from_file(small)
         assert "recent_window: 16" in ok(run("inspect", tmp_path / name))
     (tmp_path / "other.json").write_text("[]")
-    assert "not what cache.dump_debug() writes" in run("inspect", tmp_path / "other.json").stderr
+    for content in ('{"a": 1}', '{"fade_core": 1, "memory": [], "layers": {}, "config": {}}', "[]", "3"):
+        (tmp_path / "other.json").write_text(content)
+        assert "not what cache.dump_debug() writes" in run("inspect", tmp_path / "other.json").stderr
+    (tmp_path / "other.json").write_text("[" * 100_000)
+    assert "not a debug dump, which is JSON" in run("inspect", tmp_path / "other.json").stderr
     (tmp_path / "bad.safetensors").write_bytes(b"x" * 100)
     assert "not a safetensors file" in run("inspect", tmp_path / "bad.safetensors").stderr
 

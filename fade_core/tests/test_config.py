@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -706,6 +708,12 @@ def test_presets_are_ordered_by_what_they_keep() -> None:
 
 # --- files ---
 
+MANY = "more than 5,000 values, which no configuration has"
+KEYS = {
+    "yaml": "".join(f"k{i}: 1\n" for i in range(6000)),
+    "json": json.dumps({f"{i}": 1 for i in range(5500)}, separators=(",", ":")),
+    "toml": "".join(f"k{i} = 1\n" for i in range(3000)),
+}
 WRONG_FILES = {
     "missing.toml": (None, "no such file"),
     "empty.toml": ("", "the file is empty"),
@@ -725,6 +733,26 @@ WRONG_FILES = {
     "fade.ini": ("n_sink = 4", "the extension '.ini' names no format; use one of .toml, .yaml, .yml, .json"),
     "fade": ("n_sink = 4", "names no format"),
     "deep.json": ("[" * 100_000, "not valid JSON"),
+    "deeper.json": ('{"keys":' * 5000, "not valid JSON"),
+    "deep.yaml": ("[" * 60_000, "nested more than 32 deep"),
+    "large.yaml": ("n_sink: " + "x" * 70_000, "larger than 64 KiB"),
+    "itself.yaml": ("keys: &k {kind: uniform, again: *k}", "an alias stands for what it is part of"),
+    "doubling.yaml": ("a: &a0 [x, x]\n" + "".join(f"k{i}: &a{i + 1} [*a{i}, *a{i}]\n" for i in range(40)), MANY),
+    "list.yaml": ("- &a0 [x, x]\n" + "".join(f"- &a{i + 1} [*a{i}, *a{i}]\n" for i in range(40)), MANY),
+    "merged.yaml": ("a: &a0 {b: 4}\n" + "".join(f"k{i}: &a{i + 1} {{<<: [*a{i}, *a{i}]}}\n" for i in range(40)), MANY),
+    **{f"keys.{kind}": (table, "and" if kind == "toml" else MANY) for kind, table in KEYS.items()},
+    "number.yaml": ("1: 2", "unknown field 1"),
+    "tuple.yaml": ("? [1, 2]\n: 3", "a key is text or a number"),
+    "nowhere.yaml": ("layers: {null: {n_sink: 3}}", "a layer is an index"),
+    "null.yaml": ("n_sink: !!map [4]", "a table is needed here"),
+    **{f"{tag}.yaml": (f"n_sink: !!{tag} 'zz'", f"this is no {tag}") for tag in ("int", "float", "bool")},
+    "blank-int.yaml": ("n_sink: !!int ''", "this is no int"),
+    **{f"{tag}.yaml": (f"n_sink: !!{tag} zz", "not valid YAML") for tag in ("timestamp", "binary", "set", "omap")},
+    "date.yaml": ("n_sink: 2001-99-99", "found '2001-99-99'"),  # text: no configuration holds a date
+    "digits.json": ('{"n_sink": ' + "9" * 5000 + "}", "not valid JSON"),
+    "digits.yaml": ("n_sink: 0x" + "f" * 9000, "found a number of 36000 bits"),
+    "layer.toml": (f"[layers.'{'9' * 5000}']\nn_sink = 3", "a layer is an index"),
+    "name.toml": (f"[keys]\nkind = '{'a' * 50_000}'", "unknown quantizer 'aaa"),
 }
 
 
@@ -734,10 +762,13 @@ def test_a_file_that_is_no_configuration_is_refused_by_name(tmp_path: Path, name
     path = tmp_path / name
     if text is not None:
         path.write_text(text)
-    with pytest.raises(ConfigError) as caught:
+    started = time.process_time()
+    with pytest.raises((ConfigError, UnknownComponentError)) as caught:
         FadeConfig.from_file(path)
+    assert time.process_time() - started < 1
     assert fragment in str(caught.value)
     assert str(path) in str(caught.value)
+    assert len(str(caught.value)) <= 2000
 
 
 def test_bytes_and_folders_are_refused(tmp_path: Path) -> None:
@@ -760,6 +791,70 @@ def test_errors_of_components_name_the_file_and_keep_their_type(tmp_path: Path) 
         pytest.raises(PluginError, match=r"fade.toml: policy 'h2o'"),
     ):
         FadeConfig.from_file(path)
+
+
+def test_an_unknown_component_does_not_hide_what_else_is_wrong() -> None:
+    with pytest.raises(UnknownComponentError) as caught:
+        FadeConfig(
+            n_sink=-1,
+            tyle=16,
+            keys={"kind": "nowhere"},
+            kernel={"kind": "nobody"},
+            ladder=[{"tier": "int4"}, {"tier": "none"}],
+            layers={"3": {"values": {"kind": "unifrom"}, "n_sink": 1.5}},
+        )
+    assert isinstance(caught.value, ConfigError)
+    for expected in (
+        "n_sink: input should be greater than or equal to 0; found -1",
+        "did you mean 'tile'",
+        r"unknown quantizer 'nowhere' .* \(in keys\)",
+        r"unknown kernel 'nobody' .* \(in kernel.kind\)",
+        r"unknown tier 'none'.* \(in ladder.1\)",
+        r"unknown quantizer 'unifrom'; did you mean 'uniform'.* \(in layers.3.values\)",
+        "layers.3.n_sink: input should be a valid integer",
+    ):
+        assert re.search(expected, str(caught.value)), expected
+    again = copy.copy(caught.value)  # as between processes
+    assert (type(again), str(again)) == (type(caught.value), str(caught.value))
+
+
+def test_no_message_is_longer_than_a_page_and_its_end_says_what_works() -> None:
+    with pytest.raises(ConfigError, match=r"and 2,992 more problems$") as caught:
+        FadeConfig(**{f"k{i}" * 60: i for i in range(3000)})
+    assert len(str(caught.value)) <= 2000
+    with pytest.raises(ConfigError, match=r"keep one of them$") as caught:
+        FadeConfig(int4_budget=4, ladder=[{"tier": "packed", "capacity": 5}] * 900)
+    assert len(str(caught.value)) <= 2000
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"n_sink": 2**31},
+        {"recent_window": 10**30},
+        {"policy": {"kind": "h2o", "budget": 10**30}},
+        {"policy": {"kind": "h2o", "every": 2**31}},
+        {"policy": {"kind": "h2o", "budget": "99999999999GiB"}},
+        {"ladder": [{"tier": "int4", "capacity": 10**30}]},
+        {"observation_window": 2**31},
+        {"layers": {"100000": {"n_sink": 3}}},
+        {"layers": {"0\n": {"n_sink": 3}}},
+    ],
+)
+def test_numbers_that_no_token_can_have_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="found"):
+        FadeConfig(**fields)
+
+
+def test_a_file_that_cannot_be_written_is_an_error_by_name(tmp_path: Path) -> None:
+    for path, reason in (
+        (tmp_path / "no" / "where.toml", "No such file or directory"),
+        (tmp_path / f"{'x' * 300}.toml", "File name too long"),
+        (tmp_path / "nul\0.toml", "null"),
+    ):
+        with pytest.raises(ConfigError, match=f"cannot be written: .*{reason}"):
+            FadeConfig().to_file(path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_byte_order_mark_and_layers_as_numbers_are_no_obstacle(tmp_path: Path) -> None:

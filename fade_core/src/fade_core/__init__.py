@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from fade_core.plugins.hookspecs import hookimpl
     from fade_core.plugins.resolve import AnyPolicy, get_policy, get_quantizer
     from fade_core.storage.tile_view import TileView
+    from fade_core.support.sealed import FileHeader, FileKind
 
 _HOME = {
     **dict.fromkeys(("TieredKVCache", "create_tiered_cache"), "cache"),
@@ -55,6 +56,7 @@ _HOME = {
     "rope_scheme_of": "cache.rope_schemes",
     "TileView": "storage.tile_view",
     "hookimpl": "plugins.hookspecs",
+    **dict.fromkeys(("FileHeader", "FileKind"), "support.sealed"),
     **dict.fromkeys(
         (
             "EvictionPolicy",
@@ -100,6 +102,8 @@ __all__ = [
     "AttentionTracker",
     "EvictionPolicy",
     "FadeConfig",
+    "FileHeader",
+    "FileKind",
     "FullSegment",
     "JsonlExporter",
     "Kernel",

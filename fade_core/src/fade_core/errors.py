@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+LONGEST = 2000
+"""Characters of a message: what was found may be a whole file, and nobody reads that."""
+
 
 class FadeError(Exception):
     """Base of all errors that FADE raises on purpose."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(shortened(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class ConfigError(FadeError, ValueError):
@@ -40,3 +46,10 @@ class UnsupportedModelError(FadeError, ValueError):
 
 class CheckpointError(FadeError, ValueError):
     """A saved cache, codebook or calibration that does not belong here."""
+
+
+def shortened(message: str, most: int = LONGEST) -> str:
+    """The message without its middle, if it is too long: what was wrong stands at its beginning, what works at its end."""
+    if len(message) <= most:
+        return message
+    return f"{message[: most - most // 4 - 7]} [...] {message[-(most // 4) :]}"

@@ -51,7 +51,8 @@ def test_what_is_shipped_passes_the_conformance_kit(seed: int) -> None:
 
 def test_a_missing_checkpoint_is_named() -> None:
     with pytest.raises(
-        CheckpointError, match=r"no policy file at nowhere\.safetensors; 'fade train-policy' writes one"
+        CheckpointError,
+        match=r"there is no file nowhere\.safetensors; 'fade train-policy' writes one, and smollm2 is shipped",
     ):
         LearnedConfig(checkpoint="nowhere.safetensors").build()
     with pytest.raises(ConfigError, match="heads"):

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from sealing import seal, unsealed
 from transformers import LlamaForCausalLM
 
 from fade_core import FadeConfig, create_tiered_cache
@@ -48,9 +48,9 @@ def test_a_file_gives_the_same_scores(policy: LearnedPolicy, view: LayerView, tm
     policy.save(path)
     loaded = LearnedPolicy.load(str(path))
     assert torch.equal(loaded.score(view), policy.score(view))
-    assert header_of(path) == {
-        "format": "fade-policy-learned",
-        "version": 2,
+    assert unsealed(path)[0] == {
+        "kind": "fade-policy-learned",
+        "format": 3,
         "features": list(FEATURES),
         "hidden": 9,
         "geometry": None,
@@ -58,43 +58,43 @@ def test_a_file_gives_the_same_scores(policy: LearnedPolicy, view: LayerView, tm
     }
 
 
-def header_of(path: Path) -> dict[str, Any]:
-    with safe_open(path, framework="pt") as file:
-        header: dict[str, Any] = json.loads(file.metadata()["fade"])
-    return header
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "fade-cache"}, "is not a learned policy: format 'fade-cache'"),
-        ({"version": 1}, "version 1 of the format, this plugin reads 2"),
+        ({"kind": "fade-cache"}, "is not a learned policy; found 'fade-cache'"),
+        ({"format": 2}, "has format 2, this version of FADE reads format 3"),
         ({"features": ["age"]}, r"trained on the features \['age'\]"),
-        ({"hidden": "wide"}, "hidden width 'wide'"),
+        ({"hidden": "wide"}, "hidden: input should be a valid integer; found 'wide'"),
+        ({"hidden": 10**9}, "hidden: input should be less than or equal to 65536"),
+        ({"hidden": 65_536}, "its header asks for"),
+        ({"hidden": True}, "hidden: true/false is not a value here"),
         ({"hidden": 10}, "its header asks for"),
-        ({"geometry": [2, 0, 16]}, r"geometry \[2, 0, 16\]; layers, KV heads"),
-        ({"notes": "made by"}, "lacks its notes"),
+        ({"geometry": [2, 0, 16]}, r"geometry.1: input should be greater than or equal to 1; found 0"),
+        ({"geometry": [60_000, 60_000, 16]}, "its header asks for"),
+        ({"notes": "made by"}, "notes: a table of fields is needed"),
+        ({"more": 1}, "unknown field 'more'"),
     ],
 )
 def test_a_wrong_header_is_refused(policy: LearnedPolicy, tmp_path: Path, change: dict[str, Any], message: str) -> None:
     path = tmp_path / "policy.safetensors"
     policy.save(path)
-    header = header_of(path) | change
-    save_file(load_file(path), path, metadata={"fade": json.dumps(header)})
+    header, state = unsealed(path)
     with pytest.raises(CheckpointError, match=message):
-        LearnedPolicy.load(path)
+        LearnedPolicy.load(seal(path, header | change, state))
 
 
-def test_a_file_of_the_first_version_is_named_so(policy: LearnedPolicy, tmp_path: Path) -> None:
+def test_a_file_of_the_versions_before_is_named_so(policy: LearnedPolicy, tmp_path: Path) -> None:
     path = tmp_path / "policy.safetensors"
     policy.save(path)
-    save_file(load_file(path), path, metadata={"format": "fade-policy-learned", "version": "1"})
-    with pytest.raises(CheckpointError, match="version '1' of the format, this plugin reads 2; train it again"):
+    header = {"format": "fade-policy-learned", "version": 2, **unsealed(path)[0], "hidden": 9}
+    del header["kind"]
+    save_file(load_file(path), path, metadata={"fade": json.dumps(header)})
+    with pytest.raises(CheckpointError, match=r"has no checksum: an older version of FADE wrote it.*fade train-policy"):
         LearnedPolicy.load(path)
 
 
 def test_other_files_are_refused(policy: LearnedPolicy, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no policy file at"):
+    with pytest.raises(CheckpointError, match="there is no file"):
         LearnedPolicy.load(tmp_path / "nothing")
     text = tmp_path / "text.safetensors"
     text.write_text("not a checkpoint, only some text that is long enough")
@@ -102,7 +102,13 @@ def test_other_files_are_refused(policy: LearnedPolicy, tmp_path: Path) -> None:
         LearnedPolicy.load(text)
     bare = tmp_path / "bare.safetensors"
     save_file({"x": torch.zeros(1)}, bare)
-    with pytest.raises(CheckpointError, match="format None"):
+    with pytest.raises(CheckpointError, match="is a safetensors file, but not a learned policy"):
+        LearnedPolicy.load(bare)
+    policy.save(bare)
+    content = bytearray(bare.read_bytes())
+    content[-1] ^= 1
+    bare.write_bytes(content)
+    with pytest.raises(CheckpointError, match="its checksum is not that of what it holds"):
         LearnedPolicy.load(bare)
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
+from sealing import seal, unsealed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fade_core.errors import CheckpointError, ConfigError, InputError
@@ -17,7 +17,7 @@ from fade_core.packed import Packed
 from fade_core.testing import check_quantizer
 from fade_quant_rotated import CalibratedConfig, CalibratedQuantizer, Calibration
 from fade_quant_rotated.allocation import WIDTHS, saved_by_planes, water_fill
-from fade_quant_rotated.calibration import FORMAT, SideCalibration, load_calibration
+from fade_quant_rotated.calibration import CALIBRATION_FILE, SideCalibration, load_calibration
 from fade_quant_rotated.klt import weighted_klt
 from fade_quant_rotated.lloyd_max import LEVELS, gaussian_distortion, uniform_levels
 from fade_quant_rotated.planes import PlaneStream, fits_planes
@@ -525,28 +525,68 @@ def test_configuration_refuses_and_says_what_to_do(file: str, tmp_path: Path) ->
         build(bits=2, side_bits=2)
     other = tmp_path / "other.safetensors"
     save_file({"x": torch.zeros(2)}, str(other))
-    with pytest.raises(CheckpointError, match="not one that"):
+    with pytest.raises(CheckpointError, match="not a calibration"):
         build(file=str(other))
     other.write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="not a safetensors"):
         build(file=str(other))
 
 
-def test_files_of_another_format_or_with_holes_are_refused(file: str, tmp_path: Path) -> None:
-    with safe_open(file, "pt") as opened:
-        header = json.loads(opened.metadata()["fade"])
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
-    changed = tmp_path / "changed.safetensors"
-    save_file(tensors, changed, {"fade": json.dumps({**header, "format": FORMAT + 1})})
-    with pytest.raises(CheckpointError, match=rf"format {FORMAT + 1}, this version reads {FORMAT}.*fade calibrate"):
-        CalibratedConfig(file=str(changed)).build(QuantizerContext(DIM, "key", 64, 0, LAYERS, HEADS))
-    save_file({n: t for n, t in tensors.items() if n != "1.value.worth"}, changed, {"fade": json.dumps(header)})
-    with pytest.raises(CheckpointError, match=r"damaged.*1\.value\.worth.*fade calibrate"):
-        Calibration.load(changed)
-    without = {name: value for name, value in header.items() if name != "format"}
-    save_file(tensors, changed, {"fade": json.dumps(without)})
-    with pytest.raises(CheckpointError, match="damaged"):
-        Calibration.load(changed)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, r"has format 2, this version of FADE reads format 1.*fade calibrate"),
+        ({"format": ...}, "has format None"),
+        ({"kind": "fade-kv-cache"}, "is not a calibration; found 'fade-kv-cache'"),
+        ({"head_dim": 10**9}, "head_dim: input should be less than or equal to 65536"),
+        ({"head_dim": DIM + 1}, r"damaged: tensor .* was expected.*fade calibrate"),
+        ({"num_kv_heads": True}, "num_kv_heads: true/false is not a value here"),
+        ({"num_layers": LAYERS - 1}, "damaged: layers"),
+        ({"layers": [1, 0]}, "damaged: layers"),
+        ({"layers": list(range(9))}, "damaged: tensor .* is missing"),
+        ({"defaults": {"bits": -1.0, "widths": [0, 4], "group": 1}}, "defaults.bits: input should be greater than 0"),
+        (
+            {"defaults": {"bits": 2.0, "widths": [0, 4.5], "group": 1}},
+            "defaults.widths.1: input should be a valid integer",
+        ),
+        ({"defaults": {"bits": 2.0, "widths": [0, 4], "group": 1, "more": 1}}, "unknown field 'more'"),
+        ({"notes": ...}, "notes: this field is needed"),
+    ],
+)
+def test_a_header_that_cannot_be_right_is_refused(
+    file: str, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    header, tensors = unsealed(Path(file))
+    header = {name: value for name, value in (header | change).items() if value is not ...}
+    with pytest.raises(CheckpointError, match=message):
+        CalibratedConfig(file=str(seal(tmp_path / "changed", header, tensors))).build(
+            QuantizerContext(DIM, "key", 64, 0, LAYERS, HEADS)
+        )
+
+
+def test_tensors_that_are_not_what_the_header_asks_for_are_refused(file: str, tmp_path: Path, seed: int) -> None:
+    header, tensors = unsealed(Path(file))
+    changed, name = tmp_path / "changed", "1.value.worth"
+    for odd in (None, tensors[name][:1], tensors[name].double(), tensors[name] * torch.nan):
+        others = {n: t for n, t in tensors.items() if n != name} | ({} if odd is None else {name: odd.contiguous()})
+        with pytest.raises(CheckpointError, match=r"damaged.*1\.value\.worth.*fade calibrate"):
+            Calibration.load(seal(changed, header, others))
+    with pytest.raises(CheckpointError, match=r"damaged: tensor 'surprise'"):
+        Calibration.load(seal(changed, header, tensors | {"surprise": torch.zeros(1)}))
+
+
+def test_damage_and_files_without_a_checksum_are_refused(file: str, tmp_path: Path, seed: int) -> None:
+    content, changed = Path(file).read_bytes(), tmp_path / "changed"
+    for at in torch.randint(len(content), (20,), generator=torch.Generator().manual_seed(seed)).tolist():
+        changed.write_bytes(content[:at] + bytes([content[at] ^ 16]) + content[at + 1 :])
+        with pytest.raises(CheckpointError, match=r"is damaged|has no checksum"):
+            load_calibration(changed)
+    header, tensors = unsealed(Path(file))
+    save_file(tensors, changed, {"fade": json.dumps(header)})  # as files were before they had one
+    with pytest.raises(CheckpointError, match=r"has no checksum: an older version of FADE wrote it.*fade calibrate"):
+        load_calibration(changed)
+    CALIBRATION_FILE.write(changed, {n: v for n, v in header.items() if n not in ("kind", "format")}, tensors)
+    assert changed.read_bytes() == content
 
 
 def test_another_models_sketch_is_refused(file: str) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sealing import seal, unsealed
 
 from fade_core.errors import CheckpointError, ConfigError, InputError
 from fade_core.interfaces import QuantizerContext
@@ -96,6 +97,32 @@ def test_files_and_configuration(tmp_path: Path, seed: int) -> None:
         config.with_bits(2)
     tier = PQTier(file=str(path), num_centroids=16)
     assert tier.quantizers(config, config) == (config, config)
+
+
+def test_codebook_files_that_cannot_be_right_are_refused(tmp_path: Path, seed: int) -> None:
+    path = tmp_path / "books.safetensors"
+    save_codebooks({"0.keys": PQCodebook.train(mixture(300, 32), 4, 16, seed)}, path)
+    header, tensors = unsealed(path)
+    good, name = tensors["0.keys.centroids"], "0.keys.centroids"
+    for changed in (
+        {name: good[:, :5].contiguous()},
+        {name: good[0]},
+        {name: good.long()},
+        {name: good * torch.nan},
+        {"0.keys.other": good},
+        {"-1.keys.centroids": good},
+    ):
+        with pytest.raises(CheckpointError, match=r"is damaged: tensor .*train-codebook"):
+            load_codebooks(seal(path, header, changed))
+    with pytest.raises(CheckpointError, match="has format 2"):
+        load_codebooks(seal(path, header | {"format": 2}, tensors))
+    with pytest.raises(CheckpointError, match="unknown field 'more'"):
+        load_codebooks(seal(path, header | {"more": 1}, tensors))
+    content = bytearray(seal(path, header, tensors).read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="its checksum is not that of what it holds"):
+        load_codebooks(path)
 
 
 def test_without_codebook_encoding_says_what_to_do_and_state_brings_one(seed: int) -> None:

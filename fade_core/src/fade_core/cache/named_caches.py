@@ -44,7 +44,7 @@ def configuration(cache: FadeConfig | Mapping[str, Any] | str | Path | None) -> 
     if isinstance(cache, FadeConfig):
         return cache
     if isinstance(cache, Mapping):
-        return FadeConfig(**cache)
+        return FadeConfig.model_validate(cache)
     path = Path(cache)
     if path.suffix or path.exists():
         return FadeConfig.from_file(path)

@@ -393,13 +393,28 @@ class TieredKVCache(PassControl):
         restore(self, state)
 
     def save(self, path: str | Path) -> None:
-        """Write the cache to a safetensors file."""
+        """Write the cache to a safetensors file with a checksum: the whole file, or the old one stays.
+
+        Raises:
+            CheckpointError: if it cannot be written (a full disk, no permission, no such folder).
+        """
         save(self, path)
 
     @classmethod
-    def load(cls, path: str | Path, model: PreTrainedModel) -> TieredKVCache:
-        """A cache as it was saved, on ``model``. Raises ``CheckpointError`` if the file is not for it."""
-        return load(path, model, cls)
+    def load(cls, path: str | Path, model: PreTrainedModel, max_cache_len: int | None = None) -> TieredKVCache:
+        """A cache as it was saved, on ``model``.
+
+        It sends events to nobody: a file cannot make its reader write another (``attach_telemetry`` adds sinks).
+
+        Args:
+            path: what ``save`` wrote.
+            model: the model that filled it.
+            max_cache_len: most tokens the cache may see, instead of what the file says.
+
+        Raises:
+            CheckpointError: if the file is damaged, not for this model, or asks for more room than is plausible.
+        """
+        return load(path, model, cls, max_cache_len)
 
     def dump_debug(self, path: str | Path) -> None:
         """Write what lives where (lengths, tiers, bytes, configuration) as JSON."""

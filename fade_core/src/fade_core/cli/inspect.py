@@ -127,49 +127,42 @@ def read_snapshot(path: Path) -> dict[str, Any]:
     if path.suffix == ".json":
         try:
             found = json_format.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (OSError, RecursionError, ValueError) as error:
             raise CheckpointError(f"{path}: not a debug dump, which is JSON: {error}") from error
-        if not isinstance(found, dict) or not {"memory", "layers", "config"} <= found.keys():
-            raise CheckpointError(f"{path}: JSON, but not what cache.dump_debug() writes")
-        return {
-            "file": str(path),
-            "fade_core": found["fade_core"],
-            "tokens": found["memory"]["tokens"],
-            "layers": len(found["layers"]),
-            "bytes": found["memory"]["total"],
-            "parts": found["memory"]["tiers"],
-            "config": found["config"],
-        }
+        try:
+            return {
+                "file": str(path),
+                "fade_core": found["fade_core"],
+                "tokens": found["memory"]["tokens"],
+                "layers": len(found["layers"]),
+                "bytes": found["memory"]["total"],
+                "parts": dict(found["memory"]["tiers"]),
+                "config": dict(found["config"]),
+            }
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: JSON, but not what cache.dump_debug() writes ({error!r})") from error
     return _read_saved(path)
 
 
 def _read_saved(path: Path) -> dict[str, Any]:
-    from safetensors import SafetensorError, safe_open
+    from fade_core.cache.checkpoint import CACHE_FILE
 
+    header, tensors = CACHE_FILE.read(path)
     parts: dict[str, int] = {}
-    try:
-        with safe_open(str(path), "pt") as file:
-            metadata = file.metadata() or {}
-            for name in file.keys():  # noqa: SIM118 (not a mapping)
-                tensor = file.get_tensor(name)
-                part = name.split(".")[1] if "." in name else name
-                parts[part] = parts.get(part, 0) + tensor.numel() * tensor.element_size()
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: not a safetensors file: {error}") from error
-    if "fade" not in metadata:
-        raise CheckpointError(f"{path}: a safetensors file, but not a saved FADE cache")
-    header = json_format.loads(metadata["fade"])
-    lengths = [layer.get("logical", 0) for layer in header["layers"].values()]
+    for name, tensor in tensors.items():
+        part = name.split(".")[1] if "." in name else name
+        parts[part] = parts.get(part, 0) + tensor.numel() * tensor.element_size()
+    lengths = [logical for layer in header.layers.values() if isinstance(logical := layer.get("logical", 0), int)]
     return {
         "file": str(path),
-        "fade_core": header["fade_core"],
-        "format": header["format"],
-        "model": header["model"],
+        "fade_core": header.fade_core,
+        "format": CACHE_FILE.format,
+        "model": header.model,
         "tokens": max(lengths, default=0),
-        "layers": len(lengths),
+        "layers": len(header.layers),
         "bytes": sum(parts.values()),
         "parts": parts,
-        "config": header["config"],
+        "config": header.config,
     }
 
 

@@ -16,13 +16,13 @@ from fade_core.builtin.tiers import PackedTier, QuantizedTier
 from fade_core.config.files import read_table, write_table
 from fade_core.config.flat_spelling import NAMES, Defaults, FlatSpelling, changed, nest
 from fade_core.config.kernel_selection import KernelSelection
-from fade_core.errors import ConfigError, FadeError
+from fade_core.errors import ConfigError
 from fade_core.interfaces import ComponentConfig, Preset, QuantizerConfig, TierConfig
 from fade_core.plugins import default_registry
 from fade_core.plugins.resolve import AnyPolicy, AnyQuantizer, AnyRope, AnySink, AnyTier
-from fade_core.support.validation import Capacity, CheckedModel, WholeNumber, Window
+from fade_core.support.validation import Capacity, CheckedModel, InvalidConfigError, WholeNumber, Window, shown
 
-LAYER_KEY = r"^(0|-?[1-9][0-9]*|(0|-?[1-9][0-9]*)?:(0|-?[1-9][0-9]*)?)$"
+LAYER_KEY = r"^(0|-?[1-9][0-9]{0,4}|(0|-?[1-9][0-9]{0,4})?:(0|-?[1-9][0-9]{0,4})?)$"
 """A layer index ("0", "-1") or a slice of them (":2", "-2:")."""
 
 
@@ -42,9 +42,11 @@ class Rung(NamedTuple):
     values: QuantizerConfig
 
 
-def _layer_key(key: str) -> str:
-    if not re.match(LAYER_KEY, key):
-        raise ValueError(f'a layer is an index such as "0" or "-1", or a slice such as ":2" or "-2:"; found {key!r}')
+def _layer_key(key: Any) -> str:
+    if not isinstance(key, str) or not re.match(LAYER_KEY, key) or key.endswith("\n"):
+        raise ValueError(
+            f'a layer is an index such as "0" or "-1", or a slice such as ":2" or "-2:"; found {shown(key)}'
+        )
     return key
 
 
@@ -168,9 +170,9 @@ class FadeConfig(CheckedModel):
         """Read a ``.toml``, ``.yaml``, ``.yml`` or ``.json`` file. Every error names the file."""
         table = read_table(path)
         try:
-            return cls(**table)
-        except FadeError as error:
-            raise _plain_type(error)(f"{path}: {error}") from error
+            return cls.model_validate(table)
+        except InvalidConfigError as error:
+            raise type(error)(error.problems, f"{path}: ") from error
 
     def to_file(self, path: str | Path) -> None:
         """Write the configuration in the format of the extension; ``from_file`` gives back an equal one."""
@@ -332,11 +334,6 @@ def _plain_value(value: Any, dumped: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain_value(item, dumped[key]) for key, item in value.items()}
     return dumped
-
-
-def _plain_type(error: FadeError) -> type[FadeError]:
-    """The public class of an error, to raise it again with one line more."""
-    return ConfigError if isinstance(error, ConfigError) else type(error)
 
 
 __all__ = ["FadeConfig", "LayerOverride", "Rung", "TierConfig"]

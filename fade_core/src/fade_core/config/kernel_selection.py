@@ -8,10 +8,11 @@ import torch
 from pydantic import GetJsonSchemaHandler, field_validator
 from pydantic_core import CoreSchema
 
-from fade_core.errors import ConfigError
+from fade_core.errors import ConfigError, PluginError
 from fade_core.interfaces import Kernel, KernelConfig, Op
 from fade_core.packed import PackedFormat
 from fade_core.plugins import default_registry
+from fade_core.support.validation import not_provided
 
 AUTO = "auto"
 OPS: tuple[Op, ...] = get_args(Op)
@@ -44,14 +45,14 @@ class KernelSelection(KernelConfig):
     def _known_kind(cls, kind: str) -> str:
         registry = default_registry()
         if kind != AUTO and kind not in registry.names("kernels"):
-            registry.get("kernels", kind)  # raises: nothing is registered under a name without its op
+            _provided(kind)  # raises: nothing is registered under a name without its op
         return kind
 
     @field_validator(*OPS)
     @classmethod
     def _known_name(cls, name: str | None, info: Any) -> str | None:
         if name not in (None, AUTO):
-            default_registry().get("kernels", f"{info.field_name}:{name}")
+            _provided(f"{info.field_name}:{name}")
         return name
 
     @classmethod
@@ -70,6 +71,14 @@ class KernelSelection(KernelConfig):
         if name is not None:
             return name
         return self.kind if default_registry().has("kernels", f"{op}:{self.kind}") else AUTO
+
+
+def _provided(name: str) -> None:
+    """Refuse a kernel that nothing, or more than one plugin, provides, as a problem beside others."""
+    try:
+        default_registry().get("kernels", name)
+    except PluginError as error:
+        raise not_provided(error) from None
 
 
 def choose_kernel(

@@ -29,7 +29,7 @@ from fade_core.interfaces import (
     TierConfig,
 )
 from fade_core.plugins.record import CORE_DIST, Plugin, PluginInfo, refusal_by_declaration, refusal_by_requirements
-from fade_core.support.validation import did_you_mean
+from fade_core.support.validation import did_you_mean, shown
 
 hookspecs = importlib.import_module("fade_core.plugins.hookspecs")
 
@@ -299,7 +299,7 @@ class Registry:
         op, _, short = name.rpartition(":") if group == "kernels" else ("", "", name)
         known = sorted(self.kernels(op)) if op else self.names(group)
         where = f" for op {op!r}" if op else ""
-        message = f"unknown {_SINGULAR[group]} {short!r}{where}{did_you_mean(short, known)}"
+        message = f"unknown {_SINGULAR[group]} {shown(short)}{where}{did_you_mean(short, known)}"
         message += f" (known: {', '.join(known) or 'none'})"
         broken = [plugin for plugin in self._plugins if plugin.trouble]
         owner = _FIRST_PARTY.get(group, {}).get(short)

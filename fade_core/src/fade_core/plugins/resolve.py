@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_args
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, SerializationInfo, TypeAdapter
 from pydantic_core import CoreSchema, core_schema
 
-from fade_core.errors import ConfigError
+from fade_core.errors import ConfigError, PluginError
 from fade_core.interfaces import (
     ComponentConfig,
     EvictionPolicy,
@@ -24,6 +24,7 @@ from fade_core.interfaces import (
     TierConfig,
 )
 from fade_core.plugins.registry import Group, default_registry
+from fade_core.support.validation import not_provided, shown
 
 _describing: set[Group] = set()
 """Groups whose JSON Schema is being made."""
@@ -84,11 +85,15 @@ def resolve(group: Group, value: Any, discriminator: str = "kind") -> Any:
     """
     known = ", ".join(default_registry().names(group)) or "none"
     if not isinstance(value, Mapping):
-        raise ConfigError(f"a table with {discriminator!r} is needed (one of {known}); found {value!r}")
+        raise ConfigError(f"a table with {discriminator!r} is needed (one of {known}); found {shown(value)}")
     name = value.get(discriminator)
     if not isinstance(name, str):
-        raise ConfigError(f"needs {discriminator!r}, one of {known}; found {dict(value)!r}")
-    return default_registry().get(group, name).model_validate(dict(value))
+        raise ConfigError(f"needs {discriminator!r}, one of {known}; found {shown(dict(value))}")
+    try:
+        component = default_registry().get(group, name)
+    except PluginError as error:
+        raise not_provided(error) from None
+    return component.model_validate(dict(value))
 
 
 def get_quantizer(kind: str, *, head_dim: int, **options: Any) -> Quantizer:

@@ -2,28 +2,55 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from pydantic import Field, JsonValue
 from torch import Tensor
 
+from fade_core import FileHeader, FileKind
 from fade_core.errors import CheckpointError
 from fade_core.interfaces import EvictionPolicy, LayerView
 from fade_policy_learned.features import DECAY, FEATURES, STATISTICS, token_features
 from fade_policy_learned.network import Geometry, ScoreNetwork
 
-FORMAT = "fade-policy-learned"
-VERSION = 2
+MOST = 65_536
+"""Layers, heads, channels or hidden units that no model has."""
+
+Size = Annotated[int, Field(strict=True, ge=1, le=MOST)]
+
+
+class PolicyHeader(FileHeader):
+    """What a policy file says of itself.
+
+    Attributes:
+        features: what the network sees of a token.
+        hidden: its hidden width.
+        geometry: layers, KV heads and head dimension of the model that it is for; ``None`` for any.
+        notes: how it was made.
+    """
+
+    features: tuple[str, ...]
+    hidden: Size
+    geometry: tuple[Size, Size, Size] | None
+    notes: dict[str, JsonValue]
+
 
 DATA = Path(__file__).parent / "data"
 
 SHIPPED = ("smollm2",)
 """Policies that come with this distribution, by name: SmolLM2-135M-Instruct, from the calibration texts of the core."""
+
+POLICY_FILE = FileKind(
+    "fade-policy-learned",
+    3,
+    "a learned policy",
+    f"'fade train-policy' writes one, and {', '.join(SHIPPED)} is shipped",
+    PolicyHeader,
+)
+"""Its format is raised when the meaning of a weight changes."""
 
 Heads = Literal["shared", "equal"]
 """``shared``: the heads of a layer compete for one budget (AdaKV, arXiv 2407.11550); ``equal``: each has the same."""
@@ -92,77 +119,45 @@ class LearnedPolicy(EvictionPolicy):
             )
 
     def save(self, path: str | Path) -> None:
-        """Write weights and a header (format, version, features, hidden width, geometry, notes) to a safetensors file."""
+        """Write weights and a header (features, hidden width, geometry, notes) to a safetensors file with a checksum.
+
+        Raises:
+            CheckpointError: if it cannot be written.
+        """
         shape = self.geometry
         header = {
-            "format": FORMAT,
-            "version": VERSION,
             "features": FEATURES,
             "hidden": self.network.hidden,
-            "geometry": shape and [shape.layers, shape.heads, shape.head_dim],
+            "geometry": shape and (shape.layers, shape.heads, shape.head_dim),
             "notes": self.notes,
         }
-        state = {k: v.cpu().contiguous() for k, v in self.network.state_dict().items()}
-        save_file(state, path, metadata={"fade": json.dumps(header)})  # one entry: several are written in any order
+        POLICY_FILE.write(path, header, {name: held.cpu() for name, held in self.network.state_dict().items()})
 
     @classmethod
     def load(cls, path: str | Path, heads: Heads = "shared") -> LearnedPolicy:
         """Read what ``save`` wrote, or the policy of ``SHIPPED`` that is called so.
 
         Raises:
-            CheckpointError: no such file, not a safetensors file, another format, version or feature list, or
-                weights that do not fit the header.
+            CheckpointError: no such file, damage anywhere, another kind, format or feature list, or weights that do not fit
+                the header.
         """
-        header, state = _read(DATA / f"{path}.safetensors" if str(path) in SHIPPED else Path(path))
-        _check_header(path, header)
-        network = ScoreNetwork(len(FEATURES), header["hidden"], _geometry(path, header["geometry"]))
-        expected = {name: tuple(t.shape) for name, t in network.state_dict().items()}
-        found = {name: tuple(t.shape) for name, t in state.items()}
-        if found != expected:
-            raise CheckpointError(f"{path} holds weights {found}; its header asks for {expected}")
+        header, state = POLICY_FILE.read(DATA / f"{path}.safetensors" if str(path) in SHIPPED else path)
+        if header.features != FEATURES:
+            raise CheckpointError(
+                f"{path} was trained on the features {list(header.features)}, this plugin computes {list(FEATURES)}"
+            )
+        shape = Geometry(*header.geometry) if header.geometry else None
+        with torch.device("meta"):  # shapes alone: nothing is allocated that the file does not hold
+            expected = _kinds(ScoreNetwork(len(FEATURES), header.hidden, shape).state_dict())
+        if _kinds(state) != expected:
+            raise CheckpointError(f"{path} holds weights {_kinds(state)}; its header asks for {expected}")
         broken = sorted(name for name, t in state.items() if not torch.isfinite(t).all())
         if broken:
             raise CheckpointError(f"{path} holds NaN or infinity in {', '.join(broken)}; train the policy again")
+        network = ScoreNetwork(len(FEATURES), header.hidden, shape)
         network.load_state_dict(state)
-        return cls(network, heads, header["notes"])
+        return cls(network, heads, header.notes)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not path.is_file():
-        raise CheckpointError(
-            f"no policy file at {path}; 'fade train-policy' writes one, and {', '.join(SHIPPED)} is shipped"
-        )
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        header = json.loads(metadata["fade"]) if "fade" in metadata else metadata
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not a safetensors file ({error}); LearnedPolicy.save writes one") from error
-    return dict(header), state
-
-
-def _check_header(path: str | Path, header: dict[str, Any]) -> None:
-    if header.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a learned policy: format {header.get('format')!r}, expected {FORMAT!r}")
-    if header.get("version") != VERSION:
-        raise CheckpointError(
-            f"{path} has version {header.get('version')!r} of the format, this plugin reads {VERSION}; train it again"
-        )
-    if header.get("features") != list(FEATURES):
-        raise CheckpointError(
-            f"{path} was trained on the features {header.get('features')}, this plugin computes {list(FEATURES)}"
-        )
-    hidden = header.get("hidden")
-    if type(hidden) is not int or hidden < 1:
-        raise CheckpointError(f"{path} names the hidden width {hidden!r}; a positive number was expected")
-    if not isinstance(header.get("notes"), dict) or "geometry" not in header:
-        raise CheckpointError(f"{path} lacks its notes or its geometry; train the policy again")
-
-
-def _geometry(path: str | Path, found: Any) -> Geometry | None:
-    if found is None:
-        return None
-    if not (isinstance(found, list) and len(found) == 3 and all(type(n) is int and n > 0 for n in found)):
-        raise CheckpointError(f"{path} names the geometry {found!r}; layers, KV heads and head_dim were expected")
-    return Geometry(*found)
+def _kinds(state: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return {name: (tuple(held.shape), held.dtype) for name, held in state.items()}

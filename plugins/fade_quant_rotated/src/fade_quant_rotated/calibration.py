@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from pydantic import Field, JsonValue
 from torch import Tensor
 
+from fade_core import FileHeader, FileKind
 from fade_core.errors import CheckpointError, ConfigError
 from fade_core.interfaces import Side
 from fade_core.packed import WORD_BITS
@@ -21,13 +20,47 @@ from fade_quant_rotated.allocation import check_widths, saved_by_planes, water_f
 from fade_quant_rotated.lloyd_max import Levels
 from fade_quant_rotated.planes import PLANE_BITS, PLANE_CHANNELS, in_planes, plane_words, row_of
 
-FORMAT = 1
-"""Written into files; raised when the meaning of a tensor changes."""
-
 DATA = Path(__file__).parent / "data"
 
-_KIND = "fade-kv-calibration"
+MOST = 65_536
+"""Layers, heads or channels that no model has."""
+
 GAIN_BITS = 4
+
+
+class CalibrationDefaults(FileHeader):
+    """What a calibration is used with where a configuration says nothing: ``Calibration.plan`` explains them."""
+
+    bits: Annotated[float, Field(strict=True, gt=0, le=16)]
+    widths: Annotated[tuple[Annotated[int, Field(strict=True, ge=0, le=16)], ...], Field(min_length=1, max_length=17)]
+    group: Annotated[int, Field(strict=True, ge=1, le=MOST)]
+
+
+class CalibrationHeader(FileHeader):
+    """What a calibration file says of itself; see ``Calibration``.
+
+    Attributes:
+        layers: layers that have been calibrated, ascending.
+    """
+
+    head_dim: Annotated[int, Field(strict=True, ge=1, le=MOST)]
+    num_kv_heads: Annotated[int, Field(strict=True, ge=1, le=MOST)]
+    num_layers: Annotated[int, Field(strict=True, ge=1, le=MOST)]
+    layers: Annotated[
+        tuple[Annotated[int, Field(strict=True, ge=0, lt=MOST)], ...], Field(min_length=1, max_length=MOST)
+    ]
+    defaults: CalibrationDefaults
+    notes: dict[str, JsonValue]
+
+
+CALIBRATION_FILE = FileKind(
+    "fade-kv-calibration",
+    1,
+    "a calibration",
+    "'fade calibrate --model MODEL --text FILE -o FILE' makes one",
+    CalibrationHeader,
+)
+"""Its format is raised when the meaning of a tensor changes."""
 
 
 @dataclass(frozen=True)
@@ -165,14 +198,12 @@ class Calibration:
 
     # --- files ---
     def save(self, path: str | Path) -> None:
-        """Write to ``path`` (safetensors)."""
-        tensors = {"sketch": self.sketch.contiguous()}
+        """Write to ``path`` (safetensors with a checksum). Raises ``CheckpointError`` if it cannot be written."""
+        tensors = {"sketch": self.sketch.cpu()}
         for side, layers in self.sides.items():
             for layer, found in layers.items():
-                tensors |= {f"{layer}.{side}.{n}": t.contiguous().cpu() for n, t in vars(found).items()}
+                tensors |= {f"{layer}.{side}.{n}": t.cpu() for n, t in vars(found).items()}
         header = {
-            "kind": _KIND,
-            "format": FORMAT,
             "head_dim": self.head_dim,
             "num_kv_heads": self.num_kv_heads,
             "num_layers": self.num_layers,
@@ -180,43 +211,42 @@ class Calibration:
             "defaults": dict(self.defaults),
             "notes": dict(self.notes),
         }
-        save_file(tensors, str(path), metadata={"fade": json.dumps(header, sort_keys=True)})
+        CALIBRATION_FILE.write(path, header, tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
-        """Read what ``save`` wrote. Raises ``CheckpointError`` for anything else."""
-        if not Path(path).is_file():
-            raise CheckpointError(
-                f"there is no calibration file {str(path)!r}; 'fade calibrate --model MODEL --text FILE -o {path}' "
-                "makes one"
-            )
-        try:
-            with safe_open(str(path), "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except SafetensorError as error:
-            raise CheckpointError(f"{str(path)!r} is not a safetensors file: {error}") from error
-        try:
-            header = json.loads(metadata.get("fade", "{}"))
-            if header.get("kind") != _KIND:
-                raise CheckpointError(f"{str(path)!r} is a safetensors file, but not one that 'fade calibrate' wrote")
-            if header["format"] != FORMAT:
+        """Read what ``save`` wrote. Raises ``CheckpointError`` for anything else, and for damage anywhere."""
+        header, tensors = CALIBRATION_FILE.read(path)
+        heads, dim = header.num_kv_heads, header.head_dim
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(SideCalibration.__dataclass_fields__, (heads, dim))
+        shapes["transform"] = (heads, dim, dim)
+        wanted = {
+            f"{layer}.{side}.{name}": (shape, torch.float16 if name == "transform" else torch.float32)
+            for layer in header.layers
+            for side in ("key", "value")
+            for name, shape in shapes.items()
+        }
+        sketch = tensors.get("sketch", torch.empty(0))
+        wanted["sketch"] = ((*sketch.shape[:1], sketch.shape[-1]), torch.float32)
+        for name in sorted(wanted.keys() | tensors.keys()):
+            found = tensors.get(name)
+            kind = None if found is None else (tuple(found.shape), found.dtype)
+            if kind != wanted.get(name) or (found is not None and not bool(found.isfinite().all())):
                 raise CheckpointError(
-                    f"{str(path)!r} has format {header['format']}, this version reads {FORMAT}; run 'fade "
-                    "calibrate' again"
+                    f"{str(path)!r} is damaged: tensor {name!r} is {kind or 'missing'}, {wanted.get(name, 'none')} of finite "
+                    "numbers was expected; 'fade calibrate' makes another"
                 )
-            names = SideCalibration.__dataclass_fields__
-            sides: dict[Side, dict[int, SideCalibration]] = {
-                side: {
-                    layer: SideCalibration(**{n: tensors[f"{layer}.{side}.{n}"] for n in names})
-                    for layer in header["layers"]
-                }
-                for side in ("key", "value")
+        if list(header.layers) != sorted(set(header.layers)) or header.layers[-1] >= header.num_layers:
+            raise CheckpointError(f"{str(path)!r} is damaged: layers {list(header.layers)} of {header.num_layers}")
+        sides: dict[Side, dict[int, SideCalibration]] = {
+            side: {
+                layer: SideCalibration(**{name: tensors[f"{layer}.{side}.{name}"].clone() for name in shapes})
+                for layer in header.layers
             }
-            dims = header["head_dim"], header["num_kv_heads"], header["num_layers"]
-            return cls(sides, *dims, tensors["sketch"], header["defaults"], header["notes"])
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{str(path)!r} is damaged: {error}; run 'fade calibrate' again") from error
+            for side in ("key", "value")
+        }
+        defaults = header.defaults.model_dump(mode="json")
+        return cls(sides, dim, heads, header.num_layers, sketch.clone(), defaults, header.notes)
 
     def check_model(self, sketch: Tensor) -> None:
         """Refuse a model whose output projections are not those of the model calibrated.

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from fade_core import FileHeader, FileKind
 from fade_core.errors import CheckpointError, ConfigError, InputError
 
-FORMAT = 1
-"""Written into files; raised when the meaning of a tensor changes."""
+CODEBOOK_FILE = FileKind(
+    "fade-kv-codebooks",
+    1,
+    "a codebook file",
+    "'fade train-codebook --model MODEL --text FILE -o FILE' makes one",
+    FileHeader,
+)
+"""Its format is raised when the meaning of a tensor changes."""
 
-_KIND = "fade-kv-codebooks"
 SIZES = (2, 4, 8, 16, 32, 64, 256)
 """Numbers of centroids whose codes can be packed."""
 
@@ -122,30 +126,30 @@ def check_split(head_dim: int, sub_dim: int) -> None:
 
 
 def save_codebooks(codebooks: Mapping[str, PQCodebook], path: str | Path) -> None:
-    """Write codebooks, named ``"LAYER.keys"`` and ``"LAYER.values"``, to ``path`` (safetensors)."""
-    tensors = {f"{name}.centroids": book.centroids.clone() for name, book in codebooks.items()}
-    save_file(tensors, str(path), metadata={"fade": json.dumps({"kind": _KIND, "format": FORMAT})})
+    """Write codebooks, named ``"LAYER.keys"`` and ``"LAYER.values"``, to ``path`` (safetensors with a checksum).
+
+    Raises:
+        CheckpointError: if it cannot be written.
+    """
+    CODEBOOK_FILE.write(path, {}, {f"{name}.centroids": book.centroids.clone() for name, book in codebooks.items()})
 
 
 def load_codebooks(path: str | Path) -> dict[str, Tensor]:
     """What ``save_codebooks`` wrote, as ``cache.set_codebooks`` takes it: ``"LAYER.SIDE.centroids"`` to ``[S, C, d]``.
 
     Raises:
-        CheckpointError: if the file is missing or is none.
+        CheckpointError: if the file is missing, is none, or is damaged.
     """
-    if not Path(path).is_file():
-        raise CheckpointError(
-            f"there is no codebook file {str(path)!r}; 'fade train-codebook --model MODEL --text FILE -o "
-            f"{path}' makes one"
-        )
-    try:
-        with safe_open(str(path), "pt") as file:
-            header = json.loads((file.metadata() or {}).get("fade", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except SafetensorError as error:
-        raise CheckpointError(f"{str(path)!r} is not a safetensors file: {error}") from error
-    if header.get("kind") != _KIND or header.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{str(path)!r} is not a codebook file of format {FORMAT}; 'fade train-codebook' writes them"
-        )
-    return tensors
+    _, tensors = CODEBOOK_FILE.read(path)
+    for name, found in tensors.items():
+        try:
+            if not re.fullmatch(r"(0|[1-9][0-9]{0,4})\.(keys|values)\.centroids", name) or not bool(
+                found.isfinite().all()
+            ):
+                raise ConfigError("finite centroids of the keys or values of a layer were expected")
+            PQCodebook(found)
+        except ConfigError as error:
+            raise CheckpointError(
+                f"{str(path)!r} is damaged: tensor {name!r}: {error}; 'fade train-codebook' makes another"
+            ) from error
+    return {name: found.clone() for name, found in tensors.items()}
