@@ -168,8 +168,8 @@ def test_attention(model: Any) -> None:
     modes = {}
     for attention in ("auto", "fade", "stock"):
         with create_tiered_cache(model, config=FadeConfig(attention=attention)) as cache:
-            modes[attention] = (cache.attention, model.config._attn_implementation == before)
-    assert modes == {"auto": ("fade", False), "fade": ("fade", False), "stock": ("stock", True)}
+            modes[attention] = (cache.attention, cache.attached)
+    assert modes == {"auto": ("fade", True), "fade": ("fade", True), "stock": ("stock", False)}
     assert model.config._attn_implementation == before
 
 

@@ -11,9 +11,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    AttentionMaskInterface,
+    causal_mask_function,
+    sdpa_mask,
+)
 from transformers.modeling_utils import AttentionInterface
 
+from fade_core.cache.attachment import NAME, own_attention, own_name, replaced_name
 from fade_core.cache.layer import CompiledHandle, Handle, TieredLayer
 from fade_core.cache.masks import newest
 from fade_core.cache.prompt import dense_with_past, past_masks, past_shifts
@@ -23,7 +29,6 @@ from fade_core.ops.step import read_all
 from fade_core.support.recording import recorded
 from fade_core.support.transfer import sent
 
-NAME = "fade"
 _OBSERVED = 16  # queries whose attention the tracker sees at once
 
 Visible = Callable[[slice | Tensor], Tensor]
@@ -51,7 +56,7 @@ def fade_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention over whatever the cache returned: a packed layer, or plain tensors of any other cache.
 
     Args:
@@ -67,8 +72,15 @@ def fade_attention(
         s_aux: attention-sink logits ``[H_q]``.
 
     Returns:
-        output ``[B, Q, H_q, D]`` and ``None`` in place of attention weights.
+        output ``[B, Q, H_q, D]`` and ``None`` in place of attention weights (but for plain tensors, where the model runs
+        FADE's attention only because another thread is in a pass of FADE's: what its own gives).
     """
+    if not isinstance(key, (CompiledHandle, Handle)) and (own := own_attention(module)) is not None:
+        more = {name: given for name, given in (("softcap", softcap), ("s_aux", s_aux)) if given is not None}
+        found: tuple[Tensor, Tensor | None] = own(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more, **kwargs
+        )
+        return found
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     call = _Call(query, as_bool(attention_mask), scaling, softcap, s_aux)
     if isinstance(key, CompiledHandle):
@@ -312,11 +324,17 @@ _take_rows: weakref.WeakValueDictionary[int, PreTrainedConfig] = weakref.WeakVal
 """Configurations, by id, of models that pass a mask ``[B, T]`` on as it is: they do so for flash attention."""
 
 
+_says_not_causal: weakref.WeakValueDictionary[int, PreTrainedConfig] = weakref.WeakValueDictionary()
+"""Configurations, by id, of models whose attention calls itself not causal, so that no mask means another thing there."""
+
+
 def take_rows(model: PreTrainedModel) -> None:
     """Masks of this ``model`` that hide padding alone may be ``[B, T]``, if it hands them on to attention unseen."""
-    if model._supports_flash_attn:
-        for config in (model.config, model.config.get_text_config(decoder=True)):
-            _take_rows[id(config)] = config
+    configs = {id(config): config for config in (model.config, model.config.get_text_config(decoder=True))}
+    if any(getattr(m, "is_causal", True) is False for m in model.modules() if hasattr(m, "layer_idx")):
+        _says_not_causal.update(configs)
+    elif model._supports_flash_attn:
+        _take_rows.update(configs)
 
 
 def padding_mask(
@@ -330,6 +348,13 @@ def padding_mask(
     """
     rows: Tensor | None = given.get("attention_mask")
     config = given.get("config")
+    given |= {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "q_offset": q_offset}
+    given |= {"kv_offset": kv_offset}
+    own = own_name(config)
+    if own is not None and own != NAME:
+        return cast(Tensor | None, ALL_MASK_ATTENTION_FUNCTIONS[own](**given))
+    if id(config) in _says_not_causal and replaced_name(config) == "eager":  # whose masks are always shown
+        given["allow_is_causal_skip"] = False
     plain = given.get("mask_function", causal_mask_function) is causal_mask_function
     plain = plain and given.get("allow_is_causal_skip", True) and _take_rows.get(id(config)) is config is not None
     plain = plain and isinstance(q_offset, int) and kv_offset == 0 and kv_length == q_offset + q_length
@@ -338,9 +363,7 @@ def padding_mask(
             rows = torch.ones((batch_size, kv_length), dtype=torch.bool, device=given.get("device"))
         if rows is not None and rows.shape[1] == kv_length and (q_offset or not bool(rows.all())):
             return rows.bool()
-    given |= {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
-    made: Tensor | None = sdpa_mask(q_offset=q_offset, kv_offset=kv_offset, **given)
-    return made
+    return cast(Tensor | None, sdpa_mask(**given))
 
 
 def register() -> None:

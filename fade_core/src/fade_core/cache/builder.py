@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+    StaticCache,
+)
 from transformers.configuration_utils import PreTrainedConfig
 
-from fade_core.cache.attention import NAME, take_rows
+from fade_core.cache.attention import take_rows
 from fade_core.cache.layer import TieredLayer
 from fade_core.cache.layer_plan import LayerPlan
 from fade_core.cache.layer_steps import bucket
 from fade_core.cache.masks import MaskReader
+from fade_core.cache.model_check import Findings, check_model
 from fade_core.cache.rope_schemes import known_scheme, layer_schemes
 from fade_core.config import FadeConfig
 from fade_core.config.kernel_selection import choose_kernel
@@ -43,6 +50,9 @@ from fade_core.support.checks import FiniteCheck
 
 SIDES: tuple[Side, Side] = ("key", "value")
 _OPS: tuple[Op, ...] = ("decode_attention", "attention_mass", "append", "encode", "dequantize")
+
+_BOUNDED = (DynamicSlidingWindowLayer, LinearAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)
+"""Layers of transformers' own that hold as much of a long prompt as of a short one."""
 
 
 class Broadcast:
@@ -111,15 +121,21 @@ def build(
         UnsupportedModelError: a model without attention that FADE can compress.
     """
     text = model.config.get_text_config(decoder=True)
-    own_layers, mode = _own_layers(model, text), _attention_mode(model, config)
+    own_layers = _own_layers(model, text)
+    full = [index for index, plain in enumerate(own_layers) if type(plain) is DynamicLayer]
+    found = check_model(model, frozenset(full))
+    kept = _own_attention(model, config, found)
+    mode = "stock" if kept else "fade"
+    if not kept:
+        take_rows(model)
     config.policy.check_model(model)
     policy = config.policy.build()
     statistics = policy.statistics if config.evicts or config.ladder or config.layers else ()
     tracker = AttentionTracker(statistics, policy.decay, policy.observes or config.observation_window)
     built = Built([], policy, tracker, mode)
-    tiered = [index for index, plain in enumerate(own_layers) if type(plain) is DynamicLayer]
+    tiered = [index for index in full if index not in found.unfed]
     budgets = dict(zip(tiered, layer_budgets(config.policy, len(tiered)), strict=True))
-    schemes, finite = _schemes(model, config, tiered, mode, max_cache_len), FiniteCheck(tiered[-1])
+    schemes, finite = _schemes(model, config, tiered, kept, max_cache_len), FiniteCheck(tiered[-1])
     masks = MaskReader()
     static = None if max_cache_len is None else StaticCache(config=text, max_cache_len=bucket(max_cache_len)).layers
     checked: list[QuantizerConfig] = []
@@ -137,8 +153,8 @@ def build(
                     checked.append(quantizer)
         if mode == "stock" and ladder.bounded:
             raise ConfigError(
-                f"{type(model).__name__} keeps its own attention here, which cannot leave evicted tokens out; use a "
-                "configuration without budget and bounded tiers, or a model that takes attn_implementation='fade'"
+                f"{type(model).__name__} keeps its own attention here, which cannot leave evicted tokens out ({kept}); use a "
+                "configuration without budget and bounded tiers"
             )
         kernels = {op: _kernel(op, own, ladder, text, model, built.refusals) for op in _OPS}
         made_from = own.model_dump_json(include={"keys", "values", "ladder", "tile"})
@@ -235,16 +251,16 @@ def _ladder(
 
 
 def _schemes(
-    model: PreTrainedModel, config: FadeConfig, layers: list[int], mode: str, length_limit: int | None
+    model: PreTrainedModel, config: FadeConfig, layers: list[int], kept: str, length_limit: int | None
 ) -> Mapping[int, RopeScheme | None]:
     """The embeddings by which the layers' survivors are re-positioned; none if they keep their positions."""
     if config.reposition == "keep":
         return {}
     found = layer_schemes(config.rope, model, layers, length_limit)
-    if mode == "stock":
+    if kept:
         raise ConfigError(
-            f"{type(model).__name__} keeps its own attention here, which reads every key where it is: reposition = "
-            "'contiguous' needs FADE's; use reposition = 'keep', or a model that takes attn_implementation='fade'"
+            f"{type(model).__name__} keeps its own attention here ({kept}), which reads every key where it is: reposition = "
+            "'contiguous' needs FADE's; use reposition = 'keep'"
         )
     return found
 
@@ -285,57 +301,25 @@ def _own_layers(model: PreTrainedModel, text: PreTrainedConfig) -> list[Any]:
     layers: list[Any] = DynamicCache(config=text).layers
     if not any(type(layer) is DynamicLayer for layer in layers):
         kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none"
+        growing = sorted({type(layer).__name__ for layer in layers if type(layer) not in _BOUNDED})
         raise UnsupportedModelError(
-            f"{name} has no full-attention layer (found: {kinds}); the caches of the others are already bounded. "
-            "Use transformers' DynamicCache."
+            f"{name} has no full-attention layer that FADE compresses (found: {kinds}); "
+            + (
+                f"{', '.join(growing)} keeps more than keys and values of all tokens"
+                if growing
+                else "what they hold is already bounded"
+            )
+            + ". Use transformers' DynamicCache."
         )
     return layers
 
 
-def _attention_mode(model: PreTrainedModel, config: FadeConfig) -> str:
-    """Either "fade" or "stock", as the configuration asks and the model allows."""
+def _own_attention(model: PreTrainedModel, config: FadeConfig, found: Findings) -> str:
+    """Why the model keeps its own attention; empty if it runs FADE's. Raises ``UnsupportedModelError``."""
     if config.attention == "stock":
-        return "stock"
-    before = model.config._attn_implementation
-    try:
-        model.set_attn_implementation(NAME)
-    except (ValueError, ImportError) as error:
-        if config.attention == "fade":
-            raise UnsupportedModelError(
-                f"{type(model).__name__} does not take attn_implementation='fade' ({error}); use attention = 'auto' or 'stock'"
-            ) from error
-        return "stock"
-    took = model.config.get_text_config(decoder=True)._attn_implementation == NAME
-    model.set_attn_implementation(before)
-    if not took and config.attention == "fade":
+        return "the configuration says attention = 'stock'"
+    if found.reason and config.attention == "fade":
         raise UnsupportedModelError(
-            f"{type(model).__name__} ignores attn_implementation='fade'; use attention = 'auto' or 'stock'"
+            f"{type(model).__name__} cannot run FADE's attention: {found.reason}; use attention = 'auto' or 'stock'"
         )
-    return "fade" if took else "stock"
-
-
-_attached: weakref.WeakKeyDictionary[PreTrainedModel, tuple[str, set[int]]] = weakref.WeakKeyDictionary()
-
-
-def attach(model: PreTrainedModel, cache: Any) -> Callable[[], Any]:
-    """Run the model with FADE's attention until the last cache on it lets go."""
-    before, users = _attached.get(model, (str(model.config._attn_implementation), set()))
-    if not users:
-        model.set_attn_implementation(NAME)
-        take_rows(model)
-    token = id(cache)
-    users.add(token)
-    _attached[model] = (before, users)
-    owner = weakref.ref(model)
-
-    def let_go() -> None:
-        held = owner()
-        if held is None or held not in _attached:
-            return
-        original, left = _attached[held]
-        left.discard(token)
-        if not left:
-            del _attached[held]
-            held.set_attn_implementation(original)
-
-    return weakref.finalize(cache, let_go)
+    return found.reason

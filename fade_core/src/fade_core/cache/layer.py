@@ -27,6 +27,7 @@ from fade_core.interfaces import Event
 from fade_core.ops.buffers import LOGICAL, MOST_TOKENS, NONFINITE, LayerBuffers
 from fade_core.ops.step import take_in
 from fade_core.storage.repositioning import note_shifts
+from fade_core.storage.tier_store import TierStore
 from fade_core.support.checks import check_room, check_tokens
 from fade_core.support.memory import storage_bytes
 from fade_core.support.recording import recorded
@@ -124,6 +125,15 @@ class TieredLayer(CacheLayerMixin):
             _tell(self, {"encode": encoded}, self.held_bytes(), time.perf_counter())
         self.steps.tell_refused()
 
+    @property
+    def stores(self) -> tuple[TierStore, ...]:
+        """What each tier holds, none before the first token."""
+        return () if self._held is None else self.held.stores
+
+    def tier_map(self) -> Tensor:
+        """The tier of every position, int64 ``[B, H_kv, T]``; see ``LayerContents.tier_map``."""
+        return self.held.tier_map()
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor the layer keeps, as "tier/kind"."""
         if self._held is None:
@@ -143,6 +153,31 @@ class TieredLayer(CacheLayerMixin):
     def batch_size(self) -> int:
         """Rows, or -1 before the first token."""
         return -1 if self._held is None else self._held.rows
+
+    @property
+    def keys(self) -> Tensor | None:
+        """The keys of all tokens, as a ``Handle``, for models that look into a cache; ``None`` before the first token."""
+        return None if self._held is None else Handle(self, "key", self._held.window.keys)
+
+    @keys.setter
+    def keys(self, tokens: Tensor | None) -> None:
+        self._not_replaced(tokens)
+
+    @property
+    def values(self) -> Tensor | None:
+        """Likewise the values."""
+        return None if self._held is None else Handle(self, "value", self._held.window.values)
+
+    @values.setter
+    def values(self, tokens: Tensor | None) -> None:
+        self._not_replaced(tokens)
+
+    def _not_replaced(self, tokens: Tensor | None) -> None:
+        if tokens is not None:
+            raise InputError(
+                f"layer {self.index} holds its tokens in tiers, where nobody else puts them (offloading, say); they come "
+                "through update alone"
+            )
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for the batch size, heads, dtype and device of the first tokens ``[B, H_kv, T, D]``."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import threading
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,7 +37,7 @@ class PassControl(Cache):
     weights_fingerprint: str | None
     refusals: dict[str, list[tuple[str, str]]]
     device: torch.device
-    _detach: Callable[[], Any]
+    attached: bool
 
     @property
     def tiered(self) -> list[TieredLayer]:
@@ -120,8 +119,8 @@ class PassControl(Cache):
             self.conclude()
 
     def detach(self) -> None:
-        """Give the model back the attention it had before. The cache keeps its contents; calling twice is harmless."""
-        self._detach()
+        """Let passes with this cache run the model's own attention. It keeps its contents; calling twice is harmless."""
+        self.attached = False
 
     def settle(self) -> None:
         """Finish what is under way: an interrupted forward pass is undone, what is due is packed and ranked."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -14,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from fade_core.cache.builder import Broadcast, attach, build
+from fade_core.cache.attachment import attach
+from fade_core.cache.builder import Broadcast, build
 from fade_core.cache.checkpoint import dump_debug, load, restore, save, state_of, weights_fingerprint
 from fade_core.cache.memory_report import MemoryReport, measure
 from fade_core.cache.named_caches import configuration
@@ -63,8 +63,9 @@ def create_tiered_cache(
 class TieredKVCache(PassControl):
     """Tokens in tiers by age and attention, really freed as they go down; works in every mode of ``generate``.
 
-    While the cache lives, its model runs FADE's attention; ``detach`` (or leaving it as a context manager, or dropping the
-    cache) restores what the model had. Other caches keep working on the model all the time.
+    Its model runs FADE's attention in passes that carry the cache, and its own in all others: other caches, attention weights
+    as output, continuous batching, a copy of the model and another attention that is set meanwhile are as without FADE.
+    After ``detach`` (or leaving the cache as a context manager) they run its own with this cache, too.
 
     Args:
         model: a decoder-only transformers model.
@@ -72,6 +73,7 @@ class TieredKVCache(PassControl):
         max_cache_len: most tokens the cache may see; see ``create_tiered_cache``.
 
     Attributes:
+        attached: whether passes with this cache run FADE's attention.
         compile_refusal: why decoding cannot be compiled with this cache; empty if it can.
     """
 
@@ -90,8 +92,9 @@ class TieredKVCache(PassControl):
         self.start_passes()
         self._own_sinks = [sink.build() for sink in config.telemetry]
         self.sinks += self._own_sinks
-        self._model = weakref.ref(model)
-        self._detach = attach(model, self) if self.attention == "fade" else lambda: None
+        self.attached = self.attention == "fade"
+        if self.attached:
+            attach(model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A whole cache of its own on the same model; what is only read (policy, fixed quantizers) and sinks are shared."""
@@ -103,16 +106,13 @@ class TieredKVCache(PassControl):
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         for name, value in vars(self).items():
-            if name not in ("_detach", "_own_sinks", "sinks", "_emit"):
+            if name not in ("_own_sinks", "sinks", "_emit"):
                 setattr(copied, name, copy.deepcopy(value, memo))
         copied._emit = copied.tiered[0].plan.emit  # type: ignore[assignment]
         copied.sinks, copied._own_sinks = copied._emit.sinks, []
         copied.start_passes()
         for layer in copied.tiered:
             layer.steps.replan(fresh=bool(layer.plan.learners))
-        model = self._model()
-        attached = model is not None and self.attention == "fade"
-        copied._detach = attach(model, copied) if attached and model is not None else lambda: None
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -57,8 +57,7 @@ def step_times(
 ) -> dict[str, StepTime]:
     """Time single-token steps after a prompt, with transformers' own cache ("exact") and with ``caches``.
 
-    All caches live at once and take turns: ``steps`` steps each a round, in rotating order. While it is the turn of a cache
-    of transformers' own the model runs its own attention.
+    All caches live at once and take turns: ``steps`` steps each a round, in rotating order.
 
     Args:
         model: a causal language model in evaluation mode.
@@ -78,7 +77,6 @@ def step_times(
     names = [EXACT, *caches]
     advance = Units(len(names) * (rounds + warmup + 1), progress)
     times: dict[str, list[float]] = {name: [] for name in names}
-    own = model.config._attn_implementation
     with ExitStack() as stack:
         made = {EXACT: stack.enter_context(opened(exact_cache, model))}
         prefill(model, ids, made[EXACT])
@@ -87,18 +85,13 @@ def step_times(
             made[name] = stack.enter_context(opened(factory, model))
             prefill(model, ids, made[name])
             advance(1)
-        fade = model.config._attn_implementation
         token = ids[:, -1:].repeat(1, steps)
         for turn in range(warmup + rounds):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                if fade != own:
-                    model.set_attn_implementation(fade if hasattr(made[name], "detach") else own)
                 seconds = _timed(model, token, made[name])
                 if turn >= warmup:
                     times[name].append(seconds / steps)
                 advance(1)
-        if fade != own:
-            model.set_attn_implementation(fade)
         return {name: _summary(times[name], times[EXACT], cache, model) for name, cache in made.items()}
 
 
