@@ -11,6 +11,7 @@ from tiny import fresh_seed, tiny_llama
 from fade_core import FadeConfig, attach_telemetry, create_tiered_cache
 from fade_core.builtin.policies.h2o import H2OPolicy
 from fade_core.builtin.quantizers.uniform import UniformConfig, UniformQuantizer
+from fade_core.cache import layer_steps
 from fade_core.errors import CheckpointError
 from fade_core.interfaces import (
     Event,
@@ -22,6 +23,7 @@ from fade_core.interfaces import (
     QuantizerContext,
     TelemetrySink,
 )
+from fade_core.ops.step import take_in
 
 
 class PickyConfig(QuantizerConfig):
@@ -218,3 +220,21 @@ def test_a_quantizer_that_learns_nothing_costs_nothing(watched: Any) -> None:
     model, _ = watched
     with create_tiered_cache(model, FadeConfig(n_sink=4, recent_window=32)) as cache:
         assert not any(layer.plan.learners for layer in cache.tiered)
+
+
+@pytest.mark.parametrize(("sides", "steps"), [(PUPILS, 1), ({"n_sink": 4, "recent_window": 32}, 4)])
+def test_what_is_undone_by_the_prompt_is_warmed_up_once_in_a_process(
+    watched: Any, monkeypatch: pytest.MonkeyPatch, sides: dict[str, Any], steps: int
+) -> None:
+    """A rotation that a quantizer keeps is each layer's own; one that learns is another after every prompt."""
+    model, _ = watched
+    taken: list[Any] = []
+    monkeypatch.setattr(layer_steps, "_warm", set())
+    monkeypatch.setattr(layer_steps, "take_in", lambda *args: taken.append(args) or take_in(*args))
+    for _ in range(2):
+        with create_tiered_cache(model, FadeConfig(**sides), max_cache_len=200) as cache:
+            for layer in cache.tiered:
+                layer.lazy_initialization(torch.zeros(2, 2, 1, 16), torch.zeros(2, 2, 1, 16))
+                layer.steps.warm_up(layer.held)
+                assert layer.logical == 0 and not layer.held.window.lengths.any()
+    assert len(taken) == steps
