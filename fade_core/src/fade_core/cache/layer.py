@@ -53,7 +53,8 @@ class TieredLayer(CacheLayerMixin):
         record_past: newest tokens may be taken back, so that they stay in full precision until ``crop``.
         holding: everything stays in full precision.
         reading: passes leave nothing behind.
-        owner: the cache, if its passes end with this layer's attention.
+        owner: the cache, if it has taken the layer in.
+        ends_pass: whether the cache's passes end with this layer's attention.
     """
 
     is_sliding = False
@@ -64,7 +65,7 @@ class TieredLayer(CacheLayerMixin):
         super().__init__()
         self.plan, self.index, self.max_length = plan, plan.index, max_length
         self.steps = LayerSteps(plan, max_length)
-        self.record_past = self.reading = self.holding = False
+        self.record_past = self.reading = self.holding = self.ends_pass = False
         self.owner: weakref.ref[Any] | None = None
         self._kept: tuple[Any, ...] = ()  # the window and stores of fixed size
         self.reset()
@@ -190,8 +191,10 @@ class TieredLayer(CacheLayerMixin):
             check_tokens(self.index, keys, values, None if held is None else (held.window.keys, held.window.values))
         self._check_room(keys.shape[2])
         if keys.device.type != "cpu" or not bool(torch.isfinite(keys.sum() + values.sum())):
-            at_once = bool(self.plan.learners)
-            keys, values = self.plan.finite(self.index, keys, values, before, self.plan.on_nonfinite, at_once)
+            # nothing may be learnt that cannot be unlearnt: what an empty layer learns is forgotten with its tokens
+            soon = self.plan.attention != "stock" and not before
+            reads = {"soon" if soon else "at_once": bool(self.plan.learners)}
+            keys, values = self.plan.finite(self.index, keys, values, before, self.plan.on_nonfinite, **reads)
         if held is None:
             self.lazy_initialization(keys, values)
             held = self.known

@@ -50,8 +50,8 @@ class PassControl(Cache):
         self._last = max(i for i, layer in enumerate(self.layers) if i in self._tiered or _replaces_tensors(layer))
         self._reading = False
         last: Any = self.layers[self._last]
-        if isinstance(last, TieredLayer):
-            last.owner = weakref.ref(self)  # whose pass ends with this layer's attention
+        for layer in self.tiered:
+            layer.owner, layer.ends_pass = weakref.ref(self), layer is last
         self._updated: set[int] = set()
         self._begun = 0
         self._before: dict[int, dict[str, Any]] = {}
@@ -177,6 +177,11 @@ class PassControl(Cache):
         check_tokens(index, keys, values, (layer.keys, layer.values) if length else None)
         check_room(index, length, keys.shape[2], self.length_limit)
         return check_finite(index, keys, values, length, self.config.on_nonfinite)
+
+    def taken_back(self, index: int, error: InputError) -> InputError:
+        """Undo the pass that is under way: the ``error`` that layer ``index`` found, and what became of the cache."""
+        outcome = self._roll_back(index, index + 1)
+        return type(error)(f"{error} {outcome}")
 
     def _roll_back(self, failed: int, end: int) -> str:
         """Undo the pass in the layers before ``end``; says what became of the cache.
