@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fade_core.errors import InputError, NonFiniteError
-from fade_core.support.transfer import fetched
+from fade_core.support.transfer import arriving
 
 
 def check_room(layer: int, cached: int, new: int, limit: int | None) -> None:
@@ -68,7 +68,7 @@ class FiniteCheck:
     def __init__(self, last: int | None = None, deferred: bool | None = None) -> None:
         self.last, self.deferred = last, deferred
         self._asked: list[tuple[int, int, Tensor]] = []
-        self._soon: Callable[[], list[Tensor]] | None = None
+        self._soon: Callable[[], Tensor] | None = None
 
     def __call__(
         self,
@@ -107,7 +107,7 @@ class FiniteCheck:
         else:
             wide = torch.float64 if keys.dtype != torch.float16 else torch.float32  # where no sum overflows
             self._asked.append((layer, start, torch.isfinite(keys.sum(dtype=wide) + values.sum(dtype=wide))))
-            self._soon = fetched([self._asked[-1][2]]) if soon else None
+            self._soon = arriving(self._asked[-1][2]) if soon else None
         if layer >= self.last and self._asked:
             self._answer(keys)
         return keys, values
@@ -119,7 +119,7 @@ class FiniteCheck:
             NonFiniteError: says where the first NaN or infinity is.
         """
         soon, self._soon = self._soon, None
-        if soon is not None and not bool(soon()[0]):
+        if soon is not None and not bool(soon()):
             check_finite(layer, keys, values, start, "raise")
 
     def _answer(self, keys: Tensor) -> None:
