@@ -128,27 +128,29 @@ def _turning(mean: Tensor) -> Tensor:
 
 
 class _Side:
-    """Keys or values ``[B, H, T, D]`` about a centre.
+    """Keys or values ``[B, H, T, D]`` about a centre, in ``slots`` slots: ``T``, and empty ones.
 
     Attributes:
         centre: float32 ``[H, D]``, near the mean of the tokens past the sinks.
-        wide: ``[B * H, T, D + room]`` in ``dtype``, zero past ``D``.
+        wide: ``[B * H, slots, D + room]`` in ``dtype``, zero past ``D``.
         x: tokens minus ``centre``, the first ``D`` of ``wide``.
         plain: float64 ``[H, D + 1, D + 1]``, sum of ``(x, 1) (x, 1)^T`` over a sample of the tokens past the sinks.
     """
 
-    def __init__(self, tokens: Tensor, index: Tensor, there: Tensor, dtype: torch.dtype, room: int = 0) -> None:
-        self.rows = len(tokens)
+    def __init__(
+        self, tokens: Tensor, index: Tensor, there: Tensor, dtype: torch.dtype, slots: int, room: int = 0
+    ) -> None:
+        self.rows, (_, _, total, dim) = len(tokens), tokens.shape
         some = _take(tokens, index).float()  # [B, H, m, D]
         counted = there[:, None, :, None].expand(self.rows, -1, -1, 1).float()  # [B, 1, m, 1]
         centre = (some * counted).sum((0, 2)) / counted.sum().clamp_min(1)
         rounded = centre.to(tokens.dtype)  # any centre will do, as long as it is the same everywhere
         self.centre = rounded.float()
-        wide = torch.empty((*tokens.shape[:3], tokens.shape[3] + room), dtype=dtype, device=tokens.device)
-        torch.sub(tokens, rounded[:, None], out=wide[..., : tokens.shape[3]])
-        wide[..., tokens.shape[3] :] = 0
+        wide = torch.empty((*tokens.shape[:2], slots, dim + room), dtype=dtype, device=tokens.device)
+        torch.sub(tokens, rounded[:, None], out=wide[:, :, :total, :dim])
+        wide[..., dim:] = wide[:, :, total:] = 0
         self.wide = wide.flatten(0, 1)
-        self.x = self.wide[..., : tokens.shape[3]]
+        self.x = self.wide[..., :dim]
         some = torch.cat([some - self.centre[:, None], torch.ones_like(some[..., :1])], -1) * counted
         some = some.transpose(0, 1).flatten(1, 2)  # [H, B * m, D + 1]
         self.plain = self._about_zero((some.mT @ some).double())
@@ -190,7 +192,8 @@ class Stretch(NamedTuple):
 class _Layer:
     """One pass over a prompt.
 
-    ``real``, ``past`` (real and past the sinks) and ``place`` (a token's number in its row) are ``[B or 1, T]``.
+    ``real``, ``past`` (real and past the sinks) and ``place`` (a token's number in its row) are ``[B or 1, slots]``: of the
+    tokens, and of empty slots up to a multiple of 8, as tensor cores read numbers of 16 bits.
     """
 
     def __init__(self, prompt: PromptView, dtype: torch.dtype | None) -> None:
@@ -201,13 +204,14 @@ class _Layer:
         self.dtype = dtype or (torch.bfloat16 if narrow else torch.float32)
         asked = prompt.queries.shape[2]
         self.first = self.total - asked
-        real = prompt.visible(torch.arange(asked - 1, asked, device=self.device))[:, 0, 0]
+        self.slots = self.total + -self.total % 8
+        real = self._in_slots(prompt.visible(torch.arange(asked - 1, asked, device=self.device))[:, 0, 0])
         self.place = real.cumsum(-1) - 1
         self.past = real & (self.place >= prompt.n_sink)
         window = (self.place[:, -1:] + 1 - prompt.n_sink) // 4
         self.window = window.clamp_max(prompt.recent_window)  # [B or 1, 1]
         self.most_window = max(0, min(prompt.recent_window, (self.total - prompt.n_sink) // 4))
-        self.able = (real & (self.place >= prompt.n_sink + self.window))[:, self.first :]
+        self.able = (real & (self.place >= prompt.n_sink + self.window))[:, self.first : self.total]
         alike = self.rows // len(real)
         self.tokens = self.past.sum().double() * alike
         self.asked = self.past[:, self.first :].sum().double() * alike
@@ -218,7 +222,8 @@ class _Layer:
         sample = _spread(self.past, min(self.total, -(-TOKENS // self.rows)))
         room = 1 + self.group * (1 if self.dtype == torch.float32 else 2)  # for what ``_Weights`` knows of a token
         room += -(prompt.values.shape[3] + room) % 8  # tensor cores read rows of multiples of 8 numbers of 16 bits
-        keys, values = _Side(prompt.keys, *sample, self.dtype), _Side(prompt.values, *sample, self.dtype, room)
+        given = *sample, self.dtype, self.slots
+        keys, values = _Side(prompt.keys, *given), _Side(prompt.values, *given, room)
         metric = _metric(prompt)
         weights = _Weights(self, keys, values, metric)
         index, there = _spread(self.able, min(self.able.shape[1], -(-queries // self.rows)))
@@ -229,12 +234,12 @@ class _Layer:
             part = slice(start, start + block)
             weights.add(index[:, part], there[:, part], self._stretches(start, min(part.stop, count), count))
         number = self.past.sum(-1)[:, None, None].clamp_min(1)
-        given = [
+        shares = [
             (weight + (even * weight.sum(-1, keepdim=True) + TINY) / number) * self.past[:, None]
             for weight in (weights.keys, weights.values)
         ]
         (key_weight, key_mean, key_square), (value_weight, value_mean, value_square) = (
-            side.weighted(weight) for side, weight in zip((keys, values), given, strict=True)
+            side.weighted(weight) for side, weight in zip((keys, values), shares, strict=True)
         )
         return LayerSums(
             key_weight=key_weight,
@@ -254,26 +259,26 @@ class _Layer:
         base = max(self.first, self.prompt.n_sink + self.most_window)  # the first of those ``able``
         able = self.total - base
         if not self.prompt.causal or able < count:
-            return [Stretch(slice(0, stop - start), 0, self.total)]
+            return [Stretch(slice(0, stop - start), 0, self.slots)]
 
         def at(number: int) -> int:
             """Where that query is, or one before; as ``_spread`` has it."""
             return base + number * (able - 1) // max(1, count - 1)
 
-        step = -(-(stop - start) // STRETCHES)
-        firsts = range(start, stop, step)
-        ends = [min(first + step, stop) for first in firsts]
-        return [
-            # a few more, as products like numbers of columns that are multiples of 8
-            Stretch(
-                slice(first - start, end - start), at(first), min(self.total, at(end - 1) + 2 + -(at(end - 1) + 2) % 64)
-            )
-            for first, end in zip(firsts, ends, strict=True)
-        ]
+        found, step = list[Stretch](), -(-(stop - start) // STRETCHES)
+        for first in range(start, stop, step):
+            end = min(first + step, stop)
+            past = at(end - 1) + 2  # what the last of them sees, or one more; products like multiples of 8
+            found.append(Stretch(slice(first - start, end - start), at(first), min(self.slots, past + -past % 64)))
+        return found
+
+    def _in_slots(self, of_tokens: Tensor) -> Tensor:
+        """bool ``[..., T]`` with ``False`` for empty slots."""
+        return torch.nn.functional.pad(of_tokens, (0, self.slots - self.total))
 
     def seen(self, index: Tensor) -> Tensor:
-        """bool ``[B or 1, H or 1, q, T]`` of what the queries ``index`` ``[B or 1, q]`` see."""
-        shown = self.prompt.visible(index.flatten())
+        """bool ``[B or 1, H or 1, q, slots]`` of what the queries ``index`` ``[B or 1, q]`` see."""
+        shown = self._in_slots(self.prompt.visible(index.flatten()))
         if len(index) > 1:  # each row has its own queries
             shown = shown.unflatten(2, tuple(index.shape)).diagonal(dim1=0, dim2=2).movedim(-1, 0)
         return shown
@@ -305,15 +310,15 @@ class _Weights:
     with the squared probabilities, and nothing but these is ever as large as queries times tokens.
 
     Attributes:
-        keys: float32 ``[B, H, T]``, sum of ``w`` over queries and heads of the group.
-        values: float32 ``[B, H, T]``, sum of ``a^2``.
+        keys: float32 ``[B, H, slots]``, sum of ``w`` over queries and heads of the group.
+        values: float32 ``[B, H, slots]``, sum of ``a^2``.
         query_square: float64 ``[H, D, D]``, sum of ``w q q^T``.
     """
 
     def __init__(self, layer: _Layer, keys: _Side, values: _Side, metric: Tensor) -> None:
         self.layer, self.sides = layer, (keys, values)
-        rows, heads, total, dim = layer.rows, layer.heads, layer.total, layer.dim
-        self.keys, self.values = torch.zeros(2, rows, heads, total, device=layer.device)
+        rows, heads, dim = layer.rows, layer.heads, layer.dim
+        self.keys, self.values = torch.zeros(2, rows, heads, layer.slots, device=layer.device)
         self.query_square = torch.zeros(heads, dim, dim, dtype=torch.float64, device=layer.device)
         ridge = 1e-6 * metric.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).double() + TINY  # heads of no output
         square = metric.double() + torch.diag_embed(ridge.expand(-1, -1, metric.shape[-1]))
