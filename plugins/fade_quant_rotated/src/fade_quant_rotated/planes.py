@@ -84,10 +84,13 @@ class PlaneStream(StreamLayout):
         place[self._order] = torch.arange(len(self.channels))
         head, channel, shift = self.slots.long().flatten(0, 1).unbind(-1)
         code = place[head * self.kept + channel]  # [planes * 16]
-        self._code, self._shift = sent(code, device), sent(shift.to(torch.int32), device)
+        self._shift = sent(shift.to(torch.int32), device)
         # numbers, where flags would be read back on the host each time; no two of them have a channel in common
-        alike = [(own, (shift == own).nonzero().flatten()) for own in sorted(set(shift.tolist()) - {NOTHING})]
-        self._alike = [(own, sent(slots, device), sent(code[slots], device)) for own, slots in alike]
+        shifts = sorted(set(shift.tolist()) - {NOTHING})
+        alike = [(shift == own).nonzero().flatten() for own in shifts]
+        parts = [code, *alike, *(code[slots] for slots in alike)]
+        self._code, *held = sent(torch.cat(parts), device).split([len(part) for part in parts])  # one copy, not nine
+        self._alike = [*zip(shifts, held[: len(shifts)], held[len(shifts) :], strict=True)]
 
     def pack(self, codes: Tensor) -> Tensor:
         fields = (codes[..., self._code] >> self._shift) & (2**PLANE_BITS - 1)  # [B, n, tile, planes * 16]
