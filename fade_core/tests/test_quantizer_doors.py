@@ -11,7 +11,8 @@ from tiny import fresh_seed, tiny_llama
 from fade_core import FadeConfig, attach_telemetry, create_tiered_cache
 from fade_core.builtin.policies.h2o import H2OPolicy
 from fade_core.builtin.quantizers.uniform import UniformConfig, UniformQuantizer
-from fade_core.errors import CheckpointError
+from fade_core.cache import layer_steps
+from fade_core.errors import CheckpointError, NonFiniteError
 from fade_core.interfaces import (
     Event,
     EvictionPolicy,
@@ -22,6 +23,7 @@ from fade_core.interfaces import (
     QuantizerContext,
     TelemetrySink,
 )
+from fade_core.ops.step import take_in
 
 
 class PickyConfig(QuantizerConfig):
@@ -218,3 +220,58 @@ def test_a_quantizer_that_learns_nothing_costs_nothing(watched: Any) -> None:
     model, _ = watched
     with create_tiered_cache(model, FadeConfig(n_sink=4, recent_window=32)) as cache:
         assert not any(layer.plan.learners for layer in cache.tiered)
+
+
+@pytest.mark.parametrize(("sides", "steps"), [(PUPILS, 1), ({"n_sink": 4, "recent_window": 32}, 4)])
+def test_what_is_undone_by_the_prompt_is_warmed_up_once_in_a_process(
+    watched: Any, monkeypatch: pytest.MonkeyPatch, sides: dict[str, Any], steps: int
+) -> None:
+    """A rotation that a quantizer keeps is each layer's own; one that learns is another after every prompt."""
+    model, _ = watched
+    taken: list[Any] = []
+    monkeypatch.setattr(layer_steps, "_warm", set())
+    monkeypatch.setattr(layer_steps, "take_in", lambda *args: taken.append(args) or take_in(*args))
+    for _ in range(2):
+        with create_tiered_cache(model, FadeConfig(**sides), max_cache_len=200) as cache:
+            for layer in cache.tiered:
+                layer.lazy_initialization(torch.zeros(2, 2, 1, 16), torch.zeros(2, 2, 1, 16))
+                layer.steps.warm_up(layer.held)
+                assert layer.logical == 0 and not layer.held.window.lengths.any()
+    assert len(taken) == steps
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("mode", ["raise", "zero"])
+def test_what_is_not_finite_is_found_before_anything_is_stored(layer: int, mode: str) -> None:
+    """As where tokens lie on a GPU: layers ask, and read the answer when attention to the prompt is under way."""
+    model = tiny_llama(fresh_seed(), layers=3)
+    ids = torch.randint(1, 255, (2, 150))
+    projection = model.model.layers[layer].self_attn.v_proj
+
+    def spoil(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        output = output.clone()
+        output[1, 70, 3] = torch.nan
+        return output
+
+    with create_tiered_cache(model, FadeConfig(**PUPILS, on_nonfinite=mode)) as cache, torch.no_grad():
+        listener = Listener()
+        attach_telemetry(cache, listener)
+        cache.tiered[0].plan.finite.deferred = True  # shared by the layers
+        hook = projection.register_forward_hook(spoil)
+        if mode == "raise":
+            where = (
+                f"layer {layer}: NaN or infinity in the values at position 70 of row 1 .*The cache is as it was before"
+            )
+            with pytest.raises(NonFiniteError, match=where):
+                model(ids, past_key_values=cache)
+            assert [(event.kind, event.layer) for event in listener.events][-1] == ("rollback", layer)
+            assert cache.get_seq_length() == 0 and not any(one.is_initialized for one in cache.tiered)
+        else:
+            model(ids, past_key_values=cache)
+            assert all(one.held.stores[0].tiles for one in cache.tiered)
+            cache.reset()
+        hook.remove()
+        found = model(ids, past_key_values=cache).logits
+        assert cache.get_seq_length() == 150 and cache.tiered[layer].held.stores[0].tiles
+    with create_tiered_cache(model, FadeConfig(**PUPILS)) as plain, torch.no_grad():
+        assert torch.equal(model(ids, past_key_values=plain).logits, found)

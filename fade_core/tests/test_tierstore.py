@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor
 from fade_core.builtin.quantizers.full import FullQuantizer
 from fade_core.builtin.quantizers.uniform import UniformQuantizer
 from fade_core.cache.layer_state import load_store, store_state
-from fade_core.interfaces import Quantizer, Tier
+from fade_core.interfaces import Kernel, Op, Quantizer, Support, Tier
+from fade_core.packed import Tiles
+from fade_core.storage.codec import Codec, put
 from fade_core.storage.slots import TokenLayout
 from fade_core.storage.tier_store import TierStore, Tokens
 from fade_core.support.memory import live_bytes
@@ -236,6 +239,44 @@ def test_a_tile_that_is_not_full_is_coded_from_its_own_tokens_alone() -> None:
     )
     other.append(loud)
     assert_same(content(other), content(store))
+
+
+class Straight(Kernel):
+    """Writes tiles straight into a pool, as kernels do, and counts its calls."""
+
+    name: ClassVar[str] = "straight"
+    op: ClassVar[Op] = "encode"
+
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+
+    def supports(self, *args: Any) -> Support:
+        return Support(True)
+
+    def __call__(self, quantizer: Quantizer, tokens: Tensor, into: Tiles | None = None) -> None:
+        assert into is not None
+        self.lengths.append(tokens.shape[2])
+        put(quantizer.encode(tokens), into)
+
+
+@pytest.mark.parametrize("tiles", [1, 11])
+def test_a_kernel_that_needs_no_room_is_given_all_tokens_at_once(tiles: int) -> None:
+    """Whole tiles of all rows: anything else is gathered first, a piece at a time."""
+    torch.manual_seed(fresh_seed())
+    kernel, plain = Straight(), store_of("channel")
+    store = TierStore(plain.tier, 2, plain.layout, False, codec=Codec(kernel))
+    feed = Feed(2, 3)
+    all_of_them = feed.take(torch.full((2, 3), tiles * TILE))
+    store.append(all_of_them)
+    plain.append(all_of_them)
+    assert kernel.lengths == [tiles * TILE] * 2
+    kernel.lengths.clear()
+    for counts in (torch.full((2, 3), 9 * TILE - 1), torch.tensor([[9 * TILE] * 3, [0] * 3])):
+        some = feed.take(counts)
+        store.append(some)
+        plain.append(some)
+    assert max(kernel.lengths) == 4 * TILE
+    assert_same(content(store), content(plain))
 
 
 def test_codes_of_tokens_that_stay_are_not_touched_by_a_split() -> None:

@@ -322,15 +322,15 @@ POINTERS = {"KEY_CODES": "*i16", "KEY_LOW": "*i16", "VALUE_CODES": "*i16", "COUN
 POINTERS |= dict.fromkeys(("LENGTHS", "USED", "RESERVED", "POSITIONS", "IDS"), "*i32")
 for side in ("KEY", "VALUE"):
     POINTERS |= dict.fromkeys((f"{side}_TABLE", f"{side}_SLOTS", f"{side}_WIDTHS"), "*i32")
-    numbers = ("STEPS", "WORTH", "MEAN", "FORWARD", "DEVIATION", "USUAL")
-    POINTERS |= dict.fromkeys((f"{side}_{name}" for name in numbers), "*fp32")
+    numbers = ("STEPS", "WORTH", "MEAN", "DEVIATION", "USUAL")
+    POINTERS |= dict.fromkeys((f"{side}_{name}" for name in numbers), "*fp32") | {f"{side}_FORWARD": "*fp16"}
 WINDOW = dict.fromkeys(("KEYS", "VALUES", "W_KEYS", "W_VALUES"), "*bf16")
 SHARED = dict(TILE=64, BLOCK=16, MOST=32, ZERO=False, D=128, DP=128)
 CODES = dict(KEY_ROTATION=None, VALUE_ROTATION=None, VALUE_LOW=None, KEY_CHANNEL=True, KEY_OUTWARD=True, VALUE_OUTWARD=True)
 ALIKE = CODES | dict(KEY_BITS=4, VALUE_BITS=4, VALUE_GROUPS=1, KEY_LOW=None)
 APART = CODES | dict(KEY_BITS=3, VALUE_BITS=2, VALUE_GROUPS=4)
 GAINS = (8, 4, -1, 3)
-PLANES = dict(KEY_PLANES=9, VALUE_PLANES=9, KEY_GAINS=GAINS, VALUE_GAINS=GAINS)
+PLANES = dict(KEY_PLANES=10, VALUE_PLANES=9, KEY_GAINS=GAINS, VALUE_GAINS=GAINS, KEY_KEPT=128, VALUE_KEPT=64)
 for kernel, fixed, runs, notes in (
     (append_kernel, ALIKE, True, 0), (append_kernel, APART, False, 2),
     (append_planes_kernel, PLANES, True, 0), (append_planes_kernel, PLANES, False, 2),

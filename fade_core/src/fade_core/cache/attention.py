@@ -23,6 +23,7 @@ from fade_core.cache.attachment import NAME, own_attention, own_name, replaced_n
 from fade_core.cache.layer import CompiledHandle, Handle, TieredLayer
 from fade_core.cache.masks import newest
 from fade_core.cache.prompt import dense_with_past, past_masks, past_shifts
+from fade_core.errors import NonFiniteError
 from fade_core.interfaces import PromptView
 from fade_core.ops.reference import FullSegment, Segment, decode_attention
 from fade_core.ops.step import read_all
@@ -163,6 +164,8 @@ def _chunk_attention(module: torch.nn.Module, layer: TieredLayer, call: _Call) -
         output = _sdpa(module, keys, values, call, mask)
     else:
         output = _in_blocks(call, keys, visible, 1, partial(_sdpa, module, keys, values))
+    if learning:  # by now the device has all that it needs to go on
+        _confirm(layer, held.logical - chunk)
     if layer.reading:
         _reread(layer, call, keys, visible)
         layer.finish_pending()
@@ -175,6 +178,17 @@ def _chunk_attention(module: torch.nn.Module, layer: TieredLayer, call: _Call) -
     del keys, values  # the layer alone holds them now, and drops them as it packs
     layer.finish_pending(padding, observed)
     return output
+
+
+def _confirm(layer: TieredLayer, start: int) -> None:
+    """Refuse a chunk from position ``start`` on that is not finite, and take back the whole pass. Raises ``NonFiniteError``."""
+    try:
+        layer.plan.finite.confirm(layer.index, *cast(tuple[Tensor, Tensor], layer.pending), start)
+    except NonFiniteError as error:
+        cache = None if layer.owner is None else layer.owner()
+        if cache is None:
+            raise
+        raise cache.taken_back(layer.index, error) from None
 
 
 # --- what quantizers and a policy are told of a prompt ---

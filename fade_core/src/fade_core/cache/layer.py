@@ -235,8 +235,10 @@ class TieredLayer(CacheLayerMixin):
             check_tokens(self.index, keys, values, None if held is None else (held.window.keys, held.window.values))
         self._check_room(keys.shape[2])
         if keys.device.type != "cpu" or not bool(torch.isfinite(keys.sum() + values.sum())):
-            at_once = bool(self.plan.learners)
-            keys, values = self.plan.finite(self.index, keys, values, before, self.plan.on_nonfinite, at_once)
+            # nothing may be learnt that cannot be unlearnt: what an empty layer learns is forgotten with its tokens
+            soon = self.plan.attention != "stock" and not before
+            reads = {"soon" if soon else "at_once": bool(self.plan.learners)}
+            keys, values = self.plan.finite(self.index, keys, values, before, self.plan.on_nonfinite, **reads)
         if held is None:
             self.lazy_initialization(keys, values)
             held = self.known

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 
@@ -16,6 +16,9 @@ from fade_core.eviction.contents import LayerContents
 from fade_core.ops.buffers import LOGICAL, NONFINITE, ODD_MASK, LayerBuffers, layer_buffers
 from fade_core.ops.step import plan_step, read_all, step_name, take_in
 from fade_core.support.transfer import sent
+
+_warm: set[tuple[Hashable, ...]] = set()
+"""What layers whose quantizers learn have run a step for in this process."""
 
 
 class LayerSteps:
@@ -129,20 +132,36 @@ class LayerSteps:
         """Run a step on empty buffers and undo it.
 
         What ops and quantizers make once and keep (compiled kernels, rotations on the device) is made here, outside the
-        memory pool of a CUDA graph, where nothing may stay behind.
+        memory pool of a CUDA graph, where nothing may stay behind. Quantizers that learn are others after each prompt: what
+        they keep that is not the process's is made then, and a step of theirs is run once in a process.
         """
-        held.window.reserve(1)
-        keys, values = (torch.zeros_like(t[:, :, :1]) for t in (held.window.keys, held.window.values))
-        take_in(self.step_plan, keys, values, self.wire(held))
-        query = keys.new_zeros((held.rows, max(self.plan.query_heads, held.heads), 1, keys.shape[3]))
-        read_all(self.step_plan, query, self.wire(held), None, None, 1.0, None)
+        if not self.plan.learners or self._is_new(held):
+            held.window.reserve(1)
+            keys, values = (torch.zeros_like(t[:, :, :1]) for t in (held.window.keys, held.window.values))
+            take_in(self.step_plan, keys, values, self.wire(held))
+            query = keys.new_zeros((held.rows, max(self.plan.query_heads, held.heads), 1, keys.shape[3]))
+            read_all(self.step_plan, query, self.wire(held), None, None, 1.0, None)
+            self.tell_refused()
+            self.counters.zero_()
+            held.window.clear()
         for store in held.stores if len(held.stores) > 1 else ():  # tokens will be demoted
             store.warm_up()
         if held.stores and self.plan.ladder.bounded and self.checks_masks:  # once is enough for all layers
             together.warm_up(held)
-        self.tell_refused()
-        self.counters.zero_()
-        held.window.clear()
+
+    def _is_new(self, held: LayerContents) -> bool:
+        """Whether no layer in this process that is like this one, and holds as much, was asked before."""
+        like = (
+            self.plan.compatibility,
+            held.window.keys.shape,
+            held.window.values.shape,
+            held.window.keys.dtype,
+            held.device,
+        )
+        if like in _warm:
+            return False
+        _warm.add(like)
+        return True
 
     @property
     def operands(self) -> tuple[list[Tensor], ...]:

@@ -234,6 +234,11 @@ class PassControl(Cache):
         check_room(index, length, keys.shape[2], self.length_limit)
         return check_finite(index, keys, values, length, self.config.on_nonfinite)
 
+    def taken_back(self, index: int, error: InputError) -> InputError:
+        """Undo the pass that is under way: the ``error`` that layer ``index`` found, and what became of the cache."""
+        outcome = self._roll_back(index, index + 1)
+        return type(error)(f"{error} {outcome}")
+
     def _roll_back(self, failed: int, end: int) -> str:
         """Undo the pass in the layers before ``end``; says what became of the cache.
 

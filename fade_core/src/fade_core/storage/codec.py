@@ -102,11 +102,16 @@ class Codec:
             ids: int32 or int64 ``[B, H_kv, n]``: pool tile of each tile, no two alike; negative: not written. Where they lie
                 on the CPU, nothing is asked of the device.
         """
-        there = Tiles(fields, sent(ids, tokens.device))
-        if not isinstance(self.encoder, TorchEncode) and self.encoder.accepts(quantizer, tokens, there):
-            self.encoder(quantizer, tokens, there)
+        if self.in_one_pass(quantizer, tokens, fields, ids):
+            self.encoder(quantizer, tokens, Tiles(fields, sent(ids, tokens.device)))
         else:
             put(self.encode(quantizer, tokens), Tiles(fields, ids))
+
+    def in_one_pass(self, quantizer: Quantizer, tokens: Tensor, fields: Mapping[str, Tensor], ids: Tensor) -> bool:
+        """Whether ``encode_into``, given these, has a kernel write all tiles, however many, and makes nothing beside them."""
+        return not isinstance(self.encoder, TorchEncode) and bool(
+            self.encoder.accepts(quantizer, tokens, Tiles(fields, ids))
+        )
 
     def decode(self, quantizer: Quantizer, packed: Packed) -> Tensor:
         """Tokens ``[B, H_kv, T, D]`` in ``packed.dtype``."""

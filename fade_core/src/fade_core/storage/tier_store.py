@@ -256,7 +256,7 @@ class TierStore:
 
     # --- moving tokens ---
     def append(self, tokens: Tokens, index: Tensor | None = None) -> None:
-        """Encode ``tokens`` behind what is here, in pieces, so that the encoders' temporaries stay small.
+        """Encode ``tokens`` behind what is here, in pieces where encoders have temporaries, so that those stay small.
 
         Args:
             tokens: the first ``counts[b, h]`` of each row and head are meant; ``first`` is that of those.
@@ -272,13 +272,23 @@ class TierStore:
             index = at if index is None else index.gather(2, at)
         rows = tokens.counts.amax(1).nonzero().flatten()
         filled, ids = self._places(rows, tokens.counts[rows])
-        for tiles in _pieces(ids.shape[2]):
+        whole = index is None and len(rows) == len(tokens.counts) and self._takes_whole(tokens, ids)
+        for tiles in [slice(0, ids.shape[2])] if whole else _pieces(ids.shape[2]):
             slots = slice(tiles.start * self.tile, min(tiles.stop * self.tile, width))
             piece = tokens.part(slots, rows, index)
             for (side, quantizer), new in zip(self._sides.items(), (piece.keys, piece.values), strict=True):
                 self.codec.encode_into(quantizer, new, under(self.pool.fields, side), ids[:, :, tiles])
             self._enter(rows, filled[:, :, tiles], piece.positions, piece.statistics, piece.first)
         self._changed()
+
+    def _takes_whole(self, tokens: Tokens, ids: Tensor) -> bool:
+        """Whether kernels write ``tokens`` to the tiles ``ids`` of the pool in one pass."""
+        sides = zip(self._sides.items(), (tokens.keys, tokens.values), strict=True)
+        slots = slice(ids.shape[2] * self.tile)
+        return all(
+            self.codec.in_one_pass(quantizer, new[:, :, slots], under(self.pool.fields, side), ids)
+            for (side, quantizer), new in sides
+        )
 
     def _places(self, rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Room for ``counts`` ``[b, H_kv]`` more tokens of ``rows``: how many each new tile gets, and its pool id.

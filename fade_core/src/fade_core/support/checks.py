@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from fade_core.errors import InputError, NonFiniteError
+from fade_core.support.transfer import arriving
 
 
 def check_room(layer: int, cached: int, new: int, limit: int | None) -> None:
@@ -65,9 +68,17 @@ class FiniteCheck:
     def __init__(self, last: int | None = None, deferred: bool | None = None) -> None:
         self.last, self.deferred = last, deferred
         self._asked: list[tuple[int, int, Tensor]] = []
+        self._soon: Callable[[], Tensor] | None = None
 
     def __call__(
-        self, layer: int, keys: Tensor, values: Tensor, start: int, on_nonfinite: str, at_once: bool = False
+        self,
+        layer: int,
+        keys: Tensor,
+        values: Tensor,
+        start: int,
+        on_nonfinite: str,
+        at_once: bool = False,
+        soon: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """As ``check_finite``.
 
@@ -78,25 +89,38 @@ class FiniteCheck:
             start: logical position of the first token.
             on_nonfinite: "raise" or "zero".
             at_once: read the answer now, whatever it costs.
+            soon: ``confirm`` will read it before anything is stored; the device gets on meanwhile.
 
         Raises:
             NonFiniteError: for this layer, or from the last one for whichever was first.
         """
+        self._soon = None
         deferred = keys.device.type == "cuda" if self.deferred is None else self.deferred
         if not deferred or self.last is None:
             return check_finite(layer, keys, values, start, on_nonfinite)
         if self._asked and self._asked[-1][0] >= layer:
             self._asked.clear()  # of a pass that was interrupted
-        if at_once:
+        if at_once or (soon and layer >= self.last):  # which waits in any case
             keys, values = check_finite(layer, keys, values, start, on_nonfinite)
         elif on_nonfinite == "zero":
             keys, values = (t.masked_fill(~torch.isfinite(t), 0) for t in (keys, values))
         else:
             wide = torch.float64 if keys.dtype != torch.float16 else torch.float32  # where no sum overflows
             self._asked.append((layer, start, torch.isfinite(keys.sum(dtype=wide) + values.sum(dtype=wide))))
+            self._soon = arriving(self._asked[-1][2]) if soon else None
         if layer >= self.last and self._asked:
             self._answer(keys)
         return keys, values
+
+    def confirm(self, layer: int, keys: Tensor, values: Tensor, start: int) -> None:
+        """Read the answer about the layer that asked last, if it was to be read ``soon``; arguments as it asked.
+
+        Raises:
+            NonFiniteError: says where the first NaN or infinity is.
+        """
+        soon, self._soon = self._soon, None
+        if soon is not None and not bool(soon()):
+            check_finite(layer, keys, values, start, "raise")
 
     def _answer(self, keys: Tensor) -> None:
         """Read all answers, where ``keys`` are. Raises ``NonFiniteError``."""

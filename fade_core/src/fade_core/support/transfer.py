@@ -20,6 +20,20 @@ def sent(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None)
     return tensor.to(device, dtype)
 
 
+def arriving(tensor: Tensor) -> Callable[[], Tensor]:
+    """A copy of ``tensor`` on the CPU: called, the result waits for it, and for nothing that its device is asked for later."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu
+    copy = tensor.to("cpu", non_blocking=True)  # pinned
+    there = torch.cuda.current_stream(tensor.device).record_event()
+
+    def arrived() -> Tensor:
+        there.synchronize()
+        return copy
+
+    return arrived
+
+
 def fetched(tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
     """Copies of ``tensors`` as they are now, on the CPU: called, the result waits for them, and for nothing that comes later.
 

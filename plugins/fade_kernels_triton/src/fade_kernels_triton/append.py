@@ -15,7 +15,7 @@ from fade_core.packed import PackedFormat
 from fade_kernels_triton.device import interpreted, unusable
 from fade_kernels_triton.encode import unplain
 from fade_kernels_triton.operands import HEAD_DIMS, TOKEN_DTYPES, planes, unsupported_format, unsupported_pair
-from fade_kernels_triton.planes import encoding_of, gains_of, unencodable
+from fade_kernels_triton.planes import encoding_of, encoding_warps, gains_of, padded_kept, unencodable
 
 BLOCK = 16
 """Window tokens that move together; at most a tile."""
@@ -85,6 +85,7 @@ def _append_planes(keys: Tensor, values: Tensor, buffers: StepBuffers, rule: App
     if key_layout is None or value_layout is None:
         raise InputError(f"tier {rule.packed.name!r} has no planes")
     launch = _launch(keys, values, buffers, rule)
+    kept = padded_kept(key_layout), padded_kept(value_layout)
     append_planes_kernel[launch.grid](
         *launch.tensors,
         *encoding_of(key_layout),
@@ -99,7 +100,9 @@ def _append_planes(keys: Tensor, values: Tensor, buffers: StepBuffers, rule: App
         VALUE_PLANES=value_layout.planes.shape[1],
         KEY_GAINS=gains_of(key_layout),
         VALUE_GAINS=gains_of(value_layout),
-        **launch.constants,
+        KEY_KEPT=kept[0],
+        VALUE_KEPT=kept[1],
+        **launch.constants | {"num_warps": encoding_warps(rule.tile, max(kept))},
     )
 
 

@@ -13,7 +13,7 @@ from fade_core.interfaces import Kernel, Op, Quantizer, Support
 from fade_core.packed import Packed, PackedFormat, Tiles, planes_of
 from fade_kernels_triton.device import interpreted, unusable
 from fade_kernels_triton.operands import GROUPS_TAKEN, HEAD_DIMS, PACKED_BITS, TILES, TOKEN_DTYPES, odd_groups, planes
-from fade_kernels_triton.planes import encoding_of, gains_of, unencodable
+from fade_kernels_triton.planes import encoding_of, encoding_warps, gains_of, padded_kept, unencodable
 
 
 class TritonEncode(Kernel):
@@ -110,6 +110,7 @@ def _encode_planes(quantizer: Quantizer, tokens: Tensor, into: Tiles | None) -> 
     if into is None:
         fields["codes"].zero_()  # the end may stay empty
     zero, steps, first, tries = gains_of(layout)
+    kept = padded_kept(layout)
     encode_planes_kernel[(tiles, rows * heads)](
         tokens,
         fields["codes"],
@@ -129,7 +130,8 @@ def _encode_planes(quantizer: Quantizer, tokens: Tensor, into: Tiles | None) -> 
         TRIES=tries,
         TILE=layout.tile,
         D=dim,
-        num_warps=4,
+        KEPT=kept,
+        num_warps=encoding_warps(layout.tile, kept),
     )
     return Packed(dict(fields), length, tokens.dtype) if into is None else None
 

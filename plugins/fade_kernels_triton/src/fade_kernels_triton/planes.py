@@ -83,6 +83,16 @@ def gains_of(layout: PlaneLayout) -> tuple[int, int, int, int]:
     return layout.gain_zero, layout.gain_steps, first, last - first + 1
 
 
+def padded_kept(layout: PlaneLayout) -> int:
+    """Channels that such kernels are compiled for."""
+    return max(PLANE_CHANNELS, _next_power_of_2(layout.worth.shape[1]))
+
+
+def encoding_warps(tile: int, kept: int) -> int:
+    """Warps of a program that has ``kept`` channels of the tokens of a tile in registers, 64 a thread at most."""
+    return max(4, tile * kept // 2048)
+
+
 @dataclass(frozen=True)
 class PlanesTier:
     """Packed tokens of one tier whose channels have widths of their own.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -86,7 +87,8 @@ def saved_by_planes(worth: Tensor, bits: int, widths: Sequence[int], group: int)
     return torch.diff(saved, prepend=saved.new_zeros(1))
 
 
-def _hull(widths: Sequence[int]) -> list[tuple[int, float]]:
+@lru_cache(maxsize=64)
+def _hull(widths: tuple[int, ...]) -> list[tuple[int, float]]:
     """Steps (bits, error saved a bit) along the lower convex hull of a Gaussian's distortion; savings fall."""
     points = [(width, gaussian_distortion(width)) for width in widths]
     steps, at = [], 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -83,10 +84,13 @@ class PlaneStream(StreamLayout):
         place[self._order] = torch.arange(len(self.channels))
         head, channel, shift = self.slots.long().flatten(0, 1).unbind(-1)
         code = place[head * self.kept + channel]  # [planes * 16]
-        self._code, self._shift = sent(code, device), sent(shift.to(torch.int32), device)
+        self._shift = sent(shift.to(torch.int32), device)
         # numbers, where flags would be read back on the host each time; no two of them have a channel in common
-        alike = [(own, (shift == own).nonzero().flatten()) for own in sorted(set(shift.tolist()) - {NOTHING})]
-        self._alike = [(own, sent(slots, device), sent(code[slots], device)) for own, slots in alike]
+        shifts = sorted(set(shift.tolist()) - {NOTHING})
+        alike = [(shift == own).nonzero().flatten() for own in shifts]
+        parts = [code, *alike, *(code[slots] for slots in alike)]
+        self._code, *held = sent(torch.cat(parts), device).split([len(part) for part in parts])  # one copy, not nine
+        self._alike = [*zip(shifts, held[: len(shifts)], held[len(shifts) :], strict=True)]
 
     def pack(self, codes: Tensor) -> Tensor:
         fields = (codes[..., self._code] >> self._shift) & (2**PLANE_BITS - 1)  # [B, n, tile, planes * 16]
@@ -149,16 +153,22 @@ def _follows(slots: list[list[int]], before: int, after: int) -> bool:
     return neighbours and next_channel == channel + 1 and next_shift == shift
 
 
+@lru_cache(maxsize=8)
+def _in_turn(dim: int, widest: int) -> tuple[Tensor, Tensor]:
+    """Channels and shifts of the slots of a head all of whose ``dim`` channels have ``widest`` bits, in its order."""
+    shifts = torch.arange(widest - PLANE_BITS, -1, -PLANE_BITS)
+    order = torch.cartesian_prod(torch.arange(-(-dim // PLANE_CHANNELS)), shifts, torch.arange(PLANE_CHANNELS))
+    channel = order[:, 0] * PLANE_CHANNELS + order[:, 2]
+    return channel[channel < dim], order[channel < dim, 1]
+
+
 def _dealt(widths: Tensor) -> tuple[Tensor, list[list[int]]]:
     """``PlaneStream.slots`` of ``widths`` ``[H, D]``, and the numbers ``plane * 16 + slot`` of each head's, in its order."""
-    dim = widths.shape[1]
-    shifts = torch.arange(int(widths.max()) - PLANE_BITS, -1, -PLANE_BITS)
-    order = torch.cartesian_prod(torch.arange(-(-dim // PLANE_CHANNELS)), shifts, torch.arange(PLANE_CHANNELS))
-    channel, shift = order[:, 0] * PLANE_CHANNELS + order[:, 2], order[:, 1]
-    channel, shift = channel[channel < dim], shift[channel < dim]
-    own = [(shift < width[channel]).nonzero().flatten() for width in widths]  # [n] for each head
-    full = [len(order) // PLANE_CHANNELS for order in own]
-    rest = [len(order) % PLANE_CHANNELS for order in own]
+    channel, shift = _in_turn(widths.shape[1], int(widths.max()))
+    head, turn = (shift < widths[:, channel]).nonzero(as_tuple=True)  # heads one after another
+    count = torch.bincount(head, minlength=len(widths)).tolist()
+    full = [slots // PLANE_CHANNELS for slots in count]
+    rest = [slots % PLANE_CHANNELS for slots in count]
     shared = -(-sum(rest) // PLANE_CHANNELS)
     free = [PLANE_CHANNELS] * shared
     numbers: list[list[int]] = []
@@ -168,8 +178,8 @@ def _dealt(widths: Tensor) -> tuple[Tensor, list[list[int]]]:
     # Who has most planes comes first, and has a rest in one piece. The others have planes to spare, up to as many as that one
     # reads: their rests fill what is left of the shared ones, least room first, before a larger one takes what remains.
     most = max(planes + (left > 0) for planes, left in zip(full, rest, strict=True))
-    for head in sorted(range(len(own)), key=lambda head: (-full[head], -rest[head])):
-        left, pieces = rest[head], most - full[head]
+    for one in sorted(range(len(full)), key=lambda one: (-full[one], -rest[one])):
+        left, pieces = rest[one], most - full[one]
         while left:
             room = sorted((size, plane) for plane, size in enumerate(free) if size)
             whole = [(size, plane) for size, plane in room if size >= left]
@@ -178,11 +188,10 @@ def _dealt(widths: Tensor) -> tuple[Tensor, list[list[int]]]:
             )
             taken = min(left, size)
             first = PLANE_CHANNELS * (sum(full) + plane + 1) - size
-            numbers[head] += range(first, first + taken)
+            numbers[one] += range(first, first + taken)
             free[plane] -= taken
             left, pieces = left - taken, pieces - 1
     slots = torch.tensor([0, 0, NOTHING], dtype=torch.int16).repeat(PLANE_CHANNELS * (sum(full) + shared), 1)
-    for head, (places, order) in enumerate(zip(numbers, own, strict=True)):
-        held = torch.stack([torch.full_like(order, head), channel[order], shift[order]], -1)
-        slots[places] = held.to(torch.int16)
+    places = torch.tensor([*itertools.chain(*numbers)])
+    slots[places] = torch.stack([head, channel[turn], shift[turn]], -1).to(torch.int16)
     return slots.unflatten(0, (-1, PLANE_CHANNELS)), numbers

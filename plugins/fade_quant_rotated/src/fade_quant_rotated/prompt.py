@@ -7,6 +7,7 @@ where the model has no more, with sums in float32.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +47,9 @@ SmolLM2, 2,048 tokens of other texts after a prompt of 1,024, 2.1 bits of any wi
 without it, 0.0171 at 0.1, 0.0146 at 0.2; that of the first 256 tokens 0.0020, 0.0019 and 0.0021. ``compact``, two texts of
 4,096 tokens after a prompt of 1,024: 0.00325 and, over the last 512, 0.0113 at 0.2, 0.00341 and 0.0130 at 0.1.
 """
+
+STRETCHES = 4
+"""Parts of the queries that are looked at together, whose masks are only laid over tokens that some of a part see."""
 
 TINY = 1e-30
 """Weight of a query whose logits move nothing, so that a head that attends to sinks and window only has moments."""
@@ -124,22 +128,29 @@ def _turning(mean: Tensor) -> Tensor:
 
 
 class _Side:
-    """Keys or values ``[B, H, T, D]`` about a centre.
+    """Keys or values ``[B, H, T, D]`` about a centre, in ``slots`` slots: ``T``, and empty ones.
 
     Attributes:
         centre: float32 ``[H, D]``, near the mean of the tokens past the sinks.
-        x: tokens minus ``centre``, ``[B * H, T, D]`` in ``dtype``.
+        wide: ``[B * H, slots, D + room]`` in ``dtype``, zero past ``D``.
+        x: tokens minus ``centre``, the first ``D`` of ``wide``.
         plain: float64 ``[H, D + 1, D + 1]``, sum of ``(x, 1) (x, 1)^T`` over a sample of the tokens past the sinks.
     """
 
-    def __init__(self, tokens: Tensor, index: Tensor, there: Tensor, dtype: torch.dtype) -> None:
-        self.rows = len(tokens)
+    def __init__(
+        self, tokens: Tensor, index: Tensor, there: Tensor, dtype: torch.dtype, slots: int, room: int = 0
+    ) -> None:
+        self.rows, (_, _, total, dim) = len(tokens), tokens.shape
         some = _take(tokens, index).float()  # [B, H, m, D]
         counted = there[:, None, :, None].expand(self.rows, -1, -1, 1).float()  # [B, 1, m, 1]
         centre = (some * counted).sum((0, 2)) / counted.sum().clamp_min(1)
         rounded = centre.to(tokens.dtype)  # any centre will do, as long as it is the same everywhere
         self.centre = rounded.float()
-        self.x = (tokens - rounded[:, None]).to(dtype).flatten(0, 1)
+        wide = torch.empty((*tokens.shape[:2], slots, dim + room), dtype=dtype, device=tokens.device)
+        torch.sub(tokens, rounded[:, None], out=wide[:, :, :total, :dim])
+        wide[..., dim:] = wide[:, :, total:] = 0
+        self.wide = wide.flatten(0, 1)
+        self.x = self.wide[..., :dim]
         some = torch.cat([some - self.centre[:, None], torch.ones_like(some[..., :1])], -1) * counted
         some = some.transpose(0, 1).flatten(1, 2)  # [H, B * m, D + 1]
         self.plain = self._about_zero((some.mT @ some).double())
@@ -164,10 +175,25 @@ class _Side:
         return shift @ joint @ shift.mT
 
 
+class Stretch(NamedTuple):
+    """Queries that follow one another.
+
+    Attributes:
+        queries: which they are, of those that are looked at together.
+        first: they see all real tokens before this one.
+        stop: and none from this one on.
+    """
+
+    queries: slice
+    first: int
+    stop: int
+
+
 class _Layer:
     """One pass over a prompt.
 
-    ``real``, ``past`` (real and past the sinks) and ``place`` (a token's number in its row) are ``[B or 1, T]``.
+    ``real``, ``past`` (real and past the sinks) and ``place`` (a token's number in its row) are ``[B or 1, slots]``: of the
+    tokens, and of empty slots up to a multiple of 8, as tensor cores read numbers of 16 bits.
     """
 
     def __init__(self, prompt: PromptView, dtype: torch.dtype | None) -> None:
@@ -178,12 +204,14 @@ class _Layer:
         self.dtype = dtype or (torch.bfloat16 if narrow else torch.float32)
         asked = prompt.queries.shape[2]
         self.first = self.total - asked
-        real = prompt.visible(torch.arange(asked - 1, asked, device=self.device))[:, 0, 0]
+        self.slots = self.total + -self.total % 8
+        real = self._in_slots(prompt.visible(torch.arange(asked - 1, asked, device=self.device))[:, 0, 0])
         self.place = real.cumsum(-1) - 1
         self.past = real & (self.place >= prompt.n_sink)
         window = (self.place[:, -1:] + 1 - prompt.n_sink) // 4
         self.window = window.clamp_max(prompt.recent_window)  # [B or 1, 1]
-        self.able = (real & (self.place >= prompt.n_sink + self.window))[:, self.first :]
+        self.most_window = max(0, min(prompt.recent_window, (self.total - prompt.n_sink) // 4))
+        self.able = (real & (self.place >= prompt.n_sink + self.window))[:, self.first : self.total]
         alike = self.rows // len(real)
         self.tokens = self.past.sum().double() * alike
         self.asked = self.past[:, self.first :].sum().double() * alike
@@ -192,7 +220,10 @@ class _Layer:
         """``LayerSums`` of the layer, from ``queries`` queries."""
         prompt = self.prompt
         sample = _spread(self.past, min(self.total, -(-TOKENS // self.rows)))
-        keys, values = (_Side(tokens, *sample, self.dtype) for tokens in (prompt.keys, prompt.values))
+        room = 1 + self.group * (1 if self.dtype == torch.float32 else 2)  # for what ``_Weights`` knows of a token
+        room += -(prompt.values.shape[3] + room) % 8  # tensor cores read rows of multiples of 8 numbers of 16 bits
+        given = *sample, self.dtype, self.slots
+        keys, values = _Side(prompt.keys, *given), _Side(prompt.values, *given, room)
         metric = _metric(prompt)
         weights = _Weights(self, keys, values, metric)
         index, there = _spread(self.able, min(self.able.shape[1], -(-queries // self.rows)))
@@ -201,14 +232,14 @@ class _Layer:
         block = -(-count // -(-count // most))
         for start in range(0, count, block):
             part = slice(start, start + block)
-            weights.add(index[:, part], there[:, part], self._stop(min(part.stop, count), count))
+            weights.add(index[:, part], there[:, part], self._stretches(start, min(part.stop, count), count))
         number = self.past.sum(-1)[:, None, None].clamp_min(1)
-        given = [
+        shares = [
             (weight + (even * weight.sum(-1, keepdim=True) + TINY) / number) * self.past[:, None]
             for weight in (weights.keys, weights.values)
         ]
         (key_weight, key_mean, key_square), (value_weight, value_mean, value_square) = (
-            side.weighted(weight) for side, weight in zip((keys, values), given, strict=True)
+            side.weighted(weight) for side, weight in zip((keys, values), shares, strict=True)
         )
         return LayerSums(
             key_weight=key_weight,
@@ -223,22 +254,36 @@ class _Layer:
             value_plain=values.plain,
         )
 
-    def _stop(self, number: int, count: int) -> int:
-        """How many tokens the first ``number`` of ``count`` queries see at most, as far as the host knows."""
-        if not self.prompt.causal:
-            return self.total
-        sinks, window = self.prompt.n_sink, self.prompt.recent_window
-        base = max(self.first, sinks + min(window, (self.total - sinks) // 4))  # the first of those ``able``
-        return min(self.total, base + (number - 1) * max(count, self.total - base) // max(1, count - 1) + 2)
+    def _stretches(self, start: int, stop: int, count: int) -> list[Stretch]:
+        """The queries from ``start`` on before ``stop``, of ``count``, and what is known of the tokens that they see."""
+        base = max(self.first, self.prompt.n_sink + self.most_window)  # the first of those ``able``
+        able = self.total - base
+        if not self.prompt.causal or able < count:
+            return [Stretch(slice(0, stop - start), 0, self.slots)]
+
+        def at(number: int) -> int:
+            """Where that query is, or one before; as ``_spread`` has it."""
+            return base + number * (able - 1) // max(1, count - 1)
+
+        found, step = list[Stretch](), -(-(stop - start) // STRETCHES)
+        for first in range(start, stop, step):
+            end = min(first + step, stop)
+            past = at(end - 1) + 2  # what the last of them sees, or one more; products like multiples of 8
+            found.append(Stretch(slice(first - start, end - start), at(first), min(self.slots, past + -past % 64)))
+        return found
+
+    def _in_slots(self, of_tokens: Tensor) -> Tensor:
+        """bool ``[..., T]`` with ``False`` for empty slots."""
+        return torch.nn.functional.pad(of_tokens, (0, self.slots - self.total))
 
     def seen(self, index: Tensor) -> Tensor:
-        """bool ``[B or 1, H or 1, q, T]`` of what the queries ``index`` ``[B or 1, q]`` see."""
-        shown = self.prompt.visible(index.flatten())
+        """bool ``[B or 1, H or 1, q, slots]`` of what the queries ``index`` ``[B or 1, q]`` see."""
+        shown = self._in_slots(self.prompt.visible(index.flatten()))
         if len(index) > 1:  # each row has its own queries
             shown = shown.unflatten(2, tuple(index.shape)).diagonal(dim1=0, dim2=2).movedim(-1, 0)
         return shown
 
-    def attention(self, q: Tensor, keys: _Side, seen: Tensor) -> Tensor:
+    def attention(self, q: Tensor, keys: _Side, seen: Tensor, stretches: list[Stretch]) -> Tensor:
         """Probabilities ``[B, H, G, q, t]`` of scaled queries ``[B, H, G, q, D]`` that see ``[B or 1, H or 1, q, t]``."""
         prompt, flat = self.prompt, q.to(self.dtype).flatten(0, 1).flatten(1, 2)  # [B * H, G * q, D]
         plain = not prompt.softcap and prompt.sink_logits is None
@@ -250,7 +295,8 @@ class _Layer:
             logits += (q * keys.centre[:, None, None]).sum(-1, keepdim=True)
         if prompt.softcap:
             logits = prompt.softcap * torch.tanh(logits / prompt.softcap)
-        logits.masked_fill_(~seen[:, :, None], -torch.inf)
+        for part, first, _ in stretches:
+            logits[..., part, first:].masked_fill_(~seen[:, :, None, part, first:], -torch.inf)
         if prompt.sink_logits is None:
             return logits.softmax(-1).to(self.dtype)
         extra = prompt.sink_logits.float().view(self.heads, self.group, 1, 1).expand(*q.shape[:-1], 1)
@@ -264,15 +310,15 @@ class _Weights:
     with the squared probabilities, and nothing but these is ever as large as queries times tokens.
 
     Attributes:
-        keys: float32 ``[B, H, T]``, sum of ``w`` over queries and heads of the group.
-        values: float32 ``[B, H, T]``, sum of ``a^2``.
+        keys: float32 ``[B, H, slots]``, sum of ``w`` over queries and heads of the group.
+        values: float32 ``[B, H, slots]``, sum of ``a^2``.
         query_square: float64 ``[H, D, D]``, sum of ``w q q^T``.
     """
 
     def __init__(self, layer: _Layer, keys: _Side, values: _Side, metric: Tensor) -> None:
         self.layer, self.sides = layer, (keys, values)
-        rows, heads, total, dim = layer.rows, layer.heads, layer.total, layer.dim
-        self.keys, self.values = torch.zeros(2, rows, heads, total, device=layer.device)
+        rows, heads, dim = layer.rows, layer.heads, layer.dim
+        self.keys, self.values = torch.zeros(2, rows, heads, layer.slots, device=layer.device)
         self.query_square = torch.zeros(heads, dim, dim, dtype=torch.float64, device=layer.device)
         ridge = 1e-6 * metric.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).double() + TINY  # heads of no output
         square = metric.double() + torch.diag_embed(ridge.expand(-1, -1, metric.shape[-1]))
@@ -281,18 +327,20 @@ class _Weights:
         x = values.x.unflatten(0, (rows, heads))
         moved = [torch.linalg.vector_norm(x @ root[:, g], dim=-1, dtype=torch.float32) for g in range(layer.group)]
         self.own = torch.stack(moved, -1).square().flatten(0, 1)  # |W_o v|^2, [B * H, T, G]
-        ones = torch.ones_like(values.x[..., :1])
-        halves = _halves(self.own, layer.dtype)
-        self.halves, self.known = halves.shape[-1], _padded(torch.cat([values.x, ones, halves], -1))
+        halves, width = _halves(self.own, layer.dtype), values.x.shape[-1]
+        self.halves, self.known = halves.shape[-1], values.wide  # the tokens, 1, and what their squares come to
+        self.known[..., width] = 1
+        self.known[..., width + 1 : width + 1 + self.halves] = halves
 
-    def add(self, index: Tensor, there: Tensor, stop: int) -> None:
-        """Look at the queries ``index`` ``[B or 1, q]``, which see none but the first ``stop`` tokens.
+    def add(self, index: Tensor, there: Tensor, stretches: list[Stretch]) -> None:
+        """Look at the queries ``index`` ``[B or 1, q]``, of which ``stretches`` tell what they see.
 
         Those that are not ``there`` have no say.
         """
+        stop = stretches[-1].stop
         layer, (keys, values), group = self.layer, self.sides, self.layer.group
         q = (_take(layer.prompt.queries, index).float() * layer.prompt.scaling).unflatten(1, (layer.heads, -1))
-        a = layer.attention(q, keys, layer.seen(index)[..., :stop] | ~there[:, None, :, None])
+        a = layer.attention(q, keys, layer.seen(index)[..., :stop] | ~there[:, None, :, None], stretches)
         x = values.x[:, :stop]
         outputs = product(_flat(a), x)  # [B * H, G * q, E], about the centre
         if layer.prompt.sink_logits is not None:
@@ -302,7 +350,11 @@ class _Weights:
         size = (turned * outputs).sum(-1, keepdim=True)  # [B * H, G * q, 1]
         newest = layer.place.gather(1, layer.first + index) - layer.window  # [B or 1, q]
         middle = layer.past[:, None, :stop] & (layer.place[:, None, :stop] <= newest[..., None]) & there[..., None]
-        a = _flat(a.masked_fill_(~middle[:, None, None], 0).square_())  # [B * H, G * q, t]
+        a[..., : layer.prompt.n_sink] = 0
+        for part, first, end in stretches:
+            near = slice(max(0, first - layer.most_window), end)  # before are those of the middle, after none
+            a[..., part, near].masked_fill_(~middle[:, None, None, part, near], 0)
+        a = _flat(a.square_())  # [B * H, G * q, t]
         width, head = x.shape[-1], torch.eye(group, device=layer.device).repeat_interleave(q.shape[3], 0)
         asked = _padded(torch.cat([turned, size, head.expand(len(a), -1, -1)], -1))
         given = _joined(product(a.mT, _halves(asked, layer.dtype)), asked.shape[-1])  # [B * H, t, E + 1 + G]

@@ -80,6 +80,8 @@ def append_planes_kernel(
     VALUE_PLANES: tl.constexpr,
     KEY_GAINS: tl.constexpr,
     VALUE_GAINS: tl.constexpr,
+    KEY_KEPT: tl.constexpr,
+    VALUE_KEPT: tl.constexpr,
     RUNS: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -88,7 +90,10 @@ def append_planes_kernel(
     D: tl.constexpr,
     DP: tl.constexpr,
 ):
-    """One row and head; ``append.py`` has the arguments. GAINS: zero, steps, first one tried, how many."""
+    """One row and head; ``append.py`` has the arguments. GAINS: zero, steps, first one tried, how many.
+
+    KEPT: as ``encode_planes`` has it.
+    """
     program = tl.program_id(0)
     row = (program // heads).to(tl.int64)  # a division of 64 bits takes hundreds of cycles
     head = (program % heads).to(tl.int64)
@@ -112,12 +117,13 @@ def append_planes_kernel(
                 keys, KEY_CODES, KEY_GAIN + tile * (TILE // 2), IDS, of_row, max_tiles, KEY_TABLE, KEY_SLOTS, KEY_WIDTHS,
                 KEY_STEPS, KEY_WORTH, KEY_MEAN, KEY_FORWARD, KEY_DEVIATION, KEY_USUAL, head, first, length - 1, D, key_kept,
                 key_row, KEY_PLANES, False, KEY_GAINS[0], KEY_GAINS[1], KEY_GAINS[2], KEY_GAINS[3], RUNS, TILE, D,
+                KEY_KEPT,
             )  # fmt: skip
             encode_planes(
                 values, VALUE_CODES, VALUE_GAIN + tile * (TILE // 2), IDS, of_row, max_tiles, VALUE_TABLE, VALUE_SLOTS,
                 VALUE_WIDTHS, VALUE_STEPS, VALUE_WORTH, VALUE_MEAN, VALUE_FORWARD, VALUE_DEVIATION, VALUE_USUAL, head, first,
                 length - 1, D, value_kept, value_row, VALUE_PLANES, True, VALUE_GAINS[0], VALUE_GAINS[1], VALUE_GAINS[2],
-                VALUE_GAINS[3], RUNS, TILE, D,
+                VALUE_GAINS[3], RUNS, TILE, D, VALUE_KEPT,
             )  # fmt: skip
         send_notes(WINDOW_NOTES, TILE_NOTES, bh, tiles, used, due, n_sink, length, capacity, TILE)
         if head == 0:
