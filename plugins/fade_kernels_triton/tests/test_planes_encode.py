@@ -29,6 +29,7 @@ CASES = [  # heads, D, tile, bits, tokens, dtype
     (1, 96, 128, 3.0, 140, torch.float16),
     (2, 80, 64, 1.9, 65, torch.bfloat16),
     (1, 256, 64, 1.7, 64, torch.float16),
+    (1, 256, 128, 1.7, 140, torch.bfloat16),
 ]
 
 
