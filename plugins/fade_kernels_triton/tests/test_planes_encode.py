@@ -28,7 +28,6 @@ CASES = [  # heads, D, tile, bits, tokens, dtype
     (3, 64, 64, 1.6, 1, torch.float32),  # the end of the stream is empty
     (1, 96, 128, 3.0, 140, torch.float16),
     (2, 80, 64, 1.9, 65, torch.bfloat16),
-    (1, 256, 64, 1.7, 64, torch.float16),
     (1, 256, 128, 1.7, 140, torch.bfloat16),
 ]
 
@@ -69,6 +68,14 @@ def test_prompts_become_the_planes_of_the_quantizer(
     ours, theirs = (q.decode(Packed(p.fields, p.length, torch.float32)) for p in (found, wanted))
     assert relative_error(ours, theirs.double()) < 0.02
     assert relative_error(ours, tokens.double()) < 1.01 * relative_error(theirs, tokens.double())
+
+
+def test_wide_heads_in_short_tiles_are_refused(device: str) -> None:
+    q = quantizer(1, 256, "key", 1.7, 64, device=device)
+    tokens = tokens_of(q, 2, 64, torch.float16)
+    kernel = TritonEncode()
+    assert not kernel.accepts(q, tokens)
+    assert "tiles of 64 tokens with 256 channels" in kernel.accepts(q, tokens).reason
 
 
 def test_prompts_go_into_the_tiles_of_a_pool(device: str) -> None:

@@ -59,6 +59,9 @@ def unencodable(quantizer: Quantizer, side: str, tokens: Tensor) -> str:
         return reason
     if tokens.shape[1] != layout.mean.shape[0] or tokens.shape[3] != layout.mean.shape[1] or tokens.shape[3] % 16:
         return f"tokens {tuple(tokens.shape)} (it takes [B, {layout.mean.shape[0]}, T, {layout.mean.shape[1]}])"
+    dim = layout.mean.shape[1]
+    if dim > 128 and quantizer.tile == 64:  # wrong codes on an H200 (Triton 3.6), right ones in the interpreter
+        return f"tiles of 64 tokens with {dim} channels in planes (it takes 128 channels there; tiles of 128 have room)"
     return ""
 
 
@@ -91,7 +94,7 @@ def padded_kept(layout: PlaneLayout) -> int:
 def encoding_warps(tile: int, kept: int) -> int:
     """Warps of a program that has ``kept`` channels of the tokens of a tile in registers, 64 a thread as a rule.
 
-    Never more than 4 for 64 tokens: warps that share tokens and not channels gave wrong products (Triton 3.6, an H200).
+    No more than one for 16 tokens, which is how tensor cores deal them.
     """
     return max(4, min(tile // 16, tile * kept // 2048))
 
