@@ -119,7 +119,6 @@ def rankings(name: str, layers: int, monkeypatch: pytest.MonkeyPatch) -> list[tu
                 assert layer.device == AWAY
             for layer in cache.tiered:
                 layer.finish_pending()
-            cache.attended()
         for ids in (store.table.ids for layer in cache.tiered for store in layer.known.stores):
             assert isinstance(ids.device, Away)
             assert torch.equal(ids.host, ids.device.here), "the host was not told where tiles are now"

@@ -157,6 +157,7 @@ def _begin(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if attached:
         with _lock:
             getattr(module, _ATTACHMENT).enter()
+    cache.in_model = attached
     _passes.stack.append(_Pass(module, attached))
 
 
@@ -167,6 +168,9 @@ def _end(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
             getattr(module, _ATTACHMENT).leave()
     elif _passes.stack and _passes.stack[-1].module is module:
         _leave(_passes.stack.pop())
+        cache = _carried(args, kwargs)
+        if cache is not None:
+            cache.in_model = False
 
 
 def _leave(one: _Pass) -> None:

@@ -55,6 +55,7 @@ class PassControl(Cache):
         self._entered: int | None = None  # the layer that is taking tokens in
         self._thread = 0  # whose pass it is
         self._attending = False  # whether the last layer's attention is under way, or has to come
+        self.in_model = False  # whether a call of the model runs FADE's attention with this cache
         self._begun = 0
         self._before: dict[int, dict[str, Any]] = {}
         self._overwritten: set[int] = set()
@@ -164,8 +165,8 @@ class PassControl(Cache):
             raise type(error)(f"{error} {outcome}") from None
         if not self._reading:
             self._updated.add(layer_idx)
-        if layer_idx == self._last and isinstance(layer, TieredLayer):
-            self._attending = layer.plan.observes and self.attention == "fade" and not self._reading
+        if layer_idx == self._last and self.in_model and not self._reading:
+            self._attending = isinstance(layer, TieredLayer) and layer.plan.observes
         self._entered = None
         if layer_idx == self._last and not isinstance(layer, TieredLayer):
             self.conclude()
