@@ -102,8 +102,14 @@ def test_a_pass_that_ends_anywhere(name: str, length: int | None, count: int) ->
         error = random.choice([KeyboardInterrupt, torch.OutOfMemoryError, RuntimeError])
         talk = Talk(CONFIGS[name], length, count, seed)
         began = talk.cache.get_seq_length()
-        with pytest.raises(error), ends_at(call, error):
-            talk.said(count)
+        try:
+            with ends_at(call, error) as made:
+                talk.said(count)
+        except error:
+            pass
+        else:
+            assert len(made) < call, "somebody kept the error to himself"
+            continue  # what was kept from before took fewer calls
         lengths = {layer.get_seq_length() for layer in talk.cache.layers}
         where = f"{error.__name__} at call {call}, {called[call - 1]}: lengths {lengths}"
         if lost := what_is_lost(talk.cache):
