@@ -31,7 +31,12 @@ def test_generates_with_a_learned_policy_that_evicts(generator: torch.Generator,
         policy={"kind": "learned", "checkpoint": str(checkpoint), "budget": 96, "every": 8},
     )
     prompt = torch.randint(64, (2, 230), generator=generator)
-    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 20, "do_sample": False}
+    options = {
+        "attention_mask": torch.ones_like(prompt),
+        "max_new_tokens": 20,
+        "min_new_tokens": 20,
+        "do_sample": False,
+    }
     with create_tiered_cache(model, config=config) as cache:
         output = model.generate(prompt, past_key_values=cache, **options)
         assert output.shape == (2, 250)
